@@ -1,0 +1,69 @@
+"""From a model and a configuration to an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from thinrank.optim.grouping import Routing, Row, group_parameters
+from thinrank.optim.methods.config import MethodConfig
+from thinrank.optim.optimizer import MatrixOptimizer
+from thinrank.optim.optimizers import OPTIMIZERS
+
+
+def route(model: nn.Module, config: MethodConfig, roles: Mapping[str, str] | None = None) -> Routing:
+    """Which parameter of `model` is stepped by which rule under `config`, and what its state costs.
+
+    The states are laid out on the meta device, so nothing is allocated; `model` may be there itself.
+
+    Args:
+        roles: regular expression on a parameter's name → role, where the role found by module type is wrong.
+
+    Raises:
+        ValueError: when a target, an exclusion or a role pattern matches nothing.
+    """
+    routing = group_parameters(model, config, roles)
+    stand_ins = [
+        {**group, "params": [(name, nn.Parameter(p.detach().to("meta"))) for name, p in group["params"]]}
+        for group in routing.groups
+    ]
+    optimizer = _optimizer(stand_ins, config, seed=0)
+    for index, group in enumerate(optimizer.param_groups):
+        scale = optimizer.scale(group)
+        for name, param in zip(optimizer.names(index), group["params"], strict=True):
+            state = optimizer.state[param]
+            routing.rows.append(
+                Row(
+                    name=name,
+                    shape=tuple(param.shape),
+                    role=group["role"],
+                    rule=group["label"].rpartition("/")[2],
+                    lr=float(group["lr"]) * scale,
+                    elements=param.numel(),
+                    state_bytes=sum(v.numel() * v.element_size() for v in state.values()),
+                )
+            )
+    return routing
+
+
+def build(
+    model: nn.Module, config: MethodConfig, *, seed: int = 0, roles: Mapping[str, str] | None = None
+) -> MatrixOptimizer:
+    """The optimizer of `config` for `model`: groups by role, projected matrices by `config.targets`.
+
+    Args:
+        seed: of every random choice of the method; two runs with one seed choose alike.
+        roles: as in `route`.
+
+    Raises:
+        ValueError: when a target, an exclusion or a role pattern matches nothing.
+    """
+    return _optimizer(group_parameters(model, config, roles).groups, config, seed=seed)
+
+
+def _optimizer(groups: list[dict[str, Any]], config: MethodConfig, *, seed: int) -> MatrixOptimizer:
+    cls = cast("Any", OPTIMIZERS[type(config)])
+    return cls(groups, lr=config.lr, weight_decay=config.weight_decay, seed=seed, **config.group())
+

@@ -1,0 +1,1 @@
+"""Moves matrices between the layout they are stored in and the layout they are computed in."""

@@ -1,0 +1,205 @@
+"""Every parameter has one role and one rule, decided once and shown to the user."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from thinrank.optim.methods.config import LowRankConfig, MethodConfig
+
+
+class Role(str, Enum):
+    """What a parameter is for, which decides its learning rate and whether it may be projected."""
+
+    MATRIX = "matrix"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    VECTOR = "vector"
+
+
+HEAD_NAMES = ("lm_head", "output", "head", "classifier", "score", "embed_out", "output_layer")
+ATTENTION = r"(^|\.)(q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|query|key|value|c_attn|Wqkv|query_key_value|in_proj_weight)(\.|$)"
+MLP = r"(^|\.)(gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|c_fc|fc_in|fc_out|dense_h_to_4h|dense_4h_to_h|w1|w2|w3)(\.|$)"
+PRESETS: dict[str, str] = {"all-linear": ".*", "attention": ATTENTION, "mlp": MLP}
+
+
+def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[str, Role]:
+    """The role of every parameter of `model` by name; tied parameters appear once, under their first name.
+
+    By module type: `nn.Embedding` and `nn.EmbeddingBag` weights are embeddings; the model's output layer (what
+    `get_output_embeddings()` returns, else a linear layer with a customary name directly under a root module) is the head;
+    whatever has fewer than two dimensions, or belongs to a module whose class name contains "Norm", is a vector; every other
+    parameter is a matrix. A tied embedding and head is an embedding.
+
+    Args:
+        overrides: regular expression on the name → role, the first match wins.
+
+    Raises:
+        ValueError: when an override matches nothing or names no role.
+    """
+    owners = {
+        f"{prefix}.{name}" if prefix else name: module
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    head = _head(model)
+    found: dict[str, Role] = {}
+    for name, parameter in model.named_parameters():
+        owner = owners[name]
+        if parameter.ndim < 2 or "Norm" in type(owner).__name__:
+            found[name] = Role.VECTOR
+        elif isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+            found[name] = Role.EMBEDDING
+        elif head is not None and parameter is head:
+            found[name] = Role.HEAD
+        else:
+            found[name] = Role.MATRIX
+    unused = dict(overrides or {})
+    for name in found:
+        for pattern, role in (overrides or {}).items():
+            if re.search(pattern, name):
+                unused.pop(pattern, None)
+                try:
+                    found[name] = Role(role)
+                except ValueError:
+                    allowed = ", ".join(r.value for r in Role)
+                    raise ValueError(f"a role must be one of {allowed}, got {role!r} for {pattern!r}") from None
+                break
+    if unused:
+        raise ValueError(f"the role pattern {next(iter(unused))!r} matches no parameter: correct or remove it")
+    return found
+
+
+def _head(model: nn.Module) -> torch.Tensor | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    layer = getter() if callable(getter) else None
+    if layer is None:
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in HEAD_NAMES and name.count(".") <= 1 and isinstance(module, nn.Linear):
+                layer = module
+    return getattr(layer, "weight", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the routing table."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    rule: str
+    lr: float
+    elements: int
+    state_bytes: int
+
+
+@dataclass
+class Routing:
+    """Which parameter is stepped by which rule; `groups` are ready for the optimizer's constructor."""
+
+    groups: list[dict[str, Any]]
+    frozen: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state in all, by the rules' own formulas."""
+        return sum(row.state_bytes for row in self.rows)
+
+    def elements(self) -> int:
+        return sum(row.elements for row in self.rows)
+
+    def table(self) -> str:
+        """One line for each role and rule: parameters, elements, state bytes, learning rate."""
+        lines = [f"{'role':<10} {'rule':<16} {'tensors':>7} {'elements':>14} {'state bytes':>14} {'bytes/weight':>12} {'lr':>9}"]
+        seen: dict[tuple[str, str, float], list[Row]] = {}
+        for row in self.rows:
+            seen.setdefault((row.role, row.rule, row.lr), []).append(row)
+        for (role, rule, lr), rows in seen.items():
+            elements, state = sum(r.elements for r in rows), sum(r.state_bytes for r in rows)
+            lines.append(
+                f"{role:<10} {rule:<16} {len(rows):>7} {elements:>14,} {state:>14,} {state / elements:>12.2f} {lr:>9.2g}"
+            )
+        elements, state = self.elements(), self.state_bytes()
+        lines.append(
+            f"{'total':<10} {'':<16} {len(self.rows):>7} {elements:>14,} {state:>14,} {state / max(elements, 1):>12.2f}"
+        )
+        if self.frozen:
+            lines.append(f"frozen, not stepped: {len(self.frozen)} tensors")
+        return "\n".join(lines)
+
+
+def targeted(names: Iterable[str], role: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]], config: LowRankConfig) -> set[str]:
+    """Names of the parameters that `config` projects.
+
+    Presets choose among matrices; a regular expression may also name an embedding or a head of two dimensions.
+
+    Raises:
+        ValueError: when a target or an exclusion matches nothing.
+    """
+    names = list(names)
+    chosen: set[str] = set()
+    for target in config.targets:
+        pattern = PRESETS.get(target, target)
+        try:
+            hits = {
+                name
+                for name in names
+                if re.search(pattern, name)
+                and len(shapes[name]) >= 2
+                and (role[name] is Role.MATRIX if target in PRESETS else role[name] is not Role.VECTOR)
+            }
+        except re.error as error:
+            raise ValueError(f"targets: {target!r} is not a regular expression ({error}): correct it") from None
+        if not hits:
+            raise ValueError(
+                f"targets: {target!r} matches no matrix of the model; presets are {', '.join(PRESETS)}, "
+                f"and parameters are called like {names[len(names) // 2]!r}"
+            )
+        chosen |= hits
+    for pattern in config.exclude:
+        hits = {name for name in names if re.search(pattern, name)}
+        if not hits:
+            raise ValueError(f"exclude: {pattern!r} matches no parameter of the model: correct or remove it")
+        chosen -= hits
+    return chosen
+
+
+def group_parameters(model: nn.Module, config: MethodConfig, overrides: Mapping[str, str] | None = None) -> Routing:
+    """Parameter groups for `model` under `config`: one for each role and rule, every trainable parameter in exactly one."""
+    role = roles(model, overrides)
+    parameters = dict(model.named_parameters())
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    names = [name for name, p in parameters.items() if p.requires_grad]
+    if not names:
+        raise ValueError("the model has no trainable parameter: set requires_grad on some")
+    projected: set[str] = set()
+    if isinstance(config, LowRankConfig) and config.rank is not None:
+        shapes = {name: tuple(parameters[name].shape) for name in names}
+        projected = targeted(names, role, shapes, config)
+    embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
+    vector_lr = embedding_lr if config.vector_lr is None else config.vector_lr
+    rate = {Role.MATRIX: config.lr, Role.EMBEDDING: embedding_lr, Role.HEAD: embedding_lr, Role.VECTOR: vector_lr}
+    groups: dict[tuple[Role, bool], dict[str, Any]] = {}
+    for name in names:
+        key = (role[name], name in projected)
+        if key not in groups:
+            low = name in projected
+            group = config.group()
+            if "rank" in group and not low:
+                group["rank"] = None
+            group |= {
+                "params": [],
+                "role": key[0].value,
+                "label": f"{key[0].value}/{config.name if low else 'adamw'}",
+                "lr": config.lr if low else rate[key[0]],
+                "weight_decay": 0.0 if key[0] is Role.VECTOR else config.weight_decay,
+            }
+            groups[key] = group
+        groups[key]["params"].append((name, parameters[name]))
+    return Routing(groups=list(groups.values()), frozen=frozen)

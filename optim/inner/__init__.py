@@ -1,0 +1,1 @@
+"""What happens to a gradient in whichever space it is given."""

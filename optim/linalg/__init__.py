@@ -1,0 +1,1 @@
+"""Pure functions of tensors and an `Axis`. Batched over leading dimensions; nothing here keeps state."""

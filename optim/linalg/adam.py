@@ -1,0 +1,71 @@
+"""Adam's direction in any space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam as torch_adam
+
+
+def adam_direction(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    count: Sequence[int] | Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    eps_raw: bool = False,
+) -> Tensor:
+    """`m̂ / (sqrt(v̂) + eps)` after taking `grad` into the moments, which change in place (Kingma & Ba 2015, alg. 1).
+
+    Args:
+        grad, exp_avg, exp_avg_sq: (batch, ...) of one shape and dtype.
+        count: updates including this one, for each matrix of the batch, or a tensor that broadcasts against `grad`
+            (ages of single columns).
+        eps_raw: add eps to sqrt(v) before the bias correction, as GaLore does: about 30 times larger at first.
+    """
+    if not isinstance(count, Tensor) and len(set(count)) == 1:
+        t = count[0]
+        fix2 = (1.0 - betas[1] ** t) ** 0.5
+        return _fused_direction(grad, exp_avg, exp_avg_sq, t, betas, eps / fix2 if eps_raw else eps)
+    exp_avg.lerp_(grad, 1.0 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1.0 - betas[1])
+    if isinstance(count, Tensor):
+        t = count.to(torch.float32)
+    else:
+        t = torch.tensor(list(count), dtype=torch.float32).to(grad.device)
+        t = t.reshape(-1, *[1] * (grad.ndim - 1))
+    fix1, fix2 = 1.0 - betas[0] ** t, (1.0 - betas[1] ** t).sqrt()
+    floor = eps / fix2 if eps_raw else eps
+    return (exp_avg / fix1).div_((exp_avg_sq.sqrt() / fix2).add_(floor))
+
+
+def _fused_direction(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, t: int, betas: tuple[float, float], eps: float
+) -> Tensor:
+    # torch's fused Adam, one pass over all four tensors, on a weight that is zero: with a learning rate of -1 what it
+    # leaves there is the direction.
+    out = torch.zeros_like(grad)
+    fused = grad.device.type in ("cpu", "cuda") and grad.dtype.is_floating_point
+    torch_adam(
+        [out],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [torch.tensor(float(t - 1), device=grad.device if grad.device.type == "cuda" else None)],
+        fused=fused,
+        foreach=False,
+        amsgrad=False,
+        has_complex=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=-1.0,
+        weight_decay=0.0,
+        eps=eps,
+        maximize=False,
+    )
+    return out

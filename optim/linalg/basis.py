@@ -1,0 +1,82 @@
+"""Orthonormal bases of the dominant subspace of a matrix's short side.
+
+Signs and order are a convention here, because Adam's moments are coordinates in the basis: columns are ordered by
+falling singular value, and each column's entry of largest magnitude is positive. Only `svd_basis(signs="lapack")` leaves
+the factorisation's own signs, which is what GaLore does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.axis import WHOLE, Axis
+
+
+def fix_signs(basis: Tensor) -> Tensor:
+    """Flips columns of `basis` (..., short, r) so that each one's entry of largest magnitude is positive."""
+    peak = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))
+    return basis * torch.where(peak < 0, -1.0, 1.0).to(basis.dtype)
+
+
+def svd_basis(x: Tensor, rank: int, *, transposed: bool = False, signs: str = "fixed") -> Tensor:
+    """The first `rank` right singular vectors of `x`, exactly.
+
+    Args:
+        x: (..., long, short), whole on this rank.
+        rank: at most min(long, short).
+        transposed: factorise `xᵀ` instead, the way the weight is stored. The result differs in rounding and, with
+            `signs="lapack"`, in signs.
+        signs: `fixed` (this module's convention) or `lapack` (as the factorisation leaves them).
+
+    Returns:
+        (..., short, rank), orthonormal columns by falling singular value.
+    """
+    if transposed:
+        basis = torch.linalg.svd(x.mT.contiguous(), full_matrices=False)[0][..., :, :rank]
+    else:
+        basis = torch.linalg.svd(x, full_matrices=False)[2][..., :rank, :].mT
+    return basis.contiguous() if signs == "lapack" else fix_signs(basis)
+
+
+def svd_bases(x: Tensor, rank: int, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """Left (..., long, rank) and right (..., short, rank) singular vectors from one exact factorisation."""
+    if transposed:
+        right, _, left_t = torch.linalg.svd(x.mT.contiguous(), full_matrices=False)
+        return left_t[..., :rank, :].mT.contiguous(), right[..., :, :rank].contiguous()
+    left, _, right_t = torch.linalg.svd(x, full_matrices=False)
+    return left[..., :, :rank].contiguous(), right_t[..., :rank, :].mT.contiguous()
+
+
+def subspace_iteration(x: Tensor, start: Tensor, rank: int, *, iterations: int = 1, axis: Axis = WHOLE) -> Tensor:
+    """Block power iteration on `xᵀx` from `start`, then Rayleigh–Ritz: the top `rank` right singular vectors, nearly.
+
+    Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1, on the short side, so that only (short, l) travels along the
+    axis. The order within the subspace matters to per-coordinate moments, hence the small eigenproblem at the end.
+
+    Args:
+        x: (..., long, short); its rows may be spread along `axis`.
+        start: (..., short, l) with l ≥ rank: a previous basis, random columns, or both.
+        rank: columns returned.
+        iterations: products with `xᵀx`; each is followed by a re-orthonormalisation.
+
+    Returns:
+        (..., short, rank), orthonormal, signs fixed.
+    """
+    q = torch.linalg.qr(start).Q
+    for _ in range(iterations):
+        q = torch.linalg.qr(axis.sum(x.mT @ (x @ q))).Q
+    image = x @ q  # (..., long, l)
+    _, vectors = torch.linalg.eigh(axis.sum(image.mT @ image))  # rising eigenvalues
+    return fix_signs(q @ vectors.flip(-1)[..., :rank])
+
+
+def random_columns(short: int, width: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """(short, width) standard normal numbers that depend on `generator` (on the CPU) alone, on any device."""
+    return torch.randn(short, width, generator=generator).to(device)
+
+
+def captured_energy(x: Tensor, low: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """`‖low‖² / ‖x‖²` in [0, 1] for each matrix of the batch: what an orthonormal projection kept (0 for a zero matrix)."""
+    kept, total = axis.sum(torch.stack([low.float().square().sum((-2, -1)), x.float().square().sum((-2, -1))]))
+    return torch.where(total > 0, kept / total, torch.zeros_like(total)).clamp_(0.0, 1.0)

@@ -1,0 +1,1 @@
+"""A low-rank method is five small choices: feedback, subspace, transport, inner, lift."""

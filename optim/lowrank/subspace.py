@@ -1,0 +1,236 @@
+"""Which basis, and when it is renewed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.linalg.basis import random_columns, subspace_iteration, svd_bases, svd_basis
+from thinrank.optim.linalg.fixed import basis_matrix, column_norms, dct_rows_fft, select_columns
+from thinrank.optim.lowrank.transport import Change, Rotation, Slots
+from thinrank.optim.rule import State, Step
+from thinrank.optim.update import Factored
+
+Shape3 = tuple[int, int, int]
+
+
+class Subspace(Protocol):
+    """A rule for choosing `r` directions of the short side. Stateless: what it chose lies in `state`."""
+
+    @property
+    def every(self) -> int:
+        """Updates between two renewals; the first update of a matrix always renews."""
+        ...
+
+    @property
+    def factorises(self) -> bool:
+        """True when a renewal fails on numbers that are not finite, so that somebody must look first."""
+        ...
+
+    def small(self, shape: Shape3) -> Shape3:
+        """Shape of the projection of a batch of `shape`."""
+        ...
+
+    def init(self, shape: Shape3, device: torch.device) -> State: ...
+
+    def renew(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None]:
+        """Chooses from `x` (batch, long, short) and writes the choice to `state`.
+
+        Returns how coordinates change, and `x`'s new coordinates where the choice has already computed them.
+        """
+        ...
+
+    def down(self, x: Tensor, state: State) -> Tensor:
+        """Coordinates of `x` in the subspace."""
+        ...
+
+    def up(self, low: Tensor, state: State, short: int) -> Factored:
+        """The full-size matrix with these coordinates, in factors."""
+        ...
+
+
+def width(rank: int | float, shape: Shape3) -> int:
+    """The number of directions: `rank` itself or, below one, that fraction of the short side; at most what exists."""
+    _, long, short = shape
+    wanted = max(1, round(rank * short)) if rank < 1 or isinstance(rank, float) and rank == 1.0 else int(rank)
+    return min(wanted, short, long)
+
+
+def _unit_columns(shape: Shape3, rank: int, side: int, device: torch.device) -> Tensor:
+    return torch.eye(shape[side], rank, dtype=torch.float32, device=device).expand(shape[0], -1, -1).clone()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Svd:
+    """The exact top singular vectors of one gradient (GaLore, Zhao et al. 2024, §3)."""
+
+    rank: int | float
+    every: int = 200
+    signs: str = "lapack"
+    factorises: bool = True
+
+    def small(self, shape: Shape3) -> Shape3:
+        return (shape[0], shape[1], width(self.rank, shape))
+
+    def init(self, shape: Shape3, device: torch.device) -> State:
+        return {"basis": _unit_columns(shape, width(self.rank, shape), 2, device)}
+
+    def renew(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None]:
+        if not step.axis.whole:
+            raise RuntimeError("an exact SVD needs whole matrices: use svd='power' where rows are sharded")
+        basis = state["basis"]
+        new = svd_basis(x, basis.shape[-1], transposed=step.transposed, signs=self.signs)
+        change = Rotation(new.mT @ basis)
+        basis.copy_(new)
+        return change, None
+
+    def down(self, x: Tensor, state: State) -> Tensor:
+        return x @ state["basis"]
+
+    def up(self, low: Tensor, state: State, short: int) -> Factored:
+        return Factored(low, state["basis"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwoSidedSvd:
+    """Singular vectors of both sides: GaLore's `proj_type="full"`, an r×r state."""
+
+    rank: int | float
+    every: int = 200
+    factorises: bool = True
+
+    def small(self, shape: Shape3) -> Shape3:
+        r = width(self.rank, shape)
+        return (shape[0], r, r)
+
+    def init(self, shape: Shape3, device: torch.device) -> State:
+        r = width(self.rank, shape)
+        return {"basis": _unit_columns(shape, r, 2, device), "basis_long": _unit_columns(shape, r, 1, device)}
+
+    def renew(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None]:
+        if not step.axis.whole:
+            raise RuntimeError("proj_type='full' needs whole matrices: use 'std' where rows are sharded")
+        left, right = svd_bases(x, state["basis"].shape[-1], transposed=step.transposed)
+        change = Rotation(right.mT @ state["basis"])
+        state["basis"].copy_(right)
+        state["basis_long"].copy_(left)
+        return change, None
+
+    def down(self, x: Tensor, state: State) -> Tensor:
+        return state["basis_long"].mT @ x @ state["basis"]
+
+    def up(self, low: Tensor, state: State, short: int) -> Factored:
+        return Factored(state["basis_long"] @ low, state["basis"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerIteration:
+    """Randomized subspace iteration: cold at first, then warm from the basis before (Halko et al. 2011).
+
+    Attributes:
+        oversample: random columns beside the ones that are kept.
+        cold, warm: products with xᵀx at the first renewal and at later ones.
+    """
+
+    rank: int | float
+    every: int = 200
+    oversample: int = 8
+    cold: int = 2
+    warm: int = 1
+    factorises: bool = True
+
+    def small(self, shape: Shape3) -> Shape3:
+        return (shape[0], shape[1], width(self.rank, shape))
+
+    def init(self, shape: Shape3, device: torch.device) -> State:
+        return {"basis": _unit_columns(shape, width(self.rank, shape), 2, device)}
+
+    def renew(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None]:
+        basis = state["basis"]
+        _, short, r = basis.shape
+        extra = min(self.oversample, short - r)
+        first = step.count[0] == 0
+        starts = []
+        for i in range(basis.shape[0]):
+            random = random_columns(short, (r if first else 0) + extra, step.generator(i), basis.device)
+            starts.append(random if first else torch.cat([basis[i], random], -1))
+        iterations = self.cold if first else self.warm
+        new = subspace_iteration(x, torch.stack(starts), r, iterations=iterations, axis=step.axis)
+        change = Rotation(new.mT @ basis)
+        basis.copy_(new)
+        return change, None
+
+    def down(self, x: Tensor, state: State) -> Tensor:
+        return x @ state["basis"]
+
+    def up(self, low: Tensor, state: State, short: int) -> Factored:
+        return Factored(low, state["basis"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedColumns:
+    """The strongest columns of a fixed orthogonal basis: r small integers of state, no projector.
+
+    (Modoranu et al. 2025, DCT-AdamW and Trion; slots that keep their column, the choice of basis and engine are ours.)
+
+    Attributes:
+        basis: `dct`, `identity`, `hadamard` or `random`.
+        norm: columns are ranked by `l1` (the paper) or `l2` (best for reconstruction: the residual is then at most
+            1 − r/short of ‖x‖²).
+        engine: how all coordinates are computed at a renewal: `matmul`, `fft` (dct only), or `auto`: the FFT from 2048
+            columns on, where it wins on a CPU.
+    """
+
+    rank: int | float
+    every: int = 1
+    basis: str = "dct"
+    norm: str = "l1"
+    engine: str = "auto"
+    factorises: bool = False
+    matrices: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def small(self, shape: Shape3) -> Shape3:
+        return (shape[0], shape[1], width(self.rank, shape))
+
+    def init(self, shape: Shape3, device: torch.device) -> State:
+        r = width(self.rank, shape)
+        return {"columns": torch.arange(r, dtype=torch.int32, device=device).expand(shape[0], -1).clone()}
+
+    def matrix(self, n: int, device: torch.device) -> Tensor:
+        """The basis of size n on `device`, built once: it can be recomputed, so it is not state."""
+        if (n, device) not in self.matrices:
+            self.matrices[n, device] = basis_matrix(self.basis, n, dtype=torch.float32, device=device)
+        return self.matrices[n, device]
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """All coordinates of the rows of `x` (..., long, short): the same shape."""
+        if self.basis == "identity":
+            return x
+        if self.engine == "fft" or (self.engine == "auto" and self.basis == "dct" and x.shape[-1] >= 2048):
+            return dct_rows_fft(x)
+        return x @ self.matrix(x.shape[-1], x.device).T
+
+    def renew(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None]:
+        coordinates = self.coordinates(x)
+        norms = column_norms(coordinates, self.norm, step.axis)
+        first = step.count[0] == 0
+        columns, kept = select_columns(norms, None if first else state["columns"], state["columns"].shape[-1])
+        state["columns"].copy_(columns)
+        return Slots(kept), coordinates.gather(-1, columns.unsqueeze(-2).expand(-1, x.shape[-2], -1))
+
+    def atoms(self, state: State, short: int) -> Tensor:
+        """The chosen atoms as columns: (batch, short, r)."""
+        columns = state["columns"].long()
+        return self.matrix(short, columns.device)[columns].mT
+
+    def down(self, x: Tensor, state: State) -> Tensor:
+        if self.basis == "identity":
+            columns = state["columns"].long().unsqueeze(-2).expand(-1, x.shape[-2], -1)
+            return x.gather(-1, columns)
+        return x @ self.atoms(state, x.shape[-1])
+
+    def up(self, low: Tensor, state: State, short: int) -> Factored:
+        return Factored(low, self.atoms(state, short))

@@ -1,0 +1,83 @@
+"""What happens to the moments when the basis is renewed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.rule import State
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """`matrix = B_newᵀ B_old` (batch, r, r): old coordinates times its transpose are new coordinates."""
+
+    matrix: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """`kept` (batch, r): the columns whose meaning did not change; the others are new. A rotation of zeros and ones."""
+
+    kept: Tensor
+
+
+Change = Rotation | Slots
+
+
+class Transport(Protocol):
+    def carry(self, state: State, change: Change, count: Sequence[int]) -> None:
+        """Carries the moments in `state` over `change`, in place; `count` updates have entered them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """GaLore: the old numbers are read as coordinates in the new basis."""
+
+    def carry(self, state: State, change: Change, count: Sequence[int]) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Both moments start again from zero, and so do the columns' ages where they are kept."""
+
+    def carry(self, state: State, change: Change, count: Sequence[int]) -> None:
+        for key in ("exp_avg", "exp_avg_sq", "age"):
+            if key in state:
+                state[key].zero_()
+
+
+@dataclass(frozen=True, slots=True)
+class Rotate:
+    """The first moment is rotated; the second by the rule of LDAdam (Robert et al. 2024, alg. 1), which rotates its two parts apart.
+
+    With hats for bias-corrected values, `v̂ − m̂²` (the variance) goes over by the squared entries of the rotation and
+    `m̂²` by rotating m̂ first: `v ← (1−β2^k) |(v̂ − m̂²) (R∘R)ᵀ + (m̂ Rᵀ)²|`. For a choice of columns both rules say:
+    what stays keeps its moments, what is new starts at zero.
+    """
+
+    betas: tuple[float, float]
+
+    def carry(self, state: State, change: Change, count: Sequence[int]) -> None:
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        if isinstance(change, Slots):
+            kept = change.kept.unsqueeze(-2).to(m.dtype)
+            m.mul_(kept)
+            v.mul_(kept)
+            if "age" in state:
+                state["age"].mul_(change.kept)
+            return
+        back = change.matrix.mT  # (batch, r_old, r_new)
+        k = torch.tensor(list(count), dtype=m.dtype).clamp(min=1.0).to(m.device)[:, None, None]
+        fix1, fix2 = 1.0 - self.betas[0] ** k, 1.0 - self.betas[1] ** k
+        mean = m / fix1
+        new_mean = mean @ back
+        variance = (v / fix2 - mean.square()) @ back.square()
+        m.copy_(new_mean * fix1)
+        v.copy_((variance + new_mean.square()).abs_() * fix2)

@@ -1,0 +1,27 @@
+"""One room for each method: its configuration, its five choices, and where they come from."""
+
+from __future__ import annotations
+
+from thinrank.optim.methods.adamw import AdamWConfig
+from thinrank.optim.methods.config import LowRankConfig, MethodConfig
+from thinrank.optim.methods.dct_adamw import DCTAdamWConfig
+from thinrank.optim.methods.galore import GaLoreConfig
+from thinrank.optim.methods.subspace_adamw import SubspaceAdamWConfig
+
+METHODS: dict[str, type[MethodConfig]] = {
+    "adamw": AdamWConfig,
+    "galore": GaLoreConfig,
+    "dct_adamw": DCTAdamWConfig,
+    "subspace_adamw": SubspaceAdamWConfig,
+}
+"""Every method by the name a configuration file uses; the tests' battery runs over it."""
+
+__all__ = [
+    "METHODS",
+    "AdamWConfig",
+    "DCTAdamWConfig",
+    "GaLoreConfig",
+    "LowRankConfig",
+    "MethodConfig",
+    "SubspaceAdamWConfig",
+]

@@ -1,0 +1,124 @@
+"""What the configurations of all methods have in common."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+from thinrank.optim.inner.elementwise import ElementwiseAdamW
+from thinrank.optim.rule import MatrixRule
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuses a value that is not one of `allowed`, naming the nearest."""
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+
+
+def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, open_low: bool = False) -> None:
+    """Refuses what is not a finite number from `low` to `high`."""
+    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fine or value > high or value < low or (open_low and value == low):
+        above = f"above {low:g}" if open_low else f"at least {low:g}"
+        below = "" if high == math.inf else f" and at most {high:g}"
+        raise ValueError(f"{name} must be a number {above}{below}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Fields of every optimizer; a learning rate for each role, because matrices and embeddings want different ones."""
+
+    name: str = field(default="", metadata={"help": "method (chosen by `optimizer=…`)"})
+    lr: float = field(default=1e-3, metadata={"help": "learning rate of the matrices"})
+    embedding_lr: float | None = field(
+        default=None, metadata={"help": "learning rate of embeddings and output head; null: as lr"}
+    )
+    vector_lr: float | None = field(
+        default=None, metadata={"help": "learning rate of norms and biases; null: as embedding_lr"}
+    )
+    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"help": "decay rates of Adam's two moments"})
+    eps: float = field(default=1e-8, metadata={"help": "added to Adam's denominator"})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "decoupled weight decay of matrices, embeddings and head; norms and biases have none"}
+    )
+
+    GROUP: ClassVar[tuple[str, ...]] = ("betas", "eps")
+    """Fields that a parameter group carries beside lr and weight_decay."""
+
+    def __post_init__(self) -> None:
+        number("lr", self.lr)
+        for key in ("embedding_lr", "vector_lr"):
+            if getattr(self, key) is not None:
+                number(key, getattr(self, key))
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
+        for beta in self.betas:
+            number("betas", beta)
+            if beta >= 1.0:
+                raise ValueError(f"betas must be below 1, got {self.betas!r}")
+        number("eps", self.eps)
+        number("weight_decay", self.weight_decay)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Default of every field a parameter group carries."""
+        found = {f.name: f.default if f.default is not MISSING else None for f in fields(cls)}
+        return {key: found[key] for key in ("lr", "weight_decay", *cls.GROUP)}
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any]) -> MethodConfig:
+        """The configuration that a parameter group's values amount to; refuses bad ones."""
+        values = {key: group[key] for key in ("weight_decay", *cls.GROUP)}
+        values["betas"] = tuple(float(beta) for beta in values["betas"])
+        return cls(lr=float(group["lr"]), **values)
+
+    def group(self) -> dict[str, Any]:
+        """The values that a parameter group of matrices carries."""
+        return {key: getattr(self, key) for key in self.GROUP}
+
+    def matrix_rule(self) -> MatrixRule | None:
+        """The rule for matrices, or None when they are stepped like everything else."""
+        return None
+
+    def element_rule(self) -> ElementwiseAdamW:
+        """The rule for everything else."""
+        return ElementwiseAdamW(betas=self.betas, eps=self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(MethodConfig):
+    """Fields of every method with a subspace."""
+
+    rank: int | float | None = field(
+        default=0.25, metadata={"help": "directions kept: a count, or a fraction of the matrix's short side (0.25, 1.0)"}
+    )
+    update_proj_gap: int = field(default=200, metadata={"help": "steps between two renewals of the subspace"})
+    scale: float = field(default=1.0, metadata={"help": "multiplies the learning rate of the projected matrices"})
+    targets: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "what is projected: presets (all-linear, attention, mlp) or regular expressions on parameter names"},
+    )
+    exclude: list[str] = field(
+        default_factory=list, metadata={"help": "regular expressions on parameter names that are not projected"}
+    )
+
+    GROUP: ClassVar[tuple[str, ...]] = (*MethodConfig.GROUP, "rank", "update_proj_gap", "scale")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank is not None:
+            whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
+            part = isinstance(self.rank, float) and (0.0 < self.rank <= 1.0 or self.rank >= 1.0 and self.rank.is_integer())
+            if not (whole or part):
+                raise ValueError(
+                    "rank must be at least 1 (directions) or a fraction of the short side in (0, 1], "
+                    f"got {self.rank!r}"
+                )
+        if not isinstance(self.update_proj_gap, int) or self.update_proj_gap < 1:
+            raise ValueError(f"update_proj_gap must be at least 1 step, got {self.update_proj_gap!r}")
+        number("scale", self.scale)

@@ -1,0 +1,83 @@
+"""DCT-AdamW (Modoranu et al. 2025, arXiv 2505.17967): AdamW on the strongest columns of a fixed cosine basis.
+
+With the orthonormal DCT-II matrix C (its rows are the atoms), for a gradient G (m × n, m ≥ n) and the error E:
+
+    A = G + E ;  S = A Cᵀ ;  every T_u steps: idx = the r columns of S of largest norm
+    a = S[:, idx] ;  E ← A − a C[idx]
+    M, V: a column that stays chosen keeps its moments, a new one starts from zero
+    M ← β1 M + (1−β1) a ;  V ← β2 V + (1−β2) a² ;  W ← (1−η λ) W − η (M̂ / (sqrt(V̂) + ε)) C[idx]
+
+for wide matrices with the sides exchanged. The paper's: selection by l1 norm, gap 1, rotation of the moments by
+C[idx_old] C[idx_new]ᵀ, quantised error. Ours: slots that keep their column, which turns the rotation into setting a few
+columns to zero; a correct quantiser (the published one uses 16 of 256 levels); one basis in both engines; one basis
+for each size; ages by column; bases other than the DCT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from thinrank.optim.inner.adam import Adam
+from thinrank.optim.linalg.fixed import BASES, NORMS
+from thinrank.optim.lowrank.feedback import FEEDBACKS
+from thinrank.optim.lowrank.lift import Project
+from thinrank.optim.lowrank.rule import LowRank
+from thinrank.optim.lowrank.subspace import FixedColumns
+from thinrank.optim.lowrank.transport import Keep, Reset, Rotate, Transport
+from thinrank.optim.methods.config import LowRankConfig, choice
+
+TRANSPORTS = ("rotate", "keep", "reset")
+
+
+def transport_named(name: str, betas: tuple[float, float]) -> Transport:
+    """`rotate`, `keep` or `reset`."""
+    return {"rotate": Rotate(betas), "keep": Keep(), "reset": Reset()}[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCTAdamWConfig(LowRankConfig):
+    """DCT-AdamW with the paper's selection and gap, and rotated moments."""
+
+    name: str = field(default="dct_adamw", metadata={"help": "method (chosen by `optimizer=…`)"})
+    update_proj_gap: int = field(default=1, metadata={"help": "steps between two choices of columns"})
+    basis: str = field(default="dct", metadata={"help": "fixed orthogonal basis: dct, identity, hadamard, random"})
+    norm: str = field(default="l1", metadata={"help": "columns are ranked by this norm: l1 (the paper), l2"})
+    transport: str = field(
+        default="rotate", metadata={"help": "moments at a new choice: rotate, keep (mixes columns), reset"}
+    )
+    error_feedback: str = field(
+        default="off", metadata={"help": "what did not fit is added to the next gradient: off, full (float32), 8bit"}
+    )
+    column_age: bool = field(
+        default=True, metadata={"help": "correct each column's bias by its own age, so that new columns do not overshoot"}
+    )
+    engine: str = field(default="auto", metadata={"help": "how coordinates are computed: auto, matmul, fft (dct only)"})
+
+    GROUP: ClassVar[tuple[str, ...]] = (
+        *LowRankConfig.GROUP, "basis", "norm", "transport", "error_feedback", "column_age", "engine",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("basis", self.basis, BASES)
+        choice("norm", self.norm, NORMS)
+        choice("transport", self.transport, TRANSPORTS)
+        choice("error_feedback", self.error_feedback, tuple(FEEDBACKS))
+        choice("engine", self.engine, ("auto", "matmul", "fft"))
+        if self.engine == "fft" and self.basis != "dct":
+            raise ValueError(f"engine='fft' computes the DCT alone, got basis={self.basis!r}: use engine='matmul'")
+
+    def matrix_rule(self) -> LowRank | None:
+        if self.rank is None:
+            return None
+        return LowRank(
+            feedback=FEEDBACKS[self.error_feedback],
+            subspace=FixedColumns(
+                rank=self.rank, every=self.update_proj_gap, basis=self.basis, norm=self.norm, engine=self.engine
+            ),
+            transport=transport_named(self.transport, self.betas),
+            inner=Adam(betas=self.betas, eps=self.eps, ages=self.column_age),
+            lift=Project(),
+            scale=self.scale,
+        )

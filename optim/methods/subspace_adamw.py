@@ -1,0 +1,56 @@
+"""AdamW in a warm-started dominant subspace, with what the subspace misses added back: our default.
+
+No single paper's; its parts are: randomized subspace iteration (Halko et al. 2011; GaLore+, Liao et al. 2024) for the
+basis, warm from the one before; LDAdam's rotation of both moments (Robert et al. 2024); Fira's scaled residual (Chen et
+al. 2024), optionally reduced to signs and one scale a row (ours). With
+
+    every T steps: B ← top-r right singular subspace of G by subspace iteration from the old B; moments rotated
+    R = G B ;  N = Adam(R) ;  φ_j = ‖N_j‖ / ‖R_j‖ for each row j
+    W ← (1−η λ) W − η α (N Bᵀ + limit(φ ∘ (G − R Bᵀ)))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from thinrank.optim.inner.adam import Adam
+from thinrank.optim.lowrank.lift import Lift, Project, Residual
+from thinrank.optim.lowrank.rule import LowRank
+from thinrank.optim.lowrank.subspace import PowerIteration
+from thinrank.optim.methods.config import LowRankConfig, choice, number
+from thinrank.optim.methods.dct_adamw import TRANSPORTS, transport_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceAdamWConfig(LowRankConfig):
+    """AdamW in a subspace that follows the gradient, plus a scaled residual."""
+
+    name: str = field(default="subspace_adamw", metadata={"help": "method (chosen by `optimizer=…`)"})
+    transport: str = field(default="rotate", metadata={"help": "moments at a renewal: rotate, keep, reset"})
+    residual: str = field(
+        default="full", metadata={"help": "what the subspace misses: full (added back, scaled), sign (its signs), off"}
+    )
+    residual_limit: float = field(default=1.01, metadata={"help": "largest growth of the residual's norm in a step"})
+
+    GROUP: ClassVar[tuple[str, ...]] = (*LowRankConfig.GROUP, "transport", "residual", "residual_limit")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("transport", self.transport, TRANSPORTS)
+        choice("residual", self.residual, ("full", "sign", "off"))
+        number("residual_limit", self.residual_limit, low=1.0)
+
+    def matrix_rule(self) -> LowRank | None:
+        if self.rank is None:
+            return None
+        lift: Lift = Project()
+        if self.residual != "off":
+            lift = Residual(limit=self.residual_limit, signs=self.residual == "sign")
+        return LowRank(
+            subspace=PowerIteration(rank=self.rank, every=self.update_proj_gap),
+            transport=transport_named(self.transport, self.betas),
+            inner=Adam(betas=self.betas, eps=self.eps),
+            lift=lift,
+            scale=self.scale,
+        )

@@ -1,0 +1,352 @@
+"""A torch optimizer that steps matrices by a low-rank rule and everything else by AdamW."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.axis import WHOLE, Axis
+from thinrank.optim.exchange import local
+from thinrank.optim.inner.elementwise import ElementwiseAdamW
+from thinrank.optim.lowrank.subspace import width
+from thinrank.optim.matrix import MatrixView, matrix_views
+from thinrank.optim.methods.config import MethodConfig
+from thinrank.optim.rule import Decay, MatrixRule, Probe, State, Step
+
+BATCH_BYTES = 64 * 2**20
+"""Largest float32 gradient batch that is stacked; the copy is transient memory, so it has a bound."""
+
+GROUP_EXTRAS: dict[str, Any] = {"role": "", "label": "", "sections": None, "blocks": 1, "seed": 0}
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Equal matrices of one group that are stepped together, and their stacked state."""
+
+    params: list[torch.nn.Parameter]
+    names: list[str]
+    view: MatrixView
+    prefix: str
+    states: list[State]
+    stacked: State
+    counts: Tensor
+
+    def current(self, state: Mapping[Tensor, Any]) -> bool:
+        """False when somebody replaced a parameter's state, so that our stack is no longer it."""
+        return all(state[p] is own for p, own in zip(self.params, self.states, strict=True))
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers of the suite; the subclass says which method's rooms its groups are built from.
+
+    A parameter group whose `rank` is set is stepped by the method's low-rank rule wherever a parameter has at least two
+    dimensions; everything else is stepped by AdamW. All tunable values live in the group, all state is named tensors that
+    exist with their final shapes from construction on, float32 for projected matrices.
+
+    Group keys beside the method's own: `sections` (row counts of a fused weight whose parts are their own matrices), `blocks`
+    (equal parts of each section, such as heads), `seed` (of every random choice), `role` and `label` (for reports).
+
+    Attributes:
+        measure: set it to have the next step fill `measured`; costs a device synchronisation, so leave it off otherwise.
+        measured: `captured_energy` by parameter name, `update_rms` and `effective_lr` by group label.
+        axis: the ranks that share matrices and data; the identity in one process and under plain DDP.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, seed: int = 0) -> None:
+        self._forget()
+        super().__init__(params, {**self.Config.defaults(), **GROUP_EXTRAS, **defaults, "seed": seed})
+
+    def _forget(self) -> None:
+        """Drops what can be recomputed."""
+        self._buckets: list[list[Bucket]] | None = None
+        self._rules: dict[tuple[Any, ...], tuple[MatrixRule | None, ElementwiseAdamW]] = {}
+        self._clamped = False
+        self.measure = False
+        self.measured: dict[str, dict[str, float]] = {}
+        self.axis: Axis = WHOLE
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        for group in self.param_groups:
+            for key, value in {**self.Config.defaults(), **GROUP_EXTRAS}.items():
+                group.setdefault(key, value)
+
+    # --- construction -----------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in torch, and creates its state; refuses bad values before anything is changed."""
+        trial = {**self.defaults, **param_group}
+        try:
+            self.Config.of_group(trial)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{type(self).__name__}: {error}") from None
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        index = len(self.param_groups) - 1
+        rules = self.rules(group)
+        if not group["label"]:
+            group["label"] = f"group{index}"
+        try:
+            for name, param in zip(self.names(index), group["params"], strict=True):
+                self._refuse(name, param)
+                self.state[param] = self._initial_state(name, param, group, *rules)
+        except (ValueError, NotImplementedError):
+            self.param_groups.pop()
+            for param in group["params"]:
+                self.state.pop(param, None)
+            raise
+        self._buckets = None
+
+    def names(self, index: int) -> list[str]:
+        """Names of the parameters of group `index`: the model's where they were given, else by position."""
+        group = self.param_groups[index]
+        given = group.get("param_names")
+        return list(given) if given else [f"{index}.{i}" for i in range(len(group["params"]))]
+
+    def _refuse(self, name: str, param: Tensor) -> None:
+        if param.is_complex():
+            raise NotImplementedError(f"{type(self).__name__} steps real parameters; {name} is complex: use its view_as_real")
+        if not param.is_floating_point():
+            raise ValueError(f"{type(self).__name__} steps floating-point parameters; {name} is {param.dtype}: freeze it")
+
+    def rules(self, group: Mapping[str, Any]) -> tuple[MatrixRule | None, ElementwiseAdamW]:
+        """The rule for matrices (None: like everything else) and the rule for everything else that `group`'s values name."""
+        config = self.Config.of_group({**group, "lr": 0.0})
+        values = tuple(repr(getattr(config, key)) for key in self.Config.GROUP)
+        if values not in self._rules:
+            self._rules[values] = (config.matrix_rule(), config.element_rule())
+        return self._rules[values]
+
+    def _views(self, param: Tensor, group: Mapping[str, Any], rule: MatrixRule | None) -> tuple[MatrixView, ...]:
+        if rule is None or param.ndim < 2 or param.numel() == 0:
+            return ()
+        sections = group["sections"]
+        return matrix_views(
+            tuple(param.shape),
+            group.get("proj_type", "std"),
+            sections=None if sections is None else tuple(sections),
+            blocks=group["blocks"],
+        )
+
+    def _initial_state(
+        self, name: str, param: Tensor, group: Mapping[str, Any], rule: MatrixRule | None, element: ElementwiseAdamW
+    ) -> State:
+        views = self._views(param, group, rule)
+        if rule is None or not views:
+            return element.init(param)
+        self._warn_if_clamped(name, views, group)
+        state: State = {"step": torch.zeros((), dtype=torch.float32, device="meta" if param.is_meta else "cpu")}
+        for i, view in enumerate(views):
+            for key, value in rule.init((view.blocks, *view.shape), param.device).items():
+                state[_prefix(views, i) + key] = value if view.blocks > 1 else value[0]
+        return state
+
+    def _warn_if_clamped(self, name: str, views: tuple[MatrixView, ...], group: Mapping[str, Any]) -> None:
+        for view in views:
+            shape = (view.blocks, *view.shape)
+            if not self._clamped and group["rank"] >= 1 and width(group["rank"], shape) < int(group["rank"]):
+                if isinstance(group["rank"], float) and group["rank"] == 1.0:
+                    continue
+                self._clamped = True
+                warnings.warn(
+                    f"rank {group['rank']} is above the {width(group['rank'], shape)} directions that {name} has; "
+                    "it and others like it are stepped with all of them",
+                    stacklevel=6,
+                )
+
+    # --- stepping ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; the others, and their state, stay as they are.
+
+        Args:
+            closure: re-evaluates the model under `enable_grad` and returns the loss.
+
+        Returns:
+            the closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._is_dry_run():
+            return loss
+        probe = Probe() if self.measure else None
+        buckets = self._assembled()
+        for index, group in enumerate(self.param_groups):
+            lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+            rule, element = self.rules(group)
+            for bucket in buckets[index]:
+                assert rule is not None  # buckets are made for groups with a matrix rule only
+                self._step_bucket(bucket, rule, group, lr, weight_decay, probe)
+            rest = [p for p in group["params"] if p.grad is not None and not self._views(p, group, rule)]
+            if rest:
+                self._step_rest(rest, element, group["label"], lr, weight_decay, probe)
+        if probe is not None:
+            self.measured = {
+                "captured_energy": probe.captured_energy,
+                "update_rms": probe.update_rms(),
+                "effective_lr": {g["label"]: float(g["lr"]) * self.scale(g) for g in self.param_groups},
+            }
+            self.measure = False
+        return loss
+
+    def scale(self, group: Mapping[str, Any]) -> float:
+        """What multiplies the learning rate of `group`."""
+        rule, _ = self.rules(group)
+        return 1.0 if rule is None else rule.scale
+
+    def _is_dry_run(self) -> bool:
+        # torch's distributed checkpoint takes one step with zero gradients at lr 0 before it loads; it must leave no trace
+        if any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
+        return not any(bool(grad.any()) for grad in grads)
+
+    def _grad(self, name: str, param: Tensor) -> Tensor:
+        assert param.grad is not None
+        if param.grad.is_sparse:
+            raise RuntimeError(f"{type(self).__name__} needs dense gradients; {name} has a sparse one: use sparse=False")
+        return param.grad
+
+    def _step_bucket(
+        self, bucket: Bucket, rule: MatrixRule, group: Mapping[str, Any], lr: float, weight_decay: float, probe: Probe | None
+    ) -> None:
+        active = [i for i, p in enumerate(bucket.params) if p.grad is not None]
+        if not active:
+            return
+        view, blocks = bucket.view, bucket.view.blocks
+        every = len(active) == len(bucket.params)
+        rows = [i * blocks + b for i in active for b in range(blocks)]
+        state = bucket.stacked if every else {key: value[rows] for key, value in bucket.stacked.items()}
+        counts = [int(c) for c in bucket.counts[active].tolist()]
+        step = Step(
+            count=[c for c in counts for _ in range(blocks)],
+            keys=[zlib.crc32(f"{bucket.prefix}{bucket.names[i]}.{b}".encode()) for i in active for b in range(blocks)],
+            seed=group["seed"],
+            axis=self.axis,
+            transposed=view.transposed,
+            record={} if probe is not None else None,
+        )
+        grads = local.bring([self._grad(bucket.names[i], bucket.params[i]) for i in active], view)
+        update = rule.update(grads, state, step)
+        if not every:
+            for key, value in state.items():
+                bucket.stacked[key][rows] = value
+        bucket.counts[active] += 1.0
+        if probe is not None:
+            probe.saw(group["label"], update.materialise())
+            for key, values in (step.record or {}).items():
+                measured = values.reshape(len(active), blocks).mean(-1).tolist()
+                getattr(probe, key).update(
+                    {bucket.prefix + bucket.names[i]: value for i, value in zip(active, measured, strict=True)}
+                )
+        keep, gain = rule.decay.factors(lr, weight_decay)
+        local.give_back([bucket.params[i] for i in active], view, update, keep=keep, step=lr * rule.scale * gain)
+
+    def _step_rest(
+        self, params: list[Tensor], rule: ElementwiseAdamW, label: str, lr: float, weight_decay: float, probe: Probe | None
+    ) -> None:
+        before = [p.detach().clone() for p in params] if probe is not None and lr else []
+        grads = [self._grad(label, p) for p in params]
+        rule.step_(params, grads, [self.state[p] for p in params], lr=lr, weight_decay=weight_decay)
+        keep, _ = Decay().factors(lr, weight_decay)
+        for old, new in zip(before, params, strict=bool(before)):
+            assert probe is not None
+            probe.saw(label, (old * keep - new) / lr)
+
+    def _assembled(self) -> list[list[Bucket]]:
+        """The buckets of every group, stacked anew where somebody has replaced states since the last step."""
+        if self._buckets is None or not all(b.current(self.state) for bs in self._buckets for b in bs):
+            self._buckets = [self._assemble(index) for index in range(len(self.param_groups))]
+        return self._buckets
+
+    def _assemble(self, index: int) -> list[Bucket]:
+        group = self.param_groups[index]
+        rule, _ = self.rules(group)
+        members: dict[tuple[Any, ...], list[tuple[torch.nn.Parameter, str]]] = {}
+        for name, param in zip(self.names(index), group["params"], strict=True):
+            views = self._views(param, group, rule)
+            for i, view in enumerate(views):
+                members.setdefault((view, _prefix(views, i), param.dtype, param.device), []).append((param, name))
+        buckets = []
+        for (view, prefix, _, _), found in members.items():
+            most = max(1, BATCH_BYTES // (4 * view.blocks * view.shape[0] * view.shape[1]))
+            for start in range(0, len(found), most):
+                buckets.append(self._stack(found[start : start + most], view, prefix))
+        return buckets
+
+    def _stack(self, members: list[tuple[torch.nn.Parameter, str]], view: MatrixView, prefix: str) -> Bucket:
+        params = [param for param, _ in members]
+        states = [self.state[p] for p in params]
+        keys = [k[len(prefix) :] for k in states[0] if k != "step" and k.startswith(prefix)]
+        stacked: State = {}
+        for key in keys:
+            parts = [state[prefix + key] for state in states]
+            stacked[key] = torch.cat(parts) if view.blocks > 1 else torch.stack(parts)
+            for i, state in enumerate(states):
+                state[prefix + key] = stacked[key][i * view.blocks : (i + 1) * view.blocks] if view.blocks > 1 else stacked[key][i]
+        counts = torch.stack([state["step"].cpu() for state in states])
+        for i, state in enumerate(states):
+            state["step"] = counts[i]
+        return Bucket(params, [name for _, name in members], view, prefix, states, stacked, counts)
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors as they are."""
+        return sum(v.numel() * v.element_size() for state in self.state.values() for v in state.values())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict()` gave: checked whole first, then copied into the existing tensors, dtypes kept.
+
+        Raises:
+            ValueError: when groups, state names or shapes differ; nothing is changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        saved = state_dict["param_groups"]
+        remedy = "build the optimizer with the configuration that it was saved with"
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError(f"the saved optimizer state has other parameter groups than {type(self).__name__} here: {remedy}")
+        pairs = [
+            (name, param, state_dict["state"].get(key, {}))
+            for index, (old, new) in enumerate(zip(saved, self.param_groups, strict=True))
+            for name, key, param in zip(self.names(index), old["params"], new["params"], strict=True)
+        ]
+        for name, param, state in pairs:
+            mine = {key: tuple(value.shape) for key, value in self.state[param].items()}
+            theirs = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
+            if mine != theirs:
+                raise ValueError(f"the saved optimizer state of {name} is {theirs}, not {mine}: {remedy}")
+        for _, param, state in pairs:
+            for key, value in state.items():
+                target = self.state[param][key]
+                target.copy_(value if isinstance(value, Tensor) else torch.as_tensor(value))
+        groups = []
+        for old, new in zip(saved, self.param_groups, strict=True):
+            values = copy.deepcopy({key: value for key, value in old.items() if key != "params"})
+            groups.append({**new, **values, "params": new["params"]})
+        axis = self.axis
+        self.__setstate__({"state": self.state, "param_groups": groups})
+        self.axis = axis
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+
+def _prefix(views: tuple[MatrixView, ...], index: int) -> str:
+    return f"{index}." if len(views) > 1 else ""

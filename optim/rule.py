@@ -1,0 +1,100 @@
+"""What the optimizer asks of a rule, and what it tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.axis import WHOLE, Axis
+from thinrank.optim.update import Update
+
+State = dict[str, Tensor]
+"""Named tensors, created at construction, with the same keys and shapes ever after; first dimension = the batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """The circumstances of one update of a batch of equal matrices.
+
+    Attributes:
+        count: updates completed before this one, for each matrix of the batch.
+        keys: a stable number for each matrix (from its name), which with `seed` and `count` seeds its randomness, so that
+            no rule ever reads or moves a global generator.
+        seed: the user's projection seed.
+        axis: the ranks that share the matrices.
+        transposed: True when a rule's (long, short) is the transpose of how the weight is stored.
+        record: where a rule leaves what it measured, one value for each matrix, or None when nobody asks.
+    """
+
+    count: Sequence[int]
+    keys: Sequence[int] = ()
+    seed: int = 0
+    axis: Axis = WHOLE
+    transposed: bool = False
+    record: dict[str, Tensor] | None = None
+
+    def only(self, which: Sequence[int]) -> Step:
+        """The same circumstances for some matrices of the batch; what these measure is not recorded."""
+        keys = [self.keys[i] for i in which] if self.keys else ()
+        return Step(
+            count=[self.count[i] for i in which], keys=keys, seed=self.seed, axis=self.axis, transposed=self.transposed
+        )
+
+    def generator(self, index: int) -> torch.Generator:
+        """A CPU generator that depends on the seed, the matrix and its count alone."""
+        key = self.keys[index] if self.keys else index
+        mixed = (self.seed * 0x9E3779B1 + key * 0x85EBCA6B + self.count[index] * 0xC2B2AE35) & 0x7FFFFFFFFFFFFFFF
+        return torch.Generator().manual_seed(mixed)
+
+
+@dataclass(frozen=True, slots=True)
+class Decay:
+    """Decoupled weight decay and when it acts: before the update (torch, DCT-AdamW) or after it (GaLore)."""
+
+    after: bool = False
+
+    def factors(self, lr: float, weight_decay: float) -> tuple[float, float]:
+        """`(keep, gain)`: the weight is multiplied by `keep`, the update by `gain`, in one pass."""
+        keep = 1.0 - lr * weight_decay
+        return keep, keep if self.after else 1.0
+
+
+class MatrixRule(Protocol):
+    """A rule for a batch of equal matrices `(batch, long, short)`."""
+
+    @property
+    def scale(self) -> float:
+        """Multiplies the learning rate (GaLore's alpha)."""
+        ...
+
+    @property
+    def decay(self) -> Decay: ...
+
+    def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
+        """The state of a batch of matrices of `shape` (batch, long, short)."""
+        ...
+
+    def update(self, grad: Tensor, state: State, step: Step) -> Update:
+        """The direction for `grad` (float32); changes `state` in place."""
+        ...
+
+
+@dataclass
+class Probe:
+    """Collects what is measured in a step that somebody wants to see."""
+
+    captured_energy: dict[str, float] = field(default_factory=dict)
+    squares: dict[str, float] = field(default_factory=dict)
+    elements: dict[str, int] = field(default_factory=dict)
+
+    def saw(self, label: str, update: Tensor) -> None:
+        """Counts an update (before the learning rate) towards the root mean square of its group."""
+        self.squares[label] = self.squares.get(label, 0.0) + float(update.float().square().sum())
+        self.elements[label] = self.elements.get(label, 0) + update.numel()
+
+    def update_rms(self) -> dict[str, float]:
+        return {label: (total / self.elements[label]) ** 0.5 for label, total in self.squares.items()}
