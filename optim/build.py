@@ -66,4 +66,3 @@ def build(
 def _optimizer(groups: list[dict[str, Any]], config: MethodConfig, *, seed: int) -> MatrixOptimizer:
     cls = cast("Any", OPTIMIZERS[type(config)])
     return cls(groups, lr=config.lr, weight_decay=config.weight_decay, seed=seed, **config.group())
-

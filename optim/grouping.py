@@ -116,7 +116,9 @@ class Routing:
 
     def table(self) -> str:
         """One line for each role and rule: parameters, elements, state bytes, learning rate."""
-        lines = [f"{'role':<10} {'rule':<16} {'tensors':>7} {'elements':>14} {'state bytes':>14} {'bytes/weight':>12} {'lr':>9}"]
+        lines = [
+            f"{'role':<10} {'rule':<16} {'tensors':>7} {'elements':>14} {'state bytes':>14} {'bytes/weight':>12} {'lr':>9}"
+        ]
         seen: dict[tuple[str, str, float], list[Row]] = {}
         for row in self.rows:
             seen.setdefault((row.role, row.rule, row.lr), []).append(row)
@@ -134,7 +136,9 @@ class Routing:
         return "\n".join(lines)
 
 
-def targeted(names: Iterable[str], role: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]], config: LowRankConfig) -> set[str]:
+def targeted(
+    names: Iterable[str], role: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]], config: LowRankConfig
+) -> set[str]:
     """Names of the parameters that `config` projects.
 
     Presets choose among matrices; a regular expression may also name an embedding or a head of two dimensions.

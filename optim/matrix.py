@@ -39,8 +39,11 @@ class MatrixView:
 
     def of(self, tensor: Tensor) -> Tensor:
         """`(blocks, long, short)` of `tensor`; a view of it wherever its strides allow one, else a copy."""
-        flat = tensor.reshape(tensor.shape[0], -1)[self.start : self.stop]
-        parts = flat.unflatten(0, (self.blocks, -1))
+        if self.blocks == 1 and tensor.ndim == 2 and self.stop - self.start == tensor.shape[0]:
+            parts = tensor.unsqueeze(0)  # the plain matrix, which is nearly always what comes
+        else:
+            flat = tensor.reshape(tensor.shape[0], -1)[self.start : self.stop]
+            parts = flat.unflatten(0, (self.blocks, -1))
         return parts.mT if self.transposed else parts
 
 

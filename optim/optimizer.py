@@ -37,10 +37,19 @@ class Bucket:
     states: list[State]
     stacked: State
     counts: Tensor
+    keys: list[int]
 
     def current(self, state: Mapping[Tensor, Any]) -> bool:
         """False when somebody replaced a parameter's state, so that our stack is no longer it."""
         return all(state[p] is own for p, own in zip(self.params, self.states, strict=True))
+
+
+@dataclass(slots=True)
+class Layout:
+    """How the parameters of one group are stepped: matrices in buckets, the rest element by element."""
+
+    buckets: list[Bucket]
+    rest: list[torch.nn.Parameter]
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -67,7 +76,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drops what can be recomputed."""
-        self._buckets: list[list[Bucket]] | None = None
+        self._layouts: list[Layout] | None = None
         self._rules: dict[tuple[Any, ...], tuple[MatrixRule | None, ElementwiseAdamW]] = {}
         self._clamped = False
         self.measure = False
@@ -105,7 +114,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 self.state.pop(param, None)
             raise
-        self._buckets = None
+        self._layouts = None
 
     def names(self, index: int) -> list[str]:
         """Names of the parameters of group `index`: the model's where they were given, else by position."""
@@ -115,15 +124,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _refuse(self, name: str, param: Tensor) -> None:
         if param.is_complex():
-            raise NotImplementedError(f"{type(self).__name__} steps real parameters; {name} is complex: use its view_as_real")
+            raise NotImplementedError(
+                f"{type(self).__name__} steps real parameters; {name} is complex: use its view_as_real"
+            )
         if not param.is_floating_point():
-            raise ValueError(f"{type(self).__name__} steps floating-point parameters; {name} is {param.dtype}: freeze it")
+            raise ValueError(
+                f"{type(self).__name__} steps floating-point parameters; {name} is {param.dtype}: freeze it"
+            )
 
     def rules(self, group: Mapping[str, Any]) -> tuple[MatrixRule | None, ElementwiseAdamW]:
         """The rule for matrices (None: like everything else) and the rule for everything else that `group`'s values name."""
-        config = self.Config.of_group({**group, "lr": 0.0})
-        values = tuple(repr(getattr(config, key)) for key in self.Config.GROUP)
+        values = tuple(repr(group[key]) for key in self.Config.GROUP)
         if values not in self._rules:
+            config = self.Config.of_group({**group, "lr": 0.0, "weight_decay": 0.0})
             self._rules[values] = (config.matrix_rule(), config.element_rule())
         return self._rules[values]
 
@@ -183,14 +196,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._is_dry_run():
             return loss
         probe = Probe() if self.measure else None
-        buckets = self._assembled()
-        for index, group in enumerate(self.param_groups):
+        for group, layout in zip(self.param_groups, self._assembled(), strict=True):
             lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
             rule, element = self.rules(group)
-            for bucket in buckets[index]:
+            for bucket in layout.buckets:
                 assert rule is not None  # buckets are made for groups with a matrix rule only
                 self._step_bucket(bucket, rule, group, lr, weight_decay, probe)
-            rest = [p for p in group["params"] if p.grad is not None and not self._views(p, group, rule)]
+            rest = [p for p in layout.rest if p.grad is not None]
             if rest:
                 self._step_rest(rest, element, group["label"], lr, weight_decay, probe)
         if probe is not None:
@@ -217,11 +229,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _grad(self, name: str, param: Tensor) -> Tensor:
         assert param.grad is not None
         if param.grad.is_sparse:
-            raise RuntimeError(f"{type(self).__name__} needs dense gradients; {name} has a sparse one: use sparse=False")
+            raise RuntimeError(
+                f"{type(self).__name__} needs dense gradients; {name} has a sparse one: use sparse=False"
+            )
         return param.grad
 
     def _step_bucket(
-        self, bucket: Bucket, rule: MatrixRule, group: Mapping[str, Any], lr: float, weight_decay: float, probe: Probe | None
+        self,
+        bucket: Bucket,
+        rule: MatrixRule,
+        group: Mapping[str, Any],
+        lr: float,
+        weight_decay: float,
+        probe: Probe | None,
     ) -> None:
         active = [i for i, p in enumerate(bucket.params) if p.grad is not None]
         if not active:
@@ -233,7 +253,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         counts = [int(c) for c in bucket.counts[active].tolist()]
         step = Step(
             count=[c for c in counts for _ in range(blocks)],
-            keys=[zlib.crc32(f"{bucket.prefix}{bucket.names[i]}.{b}".encode()) for i in active for b in range(blocks)],
+            keys=[bucket.keys[row] for row in rows],
             seed=group["seed"],
             axis=self.axis,
             transposed=view.transposed,
@@ -256,7 +276,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         local.give_back([bucket.params[i] for i in active], view, update, keep=keep, step=lr * rule.scale * gain)
 
     def _step_rest(
-        self, params: list[Tensor], rule: ElementwiseAdamW, label: str, lr: float, weight_decay: float, probe: Probe | None
+        self,
+        params: list[Tensor],
+        rule: ElementwiseAdamW,
+        label: str,
+        lr: float,
+        weight_decay: float,
+        probe: Probe | None,
     ) -> None:
         before = [p.detach().clone() for p in params] if probe is not None and lr else []
         grads = [self._grad(label, p) for p in params]
@@ -266,18 +292,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
             assert probe is not None
             probe.saw(label, (old * keep - new) / lr)
 
-    def _assembled(self) -> list[list[Bucket]]:
-        """The buckets of every group, stacked anew where somebody has replaced states since the last step."""
-        if self._buckets is None or not all(b.current(self.state) for bs in self._buckets for b in bs):
-            self._buckets = [self._assemble(index) for index in range(len(self.param_groups))]
-        return self._buckets
+    def _assembled(self) -> list[Layout]:
+        """The layout of every group, stacked anew where somebody has replaced states since the last step."""
+        if self._layouts is None or not all(b.current(self.state) for each in self._layouts for b in each.buckets):
+            self._layouts = [self._assemble(index) for index in range(len(self.param_groups))]
+        return self._layouts
 
-    def _assemble(self, index: int) -> list[Bucket]:
+    def _assemble(self, index: int) -> Layout:
         group = self.param_groups[index]
         rule, _ = self.rules(group)
         members: dict[tuple[Any, ...], list[tuple[torch.nn.Parameter, str]]] = {}
+        rest = []
         for name, param in zip(self.names(index), group["params"], strict=True):
             views = self._views(param, group, rule)
+            if not views:
+                rest.append(param)
             for i, view in enumerate(views):
                 members.setdefault((view, _prefix(views, i), param.dtype, param.device), []).append((param, name))
         buckets = []
@@ -285,7 +314,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             most = max(1, BATCH_BYTES // (4 * view.blocks * view.shape[0] * view.shape[1]))
             for start in range(0, len(found), most):
                 buckets.append(self._stack(found[start : start + most], view, prefix))
-        return buckets
+        return Layout(buckets, rest)
 
     def _stack(self, members: list[tuple[torch.nn.Parameter, str]], view: MatrixView, prefix: str) -> Bucket:
         params = [param for param, _ in members]
@@ -296,11 +325,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
             parts = [state[prefix + key] for state in states]
             stacked[key] = torch.cat(parts) if view.blocks > 1 else torch.stack(parts)
             for i, state in enumerate(states):
-                state[prefix + key] = stacked[key][i * view.blocks : (i + 1) * view.blocks] if view.blocks > 1 else stacked[key][i]
+                state[prefix + key] = (
+                    stacked[key][i * view.blocks : (i + 1) * view.blocks] if view.blocks > 1 else stacked[key][i]
+                )
         counts = torch.stack([state["step"].cpu() for state in states])
         for i, state in enumerate(states):
             state["step"] = counts[i]
-        return Bucket(params, [name for _, name in members], view, prefix, states, stacked, counts)
+        names = [name for _, name in members]
+        numbers = [zlib.crc32(f"{prefix}{name}.{block}".encode()) for name in names for block in range(view.blocks)]
+        return Bucket(params, names, view, prefix, states, stacked, counts, numbers)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -322,7 +355,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         saved = state_dict["param_groups"]
         remedy = "build the optimizer with the configuration that it was saved with"
         if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError(f"the saved optimizer state has other parameter groups than {type(self).__name__} here: {remedy}")
+            raise ValueError(
+                f"the saved optimizer state has other parameter groups than {type(self).__name__} here: {remedy}"
+            )
         pairs = [
             (name, param, state_dict["state"].get(key, {}))
             for index, (old, new) in enumerate(zip(saved, self.param_groups, strict=True))

@@ -79,7 +79,7 @@ class MatrixRule(Protocol):
         ...
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
-        """The direction for `grad` (float32); changes `state` in place."""
+        """The direction for `grad` (batch, long, short) of any floating dtype; changes `state` in place."""
         ...
 
 

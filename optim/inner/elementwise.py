@@ -36,7 +36,13 @@ class ElementwiseAdamW:
         }
 
     def step_(
-        self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], *, lr: float, weight_decay: float
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        *,
+        lr: float,
+        weight_decay: float,
     ) -> None:
         """One step on all `weights`, in place."""
         if not self.eps_raw:
@@ -64,9 +70,13 @@ class ElementwiseAdamW:
         eps: float,
     ) -> None:
         fused = all(w.device.type in ("cpu", "cuda") and w.is_floating_point() for w in weights)
-        # the fused CUDA kernel wants its step counts beside the weights; they live on the CPU otherwise
-        move = fused and weights[0].device.type == "cuda"
-        steps = [state["step"].to(w.device) if move else state["step"] for w, state in zip(weights, states, strict=True)]
+        # The fused CUDA kernel wants the step counts beside the weights. They live on the CPU, where reading them is free,
+        # so it gets filled stand-ins: a copy would make the host wait.
+        move = fused and any(w.is_cuda for w in weights)
+        steps = [
+            torch.full((), float(state["step"]), dtype=torch.float32, device=w.device) if move else state["step"]
+            for w, state in zip(weights, states, strict=True)
+        ]
         torch_adamw(
             list(weights),
             list(grads),

@@ -56,7 +56,8 @@ def _fused_direction(
         [exp_avg],
         [exp_avg_sq],
         [],
-        [torch.tensor(float(t - 1), device=grad.device if grad.device.type == "cuda" else None)],
+        # filled on the device: a copy from the host would make it wait
+        [torch.full((), float(t - 1), dtype=torch.float32, device=grad.device)],
         fused=fused,
         foreach=False,
         amsgrad=False,

@@ -7,6 +7,8 @@ the factorisation's own signs, which is what GaLore does.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -64,9 +66,10 @@ def subspace_iteration(x: Tensor, start: Tensor, rank: int, *, iterations: int =
         (..., short, rank), orthonormal, signs fixed.
     """
     q = torch.linalg.qr(start).Q
+    unit = _unit(x, axis)  # products with xᵀx overflow float32 for entries of 1e19, and vanish for 1e-19
     for _ in range(iterations):
-        q = torch.linalg.qr(axis.sum(x.mT @ (x @ q))).Q
-    image = x @ q  # (..., long, l)
+        q = torch.linalg.qr(axis.sum(x.mT @ (x @ q).mul_(unit)).mul_(unit)).Q
+    image = (x @ q).mul_(unit)  # (..., long, l)
     _, vectors = torch.linalg.eigh(axis.sum(image.mT @ image))  # rising eigenvalues
     return fix_signs(q @ vectors.flip(-1)[..., :rank])
 
@@ -78,5 +81,17 @@ def random_columns(short: int, width: int, generator: torch.Generator, device: t
 
 def captured_energy(x: Tensor, low: Tensor, axis: Axis = WHOLE) -> Tensor:
     """`‖low‖² / ‖x‖²` in [0, 1] for each matrix of the batch: what an orthonormal projection kept (0 for a zero matrix)."""
-    kept, total = axis.sum(torch.stack([low.float().square().sum((-2, -1)), x.float().square().sum((-2, -1))]))
+    unit = _unit(x, axis)
+    parts = [(part.float() * unit).square().sum((-2, -1)) for part in (low, x)]
+    kept, total = axis.sum(torch.stack(parts))
     return torch.where(total > 0, kept / total, torch.zeros_like(total)).clamp_(0.0, 1.0)
+
+
+def _unit(x: Tensor, axis: Axis) -> Tensor:
+    """What to multiply each matrix of `x` by to have its entries near one: (..., 1, 1)."""
+    empty = x.shape[-2] == 0  # a rank without rows; a maximum of nothing is refused by torch
+    own = (
+        x.new_zeros(*x.shape[:-2], 1, 1) if empty else torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
+    )
+    peak = axis.sum(own)
+    return peak.clamp(min=torch.finfo(peak.dtype).tiny).reciprocal()

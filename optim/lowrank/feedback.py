@@ -59,7 +59,7 @@ class ErrorFeedback:
         return {"error": torch.zeros(shape, dtype=torch.float32, device=device)}
 
     def enter(self, grad: Tensor, state: State) -> Tensor:
-        return grad + state["error"]
+        return state["error"] + grad
 
     def sent(self, entered: Tensor, image: Tensor, state: State) -> None:
         torch.sub(entered, image, out=state["error"])

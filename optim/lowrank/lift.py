@@ -60,7 +60,10 @@ class Residual:
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
     ) -> Factored:
         held = subspace.up(low, state, x.shape[-1])
-        residual = torch.baddbmm(x, held.direction, held.basis.mT, alpha=-1.0)
+        if held.direction.dtype == torch.float32:
+            residual = torch.baddbmm(x.float(), held.direction, held.basis.mT, alpha=-1.0)
+        else:
+            residual = (held.direction @ held.basis.mT).float().neg_().add_(x)
         low_norm = torch.linalg.vector_norm(low, dim=-1, keepdim=True)
         phi = torch.linalg.vector_norm(direction, dim=-1, keepdim=True) / low_norm.clamp(min=1e-8)
         if self.signs:

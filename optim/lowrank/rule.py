@@ -69,7 +69,7 @@ class LowRank:
 
         Returns the coordinates of all of `x` where the renewal computed them.
         """
-        shared = step.axis.mean(x)
+        shared = step.axis.mean(x.float())
         if self.subspace.factorises:
             strange = step.axis.sum((~torch.isfinite(shared)).sum((-2, -1)).float()).tolist()
             due = [i for i in due if not strange[i]]

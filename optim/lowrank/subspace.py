@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -44,11 +45,11 @@ class Subspace(Protocol):
         ...
 
     def down(self, x: Tensor, state: State) -> Tensor:
-        """Coordinates of `x` in the subspace."""
+        """Coordinates of `x` in the subspace, float32; the product is computed in the subspace's `dtype`."""
         ...
 
     def up(self, low: Tensor, state: State, short: int) -> Factored:
-        """The full-size matrix with these coordinates, in factors."""
+        """The full-size matrix with these coordinates, in factors of the subspace's `dtype`."""
         ...
 
 
@@ -57,6 +58,12 @@ def width(rank: int | float, shape: Shape3) -> int:
     _, long, short = shape
     wanted = max(1, round(rank * short)) if rank < 1 or isinstance(rank, float) and rank == 1.0 else int(rank)
     return min(wanted, short, long)
+
+
+@lru_cache(maxsize=8)
+def _matrix(basis: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # remembered because every step needs it; a pure function of its arguments, so it is not state
+    return basis_matrix(basis, n, dtype=dtype, device=device)
 
 
 def _unit_columns(shape: Shape3, rank: int, side: int, device: torch.device) -> Tensor:
@@ -70,6 +77,7 @@ class Svd:
     rank: int | float
     every: int = 200
     signs: str = "lapack"
+    dtype: torch.dtype = torch.float32
     factorises: bool = True
 
     def small(self, shape: Shape3) -> Shape3:
@@ -88,10 +96,10 @@ class Svd:
         return change, None
 
     def down(self, x: Tensor, state: State) -> Tensor:
-        return x @ state["basis"]
+        return (x.to(self.dtype) @ state["basis"].to(self.dtype)).float()
 
     def up(self, low: Tensor, state: State, short: int) -> Factored:
-        return Factored(low, state["basis"])
+        return Factored(low.to(self.dtype), state["basis"].to(self.dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +108,7 @@ class TwoSidedSvd:
 
     rank: int | float
     every: int = 200
+    dtype: torch.dtype = torch.float32
     factorises: bool = True
 
     def small(self, shape: Shape3) -> Shape3:
@@ -120,10 +129,12 @@ class TwoSidedSvd:
         return change, None
 
     def down(self, x: Tensor, state: State) -> Tensor:
-        return state["basis_long"].mT @ x @ state["basis"]
+        image = x.to(self.dtype) @ state["basis"].to(self.dtype)
+        return (state["basis_long"].to(self.dtype).mT @ image).float()
 
     def up(self, low: Tensor, state: State, short: int) -> Factored:
-        return Factored(state["basis_long"] @ low, state["basis"])
+        wide = state["basis_long"].to(self.dtype) @ low.to(self.dtype)
+        return Factored(wide, state["basis"].to(self.dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +151,7 @@ class PowerIteration:
     oversample: int = 8
     cold: int = 2
     warm: int = 1
+    dtype: torch.dtype = torch.float32
     factorises: bool = True
 
     def small(self, shape: Shape3) -> Shape3:
@@ -164,10 +176,10 @@ class PowerIteration:
         return change, None
 
     def down(self, x: Tensor, state: State) -> Tensor:
-        return x @ state["basis"]
+        return (x.to(self.dtype) @ state["basis"].to(self.dtype)).float()
 
     def up(self, low: Tensor, state: State, short: int) -> Factored:
-        return Factored(low, state["basis"])
+        return Factored(low.to(self.dtype), state["basis"].to(self.dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,8 +201,8 @@ class FixedColumns:
     basis: str = "dct"
     norm: str = "l1"
     engine: str = "auto"
+    dtype: torch.dtype = torch.float32
     factorises: bool = False
-    matrices: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def small(self, shape: Shape3) -> Shape3:
         return (shape[0], shape[1], width(self.rank, shape))
@@ -199,19 +211,13 @@ class FixedColumns:
         r = width(self.rank, shape)
         return {"columns": torch.arange(r, dtype=torch.int32, device=device).expand(shape[0], -1).clone()}
 
-    def matrix(self, n: int, device: torch.device) -> Tensor:
-        """The basis of size n on `device`, built once: it can be recomputed, so it is not state."""
-        if (n, device) not in self.matrices:
-            self.matrices[n, device] = basis_matrix(self.basis, n, dtype=torch.float32, device=device)
-        return self.matrices[n, device]
-
     def coordinates(self, x: Tensor) -> Tensor:
         """All coordinates of the rows of `x` (..., long, short): the same shape."""
         if self.basis == "identity":
-            return x
+            return x.float()
         if self.engine == "fft" or (self.engine == "auto" and self.basis == "dct" and x.shape[-1] >= 2048):
-            return dct_rows_fft(x)
-        return x @ self.matrix(x.shape[-1], x.device).T
+            return dct_rows_fft(x.float())
+        return (x.to(self.dtype) @ _matrix(self.basis, x.shape[-1], self.dtype, x.device).T).float()
 
     def renew(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None]:
         coordinates = self.coordinates(x)
@@ -224,13 +230,13 @@ class FixedColumns:
     def atoms(self, state: State, short: int) -> Tensor:
         """The chosen atoms as columns: (batch, short, r)."""
         columns = state["columns"].long()
-        return self.matrix(short, columns.device)[columns].mT
+        return _matrix(self.basis, short, self.dtype, columns.device)[columns].mT
 
     def down(self, x: Tensor, state: State) -> Tensor:
         if self.basis == "identity":
             columns = state["columns"].long().unsqueeze(-2).expand(-1, x.shape[-2], -1)
-            return x.gather(-1, columns)
-        return x @ self.atoms(state, x.shape[-1])
+            return x.gather(-1, columns).float()
+        return (x.to(self.dtype) @ self.atoms(state, x.shape[-1])).float()
 
     def up(self, low: Tensor, state: State, short: int) -> Factored:
-        return Factored(low, self.atoms(state, short))
+        return Factored(low.to(self.dtype), self.atoms(state, short))

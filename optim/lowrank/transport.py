@@ -55,11 +55,16 @@ class Reset:
 
 @dataclass(frozen=True, slots=True)
 class Rotate:
-    """The first moment is rotated; the second by the rule of LDAdam (Robert et al. 2024, alg. 1), which rotates its two parts apart.
+    """The first moment is rotated; the second by the rule of LDAdam (Robert et al. 2024, alg. 1), which rotates its two
+    parts apart.
 
     With hats for bias-corrected values, `v̂ − m̂²` (the variance) goes over by the squared entries of the rotation and
-    `m̂²` by rotating m̂ first: `v ← (1−β2^k) |(v̂ − m̂²) (R∘R)ᵀ + (m̂ Rᵀ)²|`. For a choice of columns both rules say:
-    what stays keeps its moments, what is new starts at zero.
+    `m̂²` by rotating m̂ first: `v ← (1−β2^k) (max((v̂ − m̂²) (R∘R)ᵀ, 0) + (m̂ Rᵀ)²)`. For a choice of columns both rules
+    say: what stays keeps its moments, what is new starts at zero.
+
+    The paper takes the absolute value of the sum instead of cutting the variance off at zero. The estimate of the variance
+    is often negative (β1 ≠ β2), the sum then passes through zero where the mean does not, and the next step is up to 60
+    learning rates long; with `v̂ ≥ m̂²` it stays within Adam's own bound.
     """
 
     betas: tuple[float, float]
@@ -78,6 +83,6 @@ class Rotate:
         fix1, fix2 = 1.0 - self.betas[0] ** k, 1.0 - self.betas[1] ** k
         mean = m / fix1
         new_mean = mean @ back
-        variance = (v / fix2 - mean.square()) @ back.square()
+        variance = ((v / fix2 - mean.square()) @ back.square()).clamp_(min=0.0)
         m.copy_(new_mean * fix1)
-        v.copy_((variance + new_mean.square()).abs_() * fix2)
+        v.copy_((variance + new_mean.square()) * fix2)

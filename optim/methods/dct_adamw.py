@@ -50,7 +50,8 @@ class DCTAdamWConfig(LowRankConfig):
         default="off", metadata={"help": "what did not fit is added to the next gradient: off, full (float32), 8bit"}
     )
     column_age: bool = field(
-        default=True, metadata={"help": "correct each column's bias by its own age, so that new columns do not overshoot"}
+        default=True,
+        metadata={"help": "correct each column's bias by its own age, so that new columns do not overshoot"},
     )
     engine: str = field(default="auto", metadata={"help": "how coordinates are computed: auto, matmul, fft (dct only)"})
 
@@ -74,7 +75,12 @@ class DCTAdamWConfig(LowRankConfig):
         return LowRank(
             feedback=FEEDBACKS[self.error_feedback],
             subspace=FixedColumns(
-                rank=self.rank, every=self.update_proj_gap, basis=self.basis, norm=self.norm, engine=self.engine
+                rank=self.rank,
+                every=self.update_proj_gap,
+                basis=self.basis,
+                norm=self.norm,
+                engine=self.engine,
+                dtype=self.dtype,
             ),
             transport=transport_named(self.transport, self.betas),
             inner=Adam(betas=self.betas, eps=self.eps, ages=self.column_age),

@@ -40,7 +40,8 @@ class GaLoreConfig(LowRankConfig):
         default="std", metadata={"help": "compressed side: std (the shorter), reverse_std, left, right, full (both)"}
     )
     svd: str = field(
-        default="exact", metadata={"help": "exact (the paper), or power: randomized subspace iteration (one-sided only)"}
+        default="exact",
+        metadata={"help": "exact (the paper), or power: randomized subspace iteration (one-sided only)"},
     )
 
     GROUP: ClassVar[tuple[str, ...]] = (*LowRankConfig.GROUP, "proj_type", "svd")
@@ -57,11 +58,11 @@ class GaLoreConfig(LowRankConfig):
             return None
         subspace: Subspace
         if self.proj_type == "full":
-            subspace = TwoSidedSvd(rank=self.rank, every=self.update_proj_gap)
+            subspace = TwoSidedSvd(rank=self.rank, every=self.update_proj_gap, dtype=self.dtype)
         elif self.svd == "exact":
-            subspace = Svd(rank=self.rank, every=self.update_proj_gap)
+            subspace = Svd(rank=self.rank, every=self.update_proj_gap, dtype=self.dtype)
         else:
-            subspace = PowerIteration(rank=self.rank, every=self.update_proj_gap)
+            subspace = PowerIteration(rank=self.rank, every=self.update_proj_gap, dtype=self.dtype)
         return LowRank(
             subspace=subspace,
             inner=Adam(betas=self.betas, eps=self.eps, eps_raw=True),

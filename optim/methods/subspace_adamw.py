@@ -48,7 +48,7 @@ class SubspaceAdamWConfig(LowRankConfig):
         if self.residual != "off":
             lift = Residual(limit=self.residual_limit, signs=self.residual == "sign")
         return LowRank(
-            subspace=PowerIteration(rank=self.rank, every=self.update_proj_gap),
+            subspace=PowerIteration(rank=self.rank, every=self.update_proj_gap, dtype=self.dtype),
             transport=transport_named(self.transport, self.betas),
             inner=Adam(betas=self.betas, eps=self.eps),
             lift=lift,

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Every check that needs a CUDA device, in one call; the tables go to $OUT (default benchmarks/results).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results}
+mkdir -p "$OUT"
+failed=0
+
+run() { # run NAME COMMAND…: keeps the output, goes on after a failure, says so at the end
+    echo "== $1"
+    "${@:2}" 2>&1 | tee "$OUT/$1.log" || { echo "FAILED: $1"; failed=1; }
+}
+
+run gpu-tests "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
+run gpu-step-float32 "$PYTHON" benchmarks/step.py --presets 9m 130m --device cuda --out "$OUT/step-cuda-float32.md"
+run gpu-step-bfloat16 "$PYTHON" benchmarks/step.py --presets 130m 1b --device cuda --dtype bfloat16 --renewals 1 \
+    --out "$OUT/step-cuda-bfloat16.md"
+run gpu-pretrain "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain.py \
+    run.dir="$(mktemp -d)/pretrain"
+exit $failed

@@ -1,0 +1,114 @@
+"""``--dry-run``: what a configuration would train, told without data, a run folder or the memory of a weight."""
+
+from __future__ import annotations
+
+import shlex
+from collections import defaultdict
+from typing import Any, cast
+
+import torch
+
+from thinrank.configs.arguments import Arguments
+from thinrank.configs.errors import ConfigError
+from thinrank.configs.load import Loaded
+from thinrank.optim import route
+from thinrank.optim.grouping import Routing
+from thinrank.optim.methods import AdamWConfig
+from thinrank.trainers.data.config import DataConfig
+from thinrank.trainers.models import build_model
+from thinrank.trainers.pretrain import Plan, PretrainConfig
+from thinrank.trainers.strategies.world import World
+
+
+def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
+    """The routing table, parameters, optimizer-state bytes (and AdamW's), tokens, and the command that runs it.
+
+    The model is laid out on the meta device: a configuration of any size is planned in seconds.
+
+    Args:
+        script: the path by which the launch line names the script.
+
+    Raises:
+        ConfigError: a target or an exclusion of the optimizer that fits no parameter of the model.
+        UserError: a model or a tokenizer that is not there, or a batch that the processes cannot share.
+    """
+    config: PretrainConfig = loaded.config
+    world = planned_world(config)
+    sizes = Plan.of(config, world)
+    vocab = vocabulary(config.data)
+    model = build_model(config.model, vocab, seed=config.trainer.seed, meta=True)
+    try:
+        routing = route(model, config.optimizer)
+    except ValueError as error:
+        raise ConfigError(f"optimizer.{error}") from error
+    dense = route(model, AdamWConfig()).state_bytes()
+    name, state = loaded.names["optimizer"], routing.state_bytes()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    lines = [
+        f"model {config.model.name} ({config.model.architecture}), vocabulary {vocab:,}: "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {mebibytes(weights)} of weights",
+        *_by_role(routing),
+        "",
+        f"optimizer {name}",
+        routing.table(),
+        f"optimizer state: {mebibytes(state)}, {state / max(dense, 1):.1%} of AdamW's {mebibytes(dense)}",
+        "",
+        f"a step: {config.trainer.batch_size:,} sequences of {config.data.sequence_length:,} tokens are "
+        f"{sizes.tokens_per_step:,} tokens ({counted(world.size, 'process', 'es')} × "
+        f"{counted(sizes.accumulate, 'micro-batch', 'es')} × {counted(sizes.micro_batch, 'sequence')})",
+        f"the run: {sizes.steps:,} steps, {sizes.steps * sizes.tokens_per_step:,} tokens",
+        "",
+        "nothing was written; to run it:",
+        f"  {launch_line(world, arguments, script)}",
+    ]
+    return "\n".join(lines)
+
+
+def vocabulary(data: DataConfig) -> int:
+    """Rows of the embedding; an upper bound for a BPE, which finds fewer merges than asked for in a small corpus."""
+    if data.tokenizer == "bpe":
+        return data.vocab_size
+    from thinrank.trainers.data.tokenizer import load_tokenizer, vocab_size
+
+    # Only a BPE is trained on a corpus and kept in a cache.
+    return vocab_size(load_tokenizer(data, cast("Any", None), cast("Any", None)))
+
+
+def planned_world(config: PretrainConfig) -> World:
+    """The processes of the launcher, else those that the configuration asks for, else one for each GPU."""
+    world = World.from_environment()
+    if world.size > 1:
+        return world
+    ranks, nodes = config.trainer.devices, config.trainer.num_nodes
+    if not isinstance(ranks, int):
+        ranks = 1 if config.trainer.accelerator == "cpu" else max(torch.cuda.device_count(), 1)
+    return World(size=ranks * (nodes if isinstance(nodes, int) else 1), local_size=ranks)
+
+
+def launch_line(world: World, arguments: Arguments, script: str) -> str:
+    """The command that starts all processes of a machine."""
+    words = [f"--config={file}" for file in arguments.files]
+    words += [f"--config-dir={folder}" for folder in arguments.folders]
+    words += [f"{key}={value}" for key, value in arguments.words]
+    command = shlex.join([script, *words])
+    if world.nodes > 1:
+        meet = f"--nnodes {world.nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+        return f"torchrun {meet} --nproc-per-node {world.local_size} {command}"
+    if world.size > 1:
+        return f"torchrun --standalone --nproc-per-node {world.size} {command}"
+    return f"python {command}"
+
+
+def counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count:,} {noun}{'' if count == 1 else plural}"
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _by_role(routing: Routing) -> list[str]:
+    roles: dict[str, list[int]] = defaultdict(list)
+    for row in routing.rows:
+        roles[row.role].append(row.elements)
+    return [f"  {role:<10} {len(sizes):>4} tensors {sum(sizes):>14,} parameters" for role, sizes in roles.items()]

@@ -1,0 +1,121 @@
+"""The real schema: every key is explained, every shipped file loads, what is printed can be read back."""
+
+import pytest
+import yaml
+
+from thinrank.configs.arguments import parse
+from thinrank.configs.fields import default, hints, in_words, leaves, section
+from thinrank.configs.help import help_text, meaning
+from thinrank.configs.load import load, resolve
+from thinrank.configs.reader import read, write
+from thinrank.configs.schema import FOLDER, PRETRAIN
+from thinrank.optim.methods import METHODS
+from thinrank.trainers.models import PRESETS
+
+NEEDED = {"data=files": ["data.train=[corpus/*.txt]"]}  # what a choice cannot run without
+CHOICES = [f"{group}={name}" for group in PRETRAIN.groups for name in PRETRAIN.choices(group)]
+
+
+def classes():
+    """Every dataclass of the schema with the key that it stands under."""
+    for name, hint in hints(PRETRAIN.root).items():
+        for one in PRETRAIN.classes(name).values() or [PRETRAIN.groups.get(name, hint)]:
+            cls = section(one)
+            assert cls is not None, f"{name} is no dataclass"
+            yield name, cls
+
+
+KEYS = sorted(
+    {(f"{cls.__name__}.{field}", cls, field) for root, top in classes() for _, cls, field in leaves(top, root)}, key=str
+)
+
+
+@pytest.mark.parametrize(("cls", "field"), [(cls, field) for _, cls, field in KEYS], ids=[name for name, _, _ in KEYS])
+def test_every_field_has_a_meaning_and_a_type_in_words(cls, field):
+    text = meaning(cls, field)
+    assert text, f"{cls.__name__}.{field} needs field(default=…, metadata={{'help': '…'}})"
+    assert "\n" not in text
+    assert len(text) <= 140, "one line"
+    assert not in_words(hints(cls)[field]).startswith(("typing.", "<"))
+
+
+def test_every_class_says_what_it_is():
+    for _, cls in classes():
+        assert cls.__doc__
+        assert not cls.__doc__.startswith(f"{cls.__name__}("), f"{cls.__name__} needs a docstring of its own"
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_help_of_every_choice_lists_its_keys(choice):
+    group = choice.partition("=")[0]
+    text = help_text(PRETRAIN, parse([choice]), usage="launch/pretrain.py", width=100)
+    found = {line.strip().partition(":")[0] for line in text.splitlines() if line.startswith(f"  {group}.")}
+    cls = resolve(PRETRAIN, [choice]).sections[group]
+    assert found == {key for key, _, _ in leaves(cls, f"{group}.")}
+
+
+def test_the_whole_help_lists_every_key_of_the_default_choices():
+    text = help_text(PRETRAIN, parse([]), usage="launch/pretrain.py", width=100)
+    for name, hint in resolve(PRETRAIN, []).sections.items():
+        cls = section(hint)
+        assert cls is not None
+        for key, _, _ in leaves(cls, f"{name}."):
+            assert f"\n  {key}: " in text
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_shipped_choice_loads_and_reads_back(choice, tmp_path):
+    group, _, name = choice.partition("=")
+    loaded = load(PRETRAIN, [choice, *NEEDED.get(choice, [])])
+    assert loaded.names[group] == name
+    (tmp_path / "x.yaml").write_text(write(loaded.tree))
+    again = load(PRETRAIN, ["--config", str(tmp_path / "x.yaml")])
+    assert again.tree == loaded.tree
+    assert again.config == loaded.config
+
+
+def test_a_tree_written_by_another_yaml_library_reads_back(tmp_path):
+    loaded = load(PRETRAIN, ["trainer.max_time=1:30:00", "optimizer.eps=1e-12", "run.dir=${run.name}/x"])
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(loaded.tree))
+    assert load(PRETRAIN, ["--config", str(tmp_path / "x.yaml")]).tree == loaded.tree
+
+
+def test_every_yaml_file_belongs_to_a_group_and_every_choice_has_one():
+    shipped = {path.relative_to(FOLDER).as_posix() for path in FOLDER.glob("*/*.yaml")}
+    assert shipped == {f"{choice.replace('=', '/')}.yaml" for choice in CHOICES}
+    assert set(read(FOLDER / "pretrain.yaml").values) >= set(PRETRAIN.groups)
+
+
+def test_yaml_files_hold_only_what_differs_from_the_dataclass():
+    for choice in CHOICES:
+        group, _, name = choice.partition("=")
+        if group == "model":
+            continue  # a model's sizes are written in full
+        resolved = resolve(PRETRAIN, [choice])
+        for key in read(FOLDER / group / f"{name}.yaml").values:
+            assert resolved.tree[group][key] != default(resolved.sections[group], key), (
+                f"{choice}: {key} is the default"
+            )
+
+
+def test_models_are_the_presets():
+    assert {name: load(PRETRAIN, [f"model={name}"]).config.model for name in PRESETS} == PRESETS
+
+
+def test_methods_are_those_of_the_optimizers():
+    for name, cls in METHODS.items():
+        assert type(load(PRETRAIN, [f"optimizer={name}"]).config.optimizer) is cls
+
+
+def test_the_configuration_carries_what_the_command_line_says():
+    argv = [
+        "optimizer=galore",
+        "optimizer.rank=64",
+        "trainer.schedule.kind=linear",
+        "data.sequence_length=128",
+        "run.dir=/x/y",
+    ]
+    config = load(PRETRAIN, argv).config
+    assert (config.optimizer.rank, config.trainer.schedule.kind) == (64, "linear")
+    assert (config.data.sequence_length, config.run.dir) == (128, "/x/y")
+    assert load(PRETRAIN, ["strategy=ddp"]).config.strategy.name == "ddp"

@@ -1,0 +1,189 @@
+"""The seam to the machines: N ranks must equal one, whether they share the rows of a matrix or hold other data."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from laws import decaying, seeded
+
+from thinrank.optim.axis import WHOLE, Axis
+from thinrank.optim.inner.adam import Adam
+from thinrank.optim.linalg.basis import captured_energy, subspace_iteration
+from thinrank.optim.linalg.fixed import column_norms
+from thinrank.optim.linalg.norms import limit_growth
+from thinrank.optim.lowrank.feedback import ErrorFeedback, ErrorFeedback8
+from thinrank.optim.lowrank.lift import Residual
+from thinrank.optim.lowrank.rule import LowRank
+from thinrank.optim.lowrank.subspace import FixedColumns, PowerIteration, Svd, TwoSidedSvd
+from thinrank.optim.lowrank.transport import Rotate
+from thinrank.optim.rule import Step
+
+LONG, SHORT, RANK, STEPS = 11, 8, 3, 7
+SPLITS = {"uneven": (7, 4), "narrower than the rank": (9, 2), "empty": (11, 0)}
+BETAS = (0.9, 0.99)
+RULES = {
+    "power": LowRank(
+        subspace=PowerIteration(rank=RANK, every=3), transport=Rotate(BETAS), inner=Adam(betas=BETAS, eps=1e-3)
+    ),
+    "power, residual": LowRank(
+        subspace=PowerIteration(rank=RANK, every=3), inner=Adam(betas=BETAS, eps=1e-3), lift=Residual(limit=1.01)
+    ),
+    "power, signs": LowRank(
+        subspace=PowerIteration(rank=RANK, every=3), inner=Adam(betas=BETAS, eps=1e-3), lift=Residual(signs=True)
+    ),
+    "columns": LowRank(
+        subspace=FixedColumns(rank=RANK), transport=Rotate(BETAS), inner=Adam(betas=BETAS, eps=1e-3, ages=True)
+    ),
+    "columns by l2 with feedback": LowRank(
+        subspace=FixedColumns(rank=RANK, every=2, norm="l2", basis="hadamard"),
+        transport=Rotate(BETAS),
+        inner=Adam(betas=BETAS, eps=1e-3),
+        feedback=ErrorFeedback(),
+    ),
+    "columns with 8-bit feedback": LowRank(
+        subspace=FixedColumns(rank=RANK, basis="random"), inner=Adam(betas=BETAS, eps=1e-3), feedback=ErrorFeedback8()
+    ),
+}
+
+
+def gradients(data=0):
+    return [
+        torch.stack([decaying(LONG, SHORT, seed=1000 * data + 10 * t + b) for b in range(2)]) for t in range(STEPS)
+    ]
+
+
+def run(rule, grads, state, axis=WHOLE):
+    """The updates of all steps, and the captured energies."""
+    updates, energies = [], []
+    for count, grad in enumerate(grads):
+        record: dict[str, torch.Tensor] = {}
+        step = Step(count=[count, count], keys=[5, 6], seed=3, axis=axis, record=record)
+        updates.append(rule.update(grad, state, step).materialise())
+        energies.append(record["captured_energy"])
+    return torch.stack(updates), torch.stack(energies)
+
+
+def sharded(name, split):
+    rank = dist.get_rank()
+    start = sum(split[:rank])
+    mine = slice(start, start + split[rank])
+    whole = RULES[name].init((2, LONG, SHORT), torch.device("cpu"))
+    state = {key: value[:, mine] if value.shape[1:2] == (LONG,) else value for key, value in whole.items()}
+    axis = Axis(rows=dist.group.WORLD)
+    assert not axis.whole
+    return *run(RULES[name], [grad[:, mine] for grad in gradients()], state, axis), state
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("name", RULES)
+def test_sharded_rows_equal_the_whole_matrix(ranks, name, split):
+    state = RULES[name].init((2, LONG, SHORT), torch.device("cpu"))
+    updates, energies = run(RULES[name], gradients(), state)
+    parts = ranks(2).run(sharded, name, split)
+    together = torch.cat([part[0] for part in parts], -2)
+    torch.testing.assert_close(together, updates, rtol=1e-3, atol=1e-4)
+    for _, energy, own in parts:
+        torch.testing.assert_close(energy, energies, rtol=1e-4, atol=1e-5)
+        for key in ("columns", "basis", "residual_norm", "age"):
+            if key in state:  # what is shared is the same on every rank, an empty one included
+                torch.testing.assert_close(own[key], state[key], rtol=1e-3, atol=1e-4)
+
+
+def averaged(name):
+    state = RULES[name].init((2, LONG, SHORT), torch.device("cpu"))
+    return run(RULES[name], gradients(dist.get_rank()), state, Axis(replicas=dist.group.WORLD))[0], state
+
+
+@pytest.mark.parametrize("name", ["power", "columns", "columns by l2 with feedback"])
+def test_a_mean_after_projection_equals_projecting_the_mean(ranks, name):
+    """Every rank has a gradient of its own; only the projection and, at a renewal, the gradient travel."""
+    state = RULES[name].init((2, LONG, SHORT), torch.device("cpu"))
+    mean = [torch.stack(pair).mean(0) for pair in zip(gradients(0), gradients(1), strict=True)]
+    if "error" not in state:
+        expected, _ = run(RULES[name], mean, state)
+        for updates, _ in ranks(2).run(averaged, name):
+            torch.testing.assert_close(updates, expected, rtol=1e-3, atol=1e-4)
+        return
+    expected, _ = run(RULES[name], mean, state)
+    parts = ranks(2).run(averaged, name)
+    torch.testing.assert_close(parts[0][0], expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(parts[0][0], parts[1][0])
+    # errors stay where they were made, and their mean is the error of the mean
+    assert not torch.allclose(parts[0][1]["error"], parts[1][1]["error"])
+    errors = torch.stack([own["error"] for _, own in parts])
+    torch.testing.assert_close(errors.mean(0), state["error"], rtol=1e-3, atol=1e-5)
+
+
+def sums_and_means():
+    rank = dist.get_rank()
+    x = torch.full((2, 2), float(rank + 1)).mT
+    rows, replicas = Axis(rows=dist.group.WORLD), Axis(replicas=dist.group.WORLD)
+    return rows.sum(x), rows.mean(x), replicas.sum(x), replicas.mean(x), x
+
+
+def test_sum_and_mean_on_two_ranks(ranks):
+    for rank, (total, alone, own, mean, x) in enumerate(ranks(2).run(sums_and_means)):
+        assert torch.equal(total, torch.full((2, 2), 3.0))
+        assert torch.equal(mean, torch.full((2, 2), 1.5))
+        for untouched in (alone, own, x):
+            assert torch.equal(untouched, torch.full((2, 2), float(rank + 1)))
+
+
+def test_one_process_has_nobody_to_ask():
+    x = seeded(3, 3)
+    assert WHOLE.sum(x) is x
+    assert WHOLE.mean(x) is x
+    assert WHOLE.whole
+
+
+def exactly(split):
+    rank = dist.get_rank()
+    start = sum(split[:rank])
+    x = seeded(1, LONG, SHORT, dtype=torch.float64)[:, start : start + split[rank]]
+    axis = Axis(rows=dist.group.WORLD)
+    begin = seeded(1, SHORT, 5, seed=1, dtype=torch.float64)
+    basis = subspace_iteration(x, begin, RANK, iterations=2, axis=axis)
+    limited, norm = limit_growth(x, torch.full((1,), 0.5, dtype=torch.float64), 1.01, axis)
+    return basis, column_norms(x, "l1", axis), column_norms(x, "l2", axis), norm, captured_energy(x, x @ basis, axis), limited
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_the_functions_agree_in_float64(ranks, split):
+    x = seeded(1, LONG, SHORT, dtype=torch.float64)
+    basis = subspace_iteration(x, seeded(1, SHORT, 5, seed=1, dtype=torch.float64), RANK, iterations=2)
+    limited, norm = limit_growth(x, torch.full((1,), 0.5, dtype=torch.float64), 1.01)
+    expected = (basis, column_norms(x, "l1"), column_norms(x, "l2"), norm)
+    parts = ranks(2).run(exactly, split)
+    for part in parts:
+        torch.testing.assert_close(part[:4], expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(part[4], captured_energy(x, x @ basis), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.cat([part[5] for part in parts], -2), limited, rtol=1e-12, atol=1e-12)
+
+
+def refusals():
+    sentences = []
+    for subspace in (Svd(rank=2), TwoSidedSvd(rank=2)):
+        rule = LowRank(subspace=subspace, inner=Adam())
+        state = rule.init((1, 4, 3), torch.device("cpu"))
+        try:
+            rule.update(torch.ones(1, 4, 3), state, Step(count=[0], axis=Axis(rows=dist.group.WORLD)))
+        except RuntimeError as error:
+            sentences.append(str(error))
+    return sentences
+
+
+def test_a_factorisation_of_the_whole_refuses_rows(ranks):
+    for sentences in ranks(2).run(refusals):
+        assert len(sentences) == 2
+        assert "svd='power'" in sentences[0]
+        assert "'std'" in sentences[1]
+
+
+def dbg():
+    x = [torch.stack([decaying(LONG, SHORT, seed=10 * t + b) for b in range(2)]) for t in range(STEPS)]
+    return x
+def test_dbg(ranks):
+    a = ranks(2).run(dbg)
+    b = dbg()
+    for t in range(STEPS):
+        print(t, [(a[r][t]-b[t]).abs().max() for r in range(2)])
+    assert 0

@@ -1,0 +1,152 @@
+"""Laws of the 8-bit codes, of the growth limiter and of Adam's direction."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import LAW, seeded
+
+from thinrank.optim.linalg.adam import adam_direction
+from thinrank.optim.linalg.norms import frobenius, limit_growth
+from thinrank.optim.linalg.quantise import block_shape, dequantise8, quantise8
+
+# --- 8-bit codes ----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(1, 70), st.integers(1, 40), st.integers(-8, 8), st.integers(0, 99))
+@LAW
+def test_error_is_at_most_half_a_level(rows, columns, block, power, seed):
+    x = seeded(2, rows, columns, seed=seed) * 10.0**power
+    codes, scale = quantise8(x, block)
+    assert codes.shape == x.shape
+    assert codes.dtype is torch.int8
+    assert scale.shape == block_shape(tuple(x.shape), block)
+    error = (dequantise8(codes, scale, block) - x).abs()
+    bound = scale.repeat_interleave(block, -1)[..., :columns] / 2
+    assert bool((error <= bound * (1 + 1e-4)).all())
+
+
+@given(st.integers(1, 40), st.integers(1, 16))
+@LAW
+def test_zeros_stay_zero(columns, block):
+    x = seeded(3, columns)
+    x[:, ::2] = 0.0
+    x[1] = 0.0
+    codes, scale = quantise8(x, block)
+    assert bool((codes[x == 0] == 0).all())
+    assert bool((dequantise8(codes, scale, block)[x == 0] == 0).all())
+
+
+def test_all_levels_are_used():
+    """The published 8-bit code divides the range by 15 and keeps 16 of 256 levels: 8 % error on normal numbers."""
+    x = seeded(64, 256)
+    codes, scale = quantise8(torch.linspace(-1, 1, 255).unsqueeze(0))
+    assert codes.unique().numel() == 255
+    codes, scale = quantise8(x)
+    assert codes.unique().numel() > 250
+    assert float((dequantise8(codes, scale) - x).norm() / x.norm()) < 0.01
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -2.5, 1e-30, 1e30])
+def test_a_constant_row_is_not_zero_over_zero(value):
+    """Range quantisers divide by max − min; a row of one value gave NaN."""
+    codes, scale = quantise8(torch.full((2, 300), value))
+    torch.testing.assert_close(dequantise8(codes, scale), torch.full((2, 300), value))
+
+
+def test_rows_are_independent():
+    """So a matrix sharded by rows quantises as the whole one does."""
+    x = seeded(7, 37)
+    codes, scale = quantise8(x, 16)
+    for part in (x[:3], x[3:], x[2:3]):
+        start = 0 if part is x[:3] else next(i for i in range(7) if torch.equal(x[i], part[0]))
+        own_codes, own_scale = quantise8(part, 16)
+        assert torch.equal(own_codes, codes[start : start + len(part)])
+        assert torch.equal(own_scale, scale[start : start + len(part)])
+    changed = x.clone()
+    changed[0] *= 100
+    assert torch.equal(quantise8(changed, 16)[0][1:], codes[1:])
+
+
+# --- the limiter ----------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(1.0, 3.0), st.sampled_from([0.0, 1e-6, 0.5, 10.0]), st.integers(0, 99))
+@LAW
+def test_growth_is_limited_and_direction_kept(limit, before, seed):
+    x = seeded(2, 4, 3, seed=seed)
+    previous = torch.tensor([before, 0.0])
+    limited, norms = limit_growth(x, previous, limit)
+    own = frobenius(x)
+    torch.testing.assert_close(norms, frobenius(limited), rtol=1e-5, atol=1e-6)
+    assert float(norms[1]) == pytest.approx(float(own[1]))  # nothing before, nothing limited
+    assert torch.equal(limited[1], x[1])
+    if before > 0:
+        assert float(norms[0]) <= limit * before * (1 + 1e-5) + 1e-6
+    torch.testing.assert_close(limited * own[:, None, None], x * norms[:, None, None], rtol=1e-4, atol=1e-5)
+
+
+def test_limiter_leaves_zero_alone():
+    limited, norms = limit_growth(torch.zeros(1, 3, 3), torch.tensor([2.0]), 1.01)
+    assert torch.equal(limited, torch.zeros(1, 3, 3))
+    assert norms.tolist() == [0.0]
+
+
+# --- Adam -----------------------------------------------------------------------------------------------------------
+
+
+def plain_adam(grads, count, *, betas, eps, eps_raw):
+    """Kingma & Ba, algorithm 1, in float64, over all of `grads`; `count` is added to every step's number."""
+    m = torch.zeros_like(grads[0], dtype=torch.float64)
+    v = m.clone()
+    for t, grad in enumerate(grads, start=1 + count):
+        g = grad.double()
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        fix1, fix2 = 1 - betas[0] ** t, (1 - betas[1] ** t) ** 0.5
+        out = m / fix1 / (v.sqrt() / fix2 + (eps / fix2 if eps_raw else eps))
+    return out
+
+
+@pytest.mark.parametrize("eps_raw", [False, True])
+@pytest.mark.parametrize("equal", [True, False], ids=["one count (fused)", "a count each"])
+def test_direction_equals_the_equations(equal, eps_raw):
+    options = {"betas": (0.8, 0.95), "eps": 1e-3, "eps_raw": eps_raw}
+    grads = [seeded(2, 5, 3, seed=i) for i in range(6)]
+    ages = [0, 0] if equal else [0, 7]
+    m, v = torch.zeros(2, 5, 3), torch.zeros(2, 5, 3)
+    for t, grad in enumerate(grads, start=1):
+        out = adam_direction(grad, m, v, [t + age for age in ages], **options)
+    for i, age in enumerate(ages):
+        expected = plain_adam([g[i] for g in grads], age, **options)
+        torch.testing.assert_close(out[i].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_fused_and_plain_paths_agree():
+    grads = [seeded(3, 4, seed=i) for i in range(5)]
+    states = [(torch.zeros(3, 4), torch.zeros(3, 4)) for _ in range(2)]
+    for t, grad in enumerate(grads, start=1):
+        fused = adam_direction(grad, *states[0], [t, t, t], betas=(0.9, 0.999), eps=1e-8)
+        plain = adam_direction(grad, *states[1], torch.full((3, 4), float(t)), betas=(0.9, 0.999), eps=1e-8)
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(states[0], states[1])
+
+
+def test_every_column_is_corrected_by_its_own_age():
+    """A column that enters late steps as if it were the first; with the matrix's count it would step 3.2 times as far."""
+    m, v = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
+    grad = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    for t in range(1, 2001):
+        adam_direction(grad, m, v, torch.tensor([[[float(t), 1.0]]]), betas=(0.9, 0.999), eps=1e-8)
+    grad = torch.ones(1, 2, 2)
+    late = adam_direction(grad, m.clone(), v.clone(), torch.tensor([[[2001.0, 1.0]]]), betas=(0.9, 0.999), eps=1e-8)
+    torch.testing.assert_close(late, torch.ones(1, 2, 2), rtol=1e-3, atol=1e-3)
+    global_count = adam_direction(grad, m, v, [2001], betas=(0.9, 0.999), eps=1e-8)
+    assert float(global_count[0, 0, 1]) > 2.9
+
+
+def test_the_gradient_is_left_alone():
+    grad = seeded(1, 3, 3)
+    before = grad.clone()
+    adam_direction(grad, torch.zeros(1, 3, 3), torch.zeros(1, 3, 3), [1], betas=(0.9, 0.999), eps=1e-8)
+    assert torch.equal(grad, before)

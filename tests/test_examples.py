@@ -1,0 +1,38 @@
+"""The examples run, and do what they say."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from thinrank.trainers import ModelConfig, PySourceConfig
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_own_loop_learns():
+    first, last = load("own_loop").main()
+    assert last < 0.1 * first
+
+
+def test_groups_by_hand_resume_to_the_bit():
+    assert load("groups_by_hand").main()
+
+
+def test_lightning_user():
+    tiny = ModelConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    data = PySourceConfig(sequence_length=64, validation_tokens=2048, tokenizer="bytes")
+    bits = load("lightning_user").main(3, tiny, data)
+    assert 2.0 < bits < 8.5  # bytes at random cost 8 bits
+
+
+def test_every_example_is_run_here():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"own_loop", "groups_by_hand", "lightning_user"}

@@ -1,0 +1,87 @@
+"""What only a GPU can show. The same rows run on the CPU in `tests/optim`; here the device is another."""
+
+import pytest
+import torch
+from torch import nn
+
+from thinrank.optim import METHODS, AdamWConfig, MethodConfig, SubspaceAdamWConfig, build
+
+pytestmark = pytest.mark.gpu
+ALL = [pytest.param(config(), id=name) for name, config in METHODS.items()]
+
+
+def network(device: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 160), nn.Tanh(), nn.Linear(160, 64), nn.Tanh(), nn.Linear(64, 64))
+    return model.to(device)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, device: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(32, 96, generator=generator).to(device)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_state_lives_beside_the_weights(config: MethodConfig):
+    optimizer = build(network("cuda"), config)
+    for state in optimizer.state.values():
+        assert all(value.is_cuda for key, value in state.items() if key != "step")
+        assert not state["step"].is_cuda  # read by the host in every step
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_agrees_with_the_cpu(config: MethodConfig):
+    """Ten steps; the basis may differ in rounding, so the weights agree to 1e-3 of how far they moved."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    start = [p.detach().clone() for p in network("cpu").parameters()]
+    results = []
+    for device in ("cpu", "cuda"):
+        model = network(device)
+        train(model, build(model, config), 10, device)
+        results.append([p.detach().cpu() for p in model.parameters()])
+    for origin, cpu, cuda in zip(start, *results, strict=True):
+        assert (cpu - cuda).norm() <= 1e-3 * (cpu - origin).norm() + 1e-6
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_a_step_between_renewals_never_waits_for_the_device(config: MethodConfig):
+    model = network("cuda")
+    optimizer = build(model, config)
+    train(model, optimizer, 2, "cuda")
+    model(torch.randn(32, 96, device="cuda")).square().mean().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_resumes_on_the_gpu(config: MethodConfig):
+    straight = network("cuda")
+    optimizer = build(straight, config)
+    train(straight, optimizer, 4, "cuda")
+    resumed = network("cuda")
+    resumed.load_state_dict(straight.state_dict())
+    other = build(resumed, config)
+    other.load_state_dict(optimizer.state_dict())
+    train(straight, optimizer, 3, "cuda")
+    train(resumed, other, 3, "cuda")
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_low_rank_state_saves_the_memory_it_promises():
+    """Allocated bytes of the state beside the formula, on a matrix large enough for the allocator not to matter."""
+    sizes = {}
+    for name, config in (("dense", AdamWConfig()), ("low", SubspaceAdamWConfig(rank=0.25))):
+        model = nn.Linear(2048, 4096, bias=False, device="cuda")
+        before = torch.cuda.memory_allocated()
+        optimizer = build(model, config)
+        sizes[name] = torch.cuda.memory_allocated() - before
+        assert sizes[name] == pytest.approx(optimizer.state_bytes(), rel=0.02)
+    assert sizes["low"] < 0.35 * sizes["dense"]

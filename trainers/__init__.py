@@ -1,0 +1,81 @@
+"""Training with Lightning: modules, data, callbacks, strategies, checkpoints, and whole runs.
+
+Names are imported when they are used first, so that reading a configuration does not wait for Lightning::
+
+    from thinrank.trainers import CausalLM, TextData
+    from thinrank.trainers.pretrain import PretrainConfig, pretrain
+"""
+
+if __name__ != "thinrank.trainers":
+    raise ImportError(
+        "write `import thinrank.trainers`, not `import trainers`: a second copy of every class would be made"
+    )
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thinrank.trainers.callbacks.checkpointing import Checkpointing
+    from thinrank.trainers.callbacks.guard import NonFiniteGuard
+    from thinrank.trainers.callbacks.metrics import TrainingMetrics
+    from thinrank.trainers.callbacks.preemption import Preemption
+    from thinrank.trainers.callbacks.progress import Progress
+    from thinrank.trainers.checkpoint import AtomicCheckpointIO
+    from thinrank.trainers.data import FilesConfig, HuggingFaceConfig, PySourceConfig, TextData
+    from thinrank.trainers.errors import GuardStop, UserError
+    from thinrank.trainers.models import ModelConfig
+    from thinrank.trainers.module import CausalLM
+    from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
+    from thinrank.trainers.run import RunConfig
+    from thinrank.trainers.schedule import ScheduleConfig
+    from thinrank.trainers.strategies import StrategyConfig
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "CausalLM",
+    "Checkpointing",
+    "FilesConfig",
+    "GuardStop",
+    "HuggingFaceConfig",
+    "ModelConfig",
+    "NonFiniteGuard",
+    "Preemption",
+    "PretrainConfig",
+    "Progress",
+    "PySourceConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "StrategyConfig",
+    "TextData",
+    "TrainerConfig",
+    "TrainingMetrics",
+    "UserError",
+]
+
+_HOMES = {
+    "callbacks.checkpointing": ("Checkpointing",),
+    "callbacks.guard": ("NonFiniteGuard",),
+    "callbacks.metrics": ("TrainingMetrics",),
+    "callbacks.preemption": ("Preemption",),
+    "callbacks.progress": ("Progress",),
+    "checkpoint": ("AtomicCheckpointIO",),
+    "data": ("FilesConfig", "HuggingFaceConfig", "PySourceConfig", "TextData"),
+    "errors": ("GuardStop", "UserError"),
+    "models": ("ModelConfig",),
+    "module": ("CausalLM",),
+    "pretrain": ("PretrainConfig", "TrainerConfig"),
+    "run": ("RunConfig",),
+    "schedule": ("ScheduleConfig",),
+    "strategies": ("StrategyConfig",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,423 @@
+"""A pre-training run from a configuration to a report: the parts, put together in the order that makes errors cheap.
+
+First what needs no time (the folder, the plan), then data and model, and only when all of them exist the run folder is
+changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from transformers.utils import logging as transformers_logging
+
+from thinrank import optim
+from thinrank.trainers import report
+from thinrank.trainers.callbacks.checkpointing import Checkpointing
+from thinrank.trainers.callbacks.guard import NonFiniteGuard
+from thinrank.trainers.callbacks.metrics import TrainingMetrics
+from thinrank.trainers.callbacks.preemption import Preemption
+from thinrank.trainers.callbacks.progress import Progress
+from thinrank.trainers.callbacks.sample import sample_text
+from thinrank.trainers.checkpoint import AtomicCheckpointIO, require_space, step_of
+from thinrank.trainers.data import TextData
+from thinrank.trainers.errors import GuardStop, UserError
+from thinrank.trainers.export import export
+from thinrank.trainers.models import build_model
+from thinrank.trainers.module import CausalLM
+from thinrank.trainers.pretrain import Plan, PretrainConfig
+from thinrank.trainers.rng import seed_all
+from thinrank.trainers.run import RunFolder, config_hash, config_tree, identity_json
+from thinrank.trainers.strategies import World, build_strategy, process_group, together
+from thinrank.trainers.strategies.world import from_rank_zero
+
+FINISHED, FAILED, BAD_CONFIG, PREEMPTED, STOPPED = 0, 1, 2, 75, 76
+"""Exit codes of a run, as far as launchers let them through; ``status.json`` has them always."""
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What a run consists of."""
+
+    config: PretrainConfig
+    tree: Mapping[str, Any]
+    world: World
+    plan: Plan
+    folder: RunFolder
+    resume: Path | None
+    data: TextData
+    module: CausalLM
+    routing: optim.Routing
+    trainer: pl.Trainer
+    checkpointing: Checkpointing
+    preemption: Preemption
+    guard: NonFiniteGuard
+
+    @property
+    def model(self) -> Any:
+        return self.module.model
+
+    @property
+    def start(self) -> int:
+        """The optimizer step to go on from."""
+        return 0 if self.resume is None else step_of(self.resume) or 0
+
+
+def run(config: PretrainConfig, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """See `thinrank.trainers.pretrain.pretrain`."""
+    world = World.from_environment()
+    plan = Plan.of(config, world)
+    cuda = _wants_cuda(config, world)
+    tree = resolved if resolved is not None else config_tree(config)
+    folder = RunFolder(config.run.dir)
+    with _quiet(), process_group(world, config.strategy, cuda=cuda):
+        begun = False
+        try:
+            resume = from_rank_zero(world, lambda: _open(folder, config, tree))
+            parts = _assemble(config, tree, world, plan, folder, resume, cuda)
+            begun = True
+            with parts.preemption:
+                return _train(parts)
+        except BaseException as error:
+            if world.main and begun:
+                _record_failure(folder, error)
+            raise
+        finally:
+            if world.main:
+                folder.close() if begun else folder.discard()
+
+
+def _open(folder: RunFolder, config: PretrainConfig, tree: Mapping[str, Any]) -> Path | None:
+    folder.open()
+    return folder.choose(config.run, identity_json(tree))
+
+
+def _assemble(
+    config: PretrainConfig,
+    tree: Mapping[str, Any],
+    world: World,
+    plan: Plan,
+    folder: RunFolder,
+    resume: Path | None,
+    cuda: bool,
+) -> Parts:
+    data = TextData(
+        config.data,
+        batch_size=config.trainer.batch_size,
+        micro_batches=plan.accumulate,
+        rank=world.rank,
+        world=world.size,
+    )
+    if world.local_rank == 0:
+        _say(world, "preparing data")
+    # One process on each machine fills the cache; the others then find it.
+    together(world, lambda: data.prepare_data() if world.local_rank == 0 else None)
+    together(world, lambda: data.setup("fit"))
+    model = build_model(config.model, data.vocab_size, seed=config.trainer.seed)
+    try:
+        routing = optim.route(model, config.optimizer)
+    except ValueError as error:
+        raise UserError(f"optimizer: {error}") from error
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values()) + routing.state_bytes()
+    from_rank_zero(world, lambda: require_space(folder.checkpoints, size))
+    module = CausalLM(
+        model,
+        config.optimizer,
+        schedule=config.trainer.schedule,
+        total_steps=plan.steps,
+        clip_norm=config.trainer.clip_norm,
+        seed=config.trainer.seed,
+        projection_seed=config.trainer.projection_seed,
+    )
+    guard = NonFiniteGuard(config.trainer.nonfinite_limit)
+    checkpointing = Checkpointing(
+        folder.checkpoints,
+        config.trainer.checkpoint_every,
+        header={
+            "identity": identity_json(tree),
+            "manifest": data.manifest_hash,
+            "commit": report.code_version()["commit"],
+        },
+        saved=lambda path, step: folder.write_status("running", step=step, steps=plan.steps, checkpoint=path.name),
+    )
+    preemption = Preemption(checkpointing, folder.marker, max_seconds=config.trainer.max_seconds)
+    trainer = _trainer(config, world, plan, folder, resume, cuda, [guard, preemption, checkpointing])
+    return Parts(
+        config=config,
+        tree=tree,
+        world=world,
+        plan=plan,
+        folder=folder,
+        resume=resume,
+        data=data,
+        module=module,
+        routing=routing,
+        trainer=trainer,
+        checkpointing=checkpointing,
+        preemption=preemption,
+        guard=guard,
+    )
+
+
+def _trainer(
+    config: PretrainConfig,
+    world: World,
+    plan: Plan,
+    folder: RunFolder,
+    resume: Path | None,
+    cuda: bool,
+    callbacks: list[pl.Callback],
+) -> pl.Trainer:
+    choice = config.trainer
+    logger = False
+    if choice.tensorboard:
+        # One folder for all starts of the run. What a killed process logged after its last checkpoint will be logged
+        # again, and TensorBoard hides the first version from `purge_step` on.
+        purge = None if resume is None else (step_of(resume) or 0) + 1
+        logger = TensorBoardLogger(
+            folder.path, name="", version="tensorboard", default_hp_metric=False, purge_step=purge
+        )
+    strategy, environment = build_strategy(config.strategy, world)
+    observers = [TrainingMetrics(choice.log_every)] if choice.tensorboard else []
+    return pl.Trainer(
+        accelerator="gpu" if cuda else "cpu",
+        devices=world.local_size,
+        num_nodes=world.nodes,
+        strategy=strategy,
+        precision=choice.precision,  # pyright: ignore[reportArgumentType] - one of them, checked by the config
+        max_steps=plan.steps,
+        accumulate_grad_batches=plan.accumulate,
+        val_check_interval=max(1, choice.validate_every) * plan.accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=None if choice.validate_every else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=choice.log_every,
+        use_distributed_sampler=False,  # the data module divides the batch itself
+        callbacks=[*observers, Progress(choice.log_every), *callbacks],
+        plugins=[AtomicCheckpointIO(), environment],
+        logger=logger,
+        deterministic=choice.deterministic or None,
+        default_root_dir=folder.path,
+        enable_model_summary=False,
+        enable_autolog_hparams=False,
+    )
+
+
+def _train(parts: Parts) -> dict[str, Any]:
+    config, world, trainer, folder = parts.config, parts.world, parts.trainer, parts.folder
+    if world.main:
+        folder.begin(parts.tree, resumed_from=parts.resume, overwrite=config.run.overwrite)
+        folder.log("start", step=parts.start, world=world.size, accumulate=parts.plan.accumulate)
+        folder.write_status("running", step=parts.start, steps=parts.plan.steps)
+    _introduce(parts)
+    seed_all(config.trainer.seed, world.rank)
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    trainer.fit(parts.module, datamodule=parts.data, ckpt_path=parts.resume, weights_only=True)
+    preempted = parts.preemption.preempted
+    facts: dict[str, Any] = {
+        "name": config.run.name,
+        "dir": str(folder.path),
+        "state": "preempted" if preempted else "finished",
+        "stopped_by": parts.preemption.stopped_by,
+        "exit_code": PREEMPTED if preempted else FINISHED,
+        "resumed_from": parts.start if parts.resume is not None else None,
+        "started": started,
+    }
+    # now, because a later stage of Lightning lets go of the optimizer
+    state = _optimizer_state(parts)
+    metrics, sample, artifacts = {}, {}, {}
+    if not preempted:
+        metrics = _final_validation(parts)
+        sample, artifacts = from_rank_zero(world, lambda: _sample_and_export(parts))
+    if parts.checkpointing.best_step >= 0:
+        metrics["val/best_loss"] = parts.checkpointing.best_value
+        metrics["val/best_step"] = parts.checkpointing.best_step
+    return from_rank_zero(world, lambda: _conclude(parts, facts, state, metrics, sample, artifacts))
+
+
+def _introduce(parts: Parts) -> None:
+    """What is about to be done, on the terminal and in TensorBoard."""
+    world, plan, routing = parts.world, parts.plan, parts.routing
+    if not world.main:
+        return
+    data = parts.data
+    tokens = (
+        f"{data.train_tokens:,} training tokens" if data.train_tokens is not None else "a stream of training tokens"
+    )
+    _say(world, f"run folder  {parts.folder.path}")
+    _say(world, f"model       {parts.config.model.name}, {routing.elements():,} parameters")
+    _say(world, f"data        {parts.config.data.name}, {tokens}, vocabulary {data.vocab_size:,}")
+    _say(
+        world,
+        f"steps       {plan.steps:,} of {plan.tokens_per_step:,} tokens "
+        f"({world.size} × {plan.accumulate} × {plan.micro_batch} sequences)",
+    )
+    _say(world, routing.table())
+    if parts.resume is not None:
+        done = "; nothing is left to do but the end" if parts.start >= plan.steps else ""
+        _say(world, f"resuming from step {parts.start:,} ({parts.resume.name}){done}")
+    for logger in parts.trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("routing", f"```\n{routing.table()}\n```", parts.start)
+
+
+def _optimizer_state(parts: Parts) -> dict[str, int]:
+    optimizer = parts.trainer.optimizers[0]
+    adamw = optim.route(parts.model, optim.AdamWConfig())
+    return {
+        "predicted_bytes": parts.routing.state_bytes(),
+        "measured_bytes": optimizer.state_bytes(),  # pyright: ignore[reportAttributeAccessIssue]
+        "adamw_bytes": adamw.state_bytes(),
+    }
+
+
+def _final_validation(parts: Parts) -> dict[str, float]:
+    """Loss, perplexity and bits per byte on the whole held-out text."""
+    parts.trainer.test(parts.module, datamodule=parts.data, verbose=False)
+    return {key: float(value) for key, value in parts.trainer.callback_metrics.items() if key.startswith("test/")}
+
+
+def _sample_and_export(parts: Parts) -> tuple[dict[str, str], dict[str, str]]:
+    """On rank 0, with the model back on its device, from which Lightning has taken it."""
+    if not parts.world.main:
+        return {}, {}
+    choice, folder = parts.config.trainer, parts.folder
+    model, tokenizer = parts.model.to(parts.trainer.strategy.root_device), parts.data.tokenizer
+    sample, artifacts = {}, {"configuration": "config.yaml", "checkpoints": "checkpoints", "report": "report.md"}
+    if choice.tensorboard:
+        artifacts["events"] = "tensorboard"
+    if choice.sample_tokens:
+        text = sample_text(model, tokenizer, choice.sample_prompt, choice.sample_tokens, choice.seed)
+        sample = {"prompt": choice.sample_prompt, "text": text.removeprefix(choice.sample_prompt)}
+        for logger in parts.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("sample", f"```\n{text}\n```", parts.trainer.global_step)
+    if choice.export:
+        export(model, tokenizer, folder.export)
+        artifacts["export"] = "export"
+    return sample, {what: str(folder.path / where) for what, where in artifacts.items()}
+
+
+def _conclude(
+    parts: Parts,
+    facts: dict[str, Any],
+    state: dict[str, int],
+    metrics: dict[str, float],
+    sample: dict[str, str],
+    artifacts: dict[str, str],
+) -> dict[str, Any]:
+    """Report, status and history, and the last words on the terminal."""
+    config, folder, step = parts.config, parts.folder, parts.trainer.global_step
+    seconds, tokens = parts.checkpointing.seconds, parts.module.consumed_tokens
+    folder.log("end", step=step, state=facts["state"], stopped_by=facts["stopped_by"])
+    collected = report.collect(
+        run=facts,
+        config=parts.tree,
+        config_hash=config_hash(parts.tree),
+        seeds={
+            "initial weights": config.trainer.seed,
+            "data order": config.data.seed,
+            "projection": config.trainer.projection_seed,
+        },
+        data={"manifest_hash": parts.data.manifest_hash, **parts.data.manifest},
+        routing=[dataclasses.asdict(row) for row in parts.routing.rows],
+        routing_table=parts.routing.table(),
+        optimizer_state=state,
+        training={
+            "steps": step,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds if seconds else None,
+            "skipped_steps": parts.guard.skipped,
+            "world": parts.world.size,
+            "accumulate": parts.plan.accumulate,
+        },
+        metrics=metrics,
+        history=folder.history(),
+        artifacts=artifacts,
+        sample=sample,
+    )
+    report.write(collected, folder.path)
+    folder.write_status(facts["state"], step=step, steps=parts.plan.steps, exit_code=facts["exit_code"])
+    _say(parts.world, _last_words(facts, metrics, sample, folder))
+    return collected
+
+
+def _last_words(
+    facts: Mapping[str, Any], metrics: Mapping[str, float], sample: Mapping[str, str], folder: RunFolder
+) -> str:
+    if facts["state"] == "preempted":
+        return f"preempted by {facts['stopped_by']} after a checkpoint; start again with run.resume=auto to go on"
+    lines = [
+        f"{label:<18}{metrics[key]:.4f}"
+        for key, label in (
+            ("test/loss", "validation loss"),
+            ("test/perplexity", "perplexity"),
+            ("test/bits_per_byte", "bits per byte"),
+        )
+        if key in metrics
+    ]
+    if sample:
+        lines += ["sample:", sample["prompt"] + sample["text"]]
+    return "\n".join([*lines, f"everything lies in {folder.path}; start with report.md"])
+
+
+def _record_failure(folder: RunFolder, error: BaseException) -> None:
+    code = STOPPED if isinstance(error, GuardStop) else BAD_CONFIG if isinstance(error, UserError) else FAILED
+    # Lightning turns Ctrl-C into SystemExit
+    interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+    sentence = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
+    folder.write_status("failed", exit_code=code, error=sentence)
+    folder.log("end", state="failed", error=sentence)
+
+
+def _wants_cuda(config: PretrainConfig, world: World) -> bool:
+    accelerator = config.trainer.accelerator
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if accelerator in ("gpu", "cuda") and found == 0:
+        raise UserError(f"trainer.accelerator={accelerator} needs a CUDA device, and there is none: set it to cpu")
+    cuda = found > 0 and accelerator != "cpu"
+    if cuda and world.local_size > found:
+        raise UserError(
+            f"{world.local_size} processes need as many GPUs, and this machine has {found}: "
+            f"start torchrun with --nproc-per-node {found}"
+        )
+    if not cuda and config.trainer.precision == "16-mixed":
+        raise UserError("trainer.precision=16-mixed needs a GPU: use bf16-mixed or 32-true on the CPU")
+    return cuda
+
+
+def _say(world: World, text: str) -> None:
+    if world.main:
+        print(text, flush=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps remarks on hardware and products and bars for files of a second off the terminal; warnings stay."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        # Lightning 2.6 asks torch 2.13 in a deprecated way whether a batch is nested
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated", category=FutureWarning)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if bars:
+                transformers_logging.enable_progress_bar()

@@ -1,0 +1,96 @@
+"""Skip the steps whose gradients are not finite, and stop when there is nothing else."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from thinrank.trainers.errors import GuardStop
+
+_log = logging.getLogger(__name__)
+
+
+def gradient_norm(module: pl.LightningModule) -> Tensor:
+    """Norm of all gradients (scalar): the one that the module keeps for this step, or else computed here."""
+    shared = getattr(module, "gradient_norm", None)
+    if shared is not None:
+        return shared()
+    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+
+class NonFiniteGuard(pl.Callback):
+    """Skip every step whose gradient norm is infinite or NaN, on all ranks together.
+
+    A skipped step gives the optimizer no gradients at all, so that weights and optimizer state stay as they are bit for
+    bit; the learning-rate schedule and the position in the data move on. Skips are counted, kept in checkpoints,
+    reported once each and logged as `guard/skipped_steps`.
+
+    With a loss scaler (precision "16-mixed") overflows belong to its search for a scale: they are skipped and counted,
+    but lead to a stop only once the scale has come down to 1.
+
+    Args:
+        limit: this many skipped steps in a row stop training with a `GuardStop`.
+
+    Attributes:
+        skipped: steps skipped so far, over restarts.
+        consecutive: steps skipped in a row.
+    """
+
+    def __init__(self, limit: int = 5) -> None:
+        if limit < 1:
+            raise ValueError(
+                f"limit must be at least 1, got {limit}: set trainer.nonfinite_limit to the steps to tolerate"
+            )
+        self.limit = limit
+        self.skipped = 0
+        self.consecutive = 0
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at the norm after the last backward, before clipping, which would spread a NaN to every gradient."""
+        norm = gradient_norm(pl_module)
+        bad = not bool(torch.isfinite(norm))
+        if trainer.world_size > 1:  # gradients may be local, and then one rank alone sees it
+            bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
+        if not bad:
+            self.consecutive = 0
+            return
+        for parameter in pl_module.parameters():
+            parameter.grad = None
+        self.skipped += 1
+        if not _searching_scale(trainer):
+            self.consecutive += 1
+        step = trainer.global_step + 1
+        if trainer.is_global_zero:
+            _log.warning(
+                "step %d skipped: the gradient norm is %s (%d skipped so far, %d in a row)",
+                step,
+                float(norm),
+                self.skipped,
+                self.consecutive,
+            )
+        for logger in trainer.loggers:
+            logger.log_metrics({"guard/skipped_steps": float(self.skipped)}, step=step)
+        if self.consecutive >= self.limit:
+            raise GuardStop(
+                f"training stopped at step {step}: the gradients were not finite {self.consecutive} times in a row; "
+                f"lower optimizer.lr, set trainer.clip_norm, lengthen the warm-up "
+                f"or use a wider trainer.precision such as bf16-mixed or 32-true"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "consecutive": self.consecutive}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]
+        self.consecutive = state_dict["consecutive"]
+
+
+def _searching_scale(trainer: pl.Trainer) -> bool:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and scaler.get_scale() > 1

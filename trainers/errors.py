@@ -1,0 +1,15 @@
+"""The errors that a user can fix: one sentence each, which names the remedy.
+
+The launcher prints such a sentence alone, without a traceback, and ends with a code of its own.
+"""
+
+
+class UserError(Exception):
+    """A mistake or a circumstance that the user can change.
+
+    The message is one sentence that says what is wrong, with the value, and what to do about it.
+    """
+
+
+class GuardStop(UserError):
+    """Training was stopped on purpose by a guard, on all ranks together, with the weights of the last good step."""

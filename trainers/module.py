@@ -1,0 +1,282 @@
+"""The training module: a causal language model, its loss, one optimizer and its schedule, as Lightning hosts them.
+
+It needs none of the callbacks of this package and no particular data: batches are dicts of `input_ids` and `labels`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from thinrank import optim
+from thinrank.trainers.errors import UserError
+from thinrank.trainers.models import ModelConfig, build_model
+from thinrank.trainers.schedule import ScheduleConfig, build_scheduler
+
+IGNORE = -100
+"""The label of a place that has none, as in torch and transformers."""
+
+
+def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy in float32, summed over the real labels, and how many there are.
+
+    Args:
+        logits: (B, L, V), of any floating dtype.
+        labels: (B, L) int64, already shifted; `IGNORE` marks a place without a label.
+
+    Returns:
+        The sum in nats (float32 scalar, with gradient) and the count (int64 scalar).
+    """
+    nats = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return nats, (labels != IGNORE).sum()
+
+
+class CausalLM(pl.LightningModule):
+    """Train and evaluate a causal language model.
+
+    Batches are dicts: `input_ids` and `labels`, int64 (B, L), labels already shifted with -100 where there is none,
+    and, for a data module that has `advance`, `position`, the number of samples consumed by all ranks after this batch.
+
+    The training loss is the mean over the labels of a batch. Evaluation is the sum of nats over the sum of labels of
+    all batches on all ranks, logged as `val/loss`, `val/perplexity`, `val/bits_per_byte` (or `test/…`).
+
+    Args:
+        model: a `transformers` model, or a `ModelConfig` that is built when the Trainer starts.
+        optimizer: the config of a method, or a function from the model to a torch optimizer.
+        schedule: of the learning rate, over `total_steps`.
+        total_steps: optimizer steps of the whole run; None asks the Trainer.
+        clip_norm: largest norm of all gradients together; None does not clip here.
+        bytes_per_token: mean UTF-8 bytes of a token of the evaluated text, for bits per byte: a number, or one for each
+            of "val" and "test"; None asks the data module for `validation_bytes_per_token` and `test_bytes_per_token`.
+        vocab_size: for a `ModelConfig`; None takes the length of the data module's `tokenizer`.
+        seed: of the initial weights, for a `ModelConfig`.
+        projection_seed: of whatever the method draws.
+
+    Attributes:
+        consumed_tokens: input tokens of all ranks in the finished optimizer steps; kept in checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | ModelConfig,
+        optimizer: Any | Callable[[nn.Module], torch.optim.Optimizer],
+        *,
+        schedule: ScheduleConfig | None = None,
+        total_steps: int | None = None,
+        clip_norm: float | None = 1.0,
+        bytes_per_token: float | Mapping[str, float] | None = None,
+        vocab_size: int | None = None,
+        seed: int = 0,
+        projection_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0, got {clip_norm}: use null (None) for no clipping")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {total_steps}: use None to ask the Trainer")
+        self.model: nn.Module | None = None if isinstance(model, ModelConfig) else model
+        self.model_config = model if isinstance(model, ModelConfig) else None
+        self.optimizer = optimizer
+        self.schedule = schedule if schedule is not None else ScheduleConfig()
+        self.total_steps = total_steps
+        self.clip_norm = clip_norm
+        self.bytes_per_token = bytes_per_token
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.projection_seed = projection_seed
+        self.consumed_tokens = 0
+        self._pending_tokens = 0  # of the micro-batches since the last optimizer step
+        self._position: int | None = None
+        self._norm: Tensor | None = None
+        self._sums = torch.zeros(2)
+
+    # ---- model, optimizer, schedule
+
+    def configure_model(self) -> None:
+        """Build the model of a `ModelConfig`, once; Lightning may call this again."""
+        if self.model is not None or self.model_config is None:
+            return
+        vocab_size = self.vocab_size
+        if vocab_size is None:
+            tokenizer = getattr(self._datamodule, "tokenizer", None)
+            if tokenizer is None:
+                raise UserError(
+                    "the model's vocabulary is not known: pass vocab_size or a data module with a tokenizer"
+                )
+            vocab_size = len(tokenizer)
+        self.model = build_model(self.model_config, vocab_size, seed=self.seed)
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer object and its schedule, stepped with every optimizer step."""
+        model = self._network
+        if callable(self.optimizer):
+            optimizer = cast("torch.optim.Optimizer", self.optimizer(model))
+        else:
+            optimizer = optim.build(model, self.optimizer, seed=self.projection_seed)
+        total = self.total_steps
+        if total is None:
+            estimate = self.trainer.estimated_stepping_batches
+            if not math.isfinite(estimate):
+                raise UserError("the schedule needs an end: give the Trainer max_steps or the module total_steps")
+            total = int(estimate)
+        scheduler = build_scheduler(optimizer, self.schedule, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    def on_fit_start(self) -> None:
+        if self.clip_norm is not None and self.trainer.gradient_clip_val is not None:
+            raise UserError(
+                f"clipping is set twice, clip_norm={self.clip_norm:g} in the module and "
+                f"gradient_clip_val={self.trainer.gradient_clip_val:g} in the Trainer: leave one of them at None"
+            )
+        tokenizer = getattr(self._datamodule, "tokenizer", None)
+        rows = getattr(getattr(self._network, "config", None), "vocab_size", None)
+        if tokenizer is not None and rows is not None and len(tokenizer) > rows:
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model knows {rows}: build it for this tokenizer"
+            )
+
+    # ---- training
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, L, V) of token ids (B, L)."""
+        longest = getattr(getattr(self._network, "config", None), "max_position_embeddings", None)
+        if longest is not None and input_ids.shape[-1] > longest:
+            raise UserError(
+                f"a sequence of {input_ids.shape[-1]} tokens is longer than the model's {longest}: "
+                f"lower data.sequence_length or raise model.max_position_embeddings"
+            )
+        # Without a cache, and without labels: transformers would shift them once more and average per rank.
+        return self._network(input_ids=input_ids, use_cache=False).logits
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Mean nats per label as `loss`; its sum and count as `nats` and `labels` for whoever averages further."""
+        self._norm = None
+        nats, count = token_nats(self(batch["input_ids"]), batch["labels"])
+        loss = nats / count.clamp(min=1)  # a batch without any label has no gradient rather than NaN
+        self._pending_tokens += batch["input_ids"].numel() * self.trainer.world_size
+        self._position = batch.get("position")
+        self.log("train/loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["input_ids"]))
+        return {"loss": loss, "nats": nats.detach(), "labels": count}
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of all gradients of this step before clipping (scalar), computed on the first call and then kept.
+
+        To be called between the last backward of a step and the step itself: the guard, the clipping and the metrics
+        share it.
+        """
+        if self._norm is None:
+            self._norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        return self._norm
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the shared norm; without `clip_norm`, do what the Trainer was told."""
+        if self.clip_norm is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.clip_norm, self.gradient_norm())
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, then count what the step consumed.
+
+        Here rather than in `on_train_batch_end`, where callbacks come before the module: one that saves a checkpoint
+        there would save the position of the step before.
+        """
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.trainer.fit_loop._should_accumulate():
+            return  # a strategy that accumulates by itself (DeepSpeed) comes here for every micro-batch
+        self.consumed_tokens += self._pending_tokens
+        self._pending_tokens = 0
+        advance = getattr(self._datamodule, "advance", None)
+        if advance is not None:
+            if self._position is None:
+                raise UserError(
+                    "the data module counts its position: put `position` into its batches or drop `advance`"
+                )
+            advance(int(self._position))
+
+    # ---- evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Add this batch's nats and labels to the sums."""
+        nats, count = token_nats(self(batch["input_ids"]), batch["labels"])
+        self._sums += torch.stack([nats.double(), count.double()])
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The same as `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        nats, count = cast("Tensor", self.trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")).tolist()
+        if count == 0:
+            raise UserError("the evaluation set has no label: give it more text or a shorter data.sequence_length")
+        loss = nats / count
+        metrics = {f"{stage}/loss": loss, f"{stage}/perplexity": math.exp(loss) if loss < 700 else math.inf}
+        ratio = self._ratio(stage)
+        if ratio is not None:
+            metrics[f"{stage}/bits_per_byte"] = loss / math.log(2) / ratio
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        # The values are equal on all ranks already; the mean over them only satisfies Lightning's rule.
+        self.log_dict(metrics, logger=False if fitting else None, sync_dist=self.trainer.world_size > 1)
+        if fitting and not self.trainer.sanity_checking:
+            # To the loggers directly: Lightning would count a validation inside of training to the step before.
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    def _ratio(self, stage: str) -> float | None:
+        given = self.bytes_per_token
+        if isinstance(given, Mapping):
+            return given.get(stage)
+        if given is not None:
+            return float(given)
+        name = {"val": "validation_bytes_per_token", "test": "test_bytes_per_token"}[stage]
+        return getattr(self._datamodule, name, None)
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["consumed_tokens"] = self.consumed_tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.consumed_tokens = checkpoint.get("consumed_tokens", 0)  # absent in a checkpoint of another module
+
+    # ---- what is attached
+
+    @property
+    def _network(self) -> nn.Module:
+        if self.model is None:
+            raise UserError("the model is not built yet: call configure_model or start a Trainer first")
+        return self.model
+
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)

@@ -1,0 +1,41 @@
+"""From the choice of a strategy to Lightning's objects."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from thinrank.trainers.strategies.config import StrategyConfig
+from thinrank.trainers.strategies.world import World
+
+if TYPE_CHECKING:  # Lightning takes seconds to import, and configurations are read without it
+    from lightning.pytorch.plugins.environments import ClusterEnvironment
+    from lightning.pytorch.strategies import Strategy
+
+
+def build_strategy(config: StrategyConfig, world: World) -> tuple[Strategy | str, ClusterEnvironment]:
+    """Lightning's strategy and its view of the processes.
+
+    The environment is given rather than detected, since on a cluster Lightning would take the variables of an
+    interactive shell for those of a batch job.
+
+    Args:
+        config: the choice.
+        world: the processes.
+
+    Returns:
+        What ``Trainer(strategy=…)`` takes, and a plugin for ``Trainer(plugins=[…])``.
+    """
+    from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+    if world.size == 1 and config.name == "auto":
+        return "auto", LightningEnvironment()
+    from lightning.pytorch.strategies import DDPStrategy
+
+    options: dict[str, Any] = {"timeout": timedelta(seconds=config.timeout)}
+    if config.backend != "auto":
+        options["process_group_backend"] = config.backend
+    # Every parameter of a language model takes part in every step, so nothing has to be searched for unused ones, and
+    # its buffers are constant.
+    strategy = DDPStrategy(broadcast_buffers=False, **options)
+    return strategy, TorchElasticEnvironment() if world.size > 1 else LightningEnvironment()
