@@ -32,7 +32,7 @@ test: $(STAMP)-dev  ## run the test suite (one part: make test ARGS=tests/optim)
 check: $(STAMP)-dev  ## lint, types, import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 bench: $(STAMP)-dev  ## measure optimizer steps beside the peers, on a GPU where there is one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -60,7 +61,7 @@ def writable(tensor: Tensor) -> bool:
 
 
 def matrix_views(
-    shape: tuple[int, ...], side: str = "std", *, sections: tuple[int, ...] | None = None, blocks: int = 1
+    shape: tuple[int, ...], side: str = "std", *, sections: Sequence[int] | None = None, blocks: int = 1
 ) -> tuple[MatrixView, ...]:
     """The views of a parameter of `shape`, one for each section of a fused weight.
 
@@ -79,6 +80,8 @@ def matrix_views(
     if side not in SIDES:
         raise ValueError(f"proj_type must be one of {', '.join(SIDES)}, got {side!r}")
     rows, columns = shape[0], math.prod(shape[1:])
+    if not isinstance(sections, (tuple, list, type(None))):
+        raise ValueError(f"sections must be a list of row counts, got {sections!r}")
     parts = (rows,) if sections is None else tuple(sections)
     if sum(parts) != rows or min(parts) < 1:
         raise ValueError(f"sections must be positive and add up to the {rows} rows of the weight, got {parts}")

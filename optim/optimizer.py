@@ -25,6 +25,9 @@ BATCH_BYTES = 64 * 2**20
 
 GROUP_EXTRAS: dict[str, Any] = {"role": "", "label": "", "sections": None, "blocks": 1, "seed": 0}
 
+ABSENT = ("maximize", "amsgrad", "capturable", "differentiable")
+"""Switches of torch's optimizers that change what a step does and that a step here does not know."""
+
 
 @dataclass(slots=True)
 class Bucket:
@@ -34,14 +37,9 @@ class Bucket:
     names: list[str]
     view: MatrixView
     prefix: str
-    states: list[State]
     stacked: State
     counts: Tensor
     keys: list[int]
-
-    def current(self, state: Mapping[Tensor, Any]) -> bool:
-        """False when somebody replaced a parameter's state, so that our stack is no longer it."""
-        return all(state[p] is own for p, own in zip(self.params, self.states, strict=True))
 
 
 @dataclass(slots=True)
@@ -77,6 +75,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drops what can be recomputed."""
         self._layouts: list[Layout] | None = None
+        self._seen: dict[Tensor, State] = {}
         self._rules: dict[tuple[Any, ...], tuple[MatrixRule | None, ElementwiseAdamW]] = {}
         self._clamped = False
         self.measure = False
@@ -94,6 +93,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch, and creates its state; refuses bad values before anything is changed."""
+        for key in ABSENT:
+            if param_group.get(key):
+                raise ValueError(f"{type(self).__name__} has no {key}: leave it out of the parameter group")
         trial = {**self.defaults, **param_group}
         try:
             self.Config.of_group(trial)
@@ -109,7 +111,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for name, param in zip(self.names(index), group["params"], strict=True):
                 self._refuse(name, param)
                 self.state[param] = self._initial_state(name, param, group, *rules)
-        except (ValueError, NotImplementedError):
+        except Exception:
             self.param_groups.pop()
             for param in group["params"]:
                 self.state.pop(param, None)
@@ -136,6 +138,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The rule for matrices (None: like everything else) and the rule for everything else that `group`'s values name."""
         values = tuple(repr(group[key]) for key in self.Config.GROUP)
         if values not in self._rules:
+            if len(self._rules) > len(self.param_groups):
+                self._rules.clear()  # a schedule that moves betas asks for a new rule at every step
             config = self.Config.of_group({**group, "lr": 0.0, "weight_decay": 0.0})
             self._rules[values] = (config.matrix_rule(), config.element_rule())
         return self._rules[values]
@@ -143,11 +147,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _views(self, param: Tensor, group: Mapping[str, Any], rule: MatrixRule | None) -> tuple[MatrixView, ...]:
         if rule is None or param.ndim < 2 or param.numel() == 0:
             return ()
-        sections = group["sections"]
         return matrix_views(
             tuple(param.shape),
             group.get("proj_type", "std"),
-            sections=None if sections is None else tuple(sections),
+            sections=group["sections"],
             blocks=group["blocks"],
         )
 
@@ -193,6 +196,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_sparse()
         if self._is_dry_run():
             return loss
         probe = Probe() if self.measure else None
@@ -226,13 +230,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
         return not any(bool(grad.any()) for grad in grads)
 
-    def _grad(self, name: str, param: Tensor) -> Tensor:
-        assert param.grad is not None
-        if param.grad.is_sparse:
-            raise RuntimeError(
-                f"{type(self).__name__} needs dense gradients; {name} has a sparse one: use sparse=False"
-            )
-        return param.grad
+    def _refuse_sparse(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None and param.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__} needs dense gradients; {self.names(index)[i]} has a sparse one: "
+                        "use sparse=False"
+                    )
 
     def _step_bucket(
         self,
@@ -259,7 +264,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             transposed=view.transposed,
             record={} if probe is not None else None,
         )
-        grads = local.bring([self._grad(bucket.names[i], bucket.params[i]) for i in active], view)
+        grads = local.bring([bucket.params[i].grad for i in active], view)  # type: ignore[misc]  (active ones have one)
         update = rule.update(grads, state, step)
         if not every:
             for key, value in state.items():
@@ -285,7 +290,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         probe: Probe | None,
     ) -> None:
         before = [p.detach().clone() for p in params] if probe is not None and lr else []
-        grads = [self._grad(label, p) for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         rule.step_(params, grads, [self.state[p] for p in params], lr=lr, weight_decay=weight_decay)
         keep, _ = Decay().factors(lr, weight_decay)
         for old, new in zip(before, params, strict=bool(before)):
@@ -294,9 +299,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _assembled(self) -> list[Layout]:
         """The layout of every group, stacked anew where somebody has replaced states since the last step."""
-        if self._layouts is None or not all(b.current(self.state) for each in self._layouts for b in each.buckets):
+        if self._layouts is None or not self._untouched():
             self._layouts = [self._assemble(index) for index in range(len(self.param_groups))]
+            stepped = [p for layout in self._layouts for bucket in layout.buckets for p in bucket.params]
+            self._seen = {p: dict(self.state[p]) for p in stepped}
         return self._layouts
+
+    def _untouched(self) -> bool:
+        # frameworks that move states to a device put new tensors, or new dictionaries, in the place of our views
+        return all(
+            len(self.state[p]) == len(own) and all(self.state[p].get(key) is value for key, value in own.items())
+            for p, own in self._seen.items()
+        )
 
     def _assemble(self, index: int) -> Layout:
         group = self.param_groups[index]
@@ -333,7 +347,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             state["step"] = counts[i]
         names = [name for _, name in members]
         numbers = [zlib.crc32(f"{prefix}{name}.{block}".encode()) for name in names for block in range(view.blocks)]
-        return Bucket(params, names, view, prefix, states, stacked, counts, numbers)
+        return Bucket(params, names, view, prefix, stacked, counts, numbers)
 
     # --- state ------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from thinrank.optim.optimizer import MatrixOptimizer
 
 
 class AdamW(MatrixOptimizer):
-    """`torch.optim.AdamW` (equal to the bit) with this suite's reports. See `thinrank.optim.methods.adamw`."""
+    """`torch.optim.AdamW` (with `fused=True`, to the bit) with this suite's reports. See `thinrank.optim.methods.adamw`."""
 
     Config = AdamWConfig
 

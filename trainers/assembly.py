@@ -6,13 +6,11 @@ changed.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,49 +26,27 @@ from thinrank.trainers.callbacks.guard import NonFiniteGuard
 from thinrank.trainers.callbacks.metrics import TrainingMetrics
 from thinrank.trainers.callbacks.preemption import Preemption
 from thinrank.trainers.callbacks.progress import Progress
-from thinrank.trainers.callbacks.sample import sample_text
 from thinrank.trainers.checkpoint import AtomicCheckpointIO, require_space, step_of
 from thinrank.trainers.data import TextData
-from thinrank.trainers.errors import GuardStop, UserError
-from thinrank.trainers.export import export
+from thinrank.trainers.ending import (
+    FINISHED,
+    PREEMPTED,
+    conclude,
+    final_validation,
+    optimizer_state,
+    record_failure,
+    sample_and_export,
+    say,
+)
+from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import build_model
 from thinrank.trainers.module import CausalLM
+from thinrank.trainers.parts import Parts
 from thinrank.trainers.pretrain import Plan, PretrainConfig
 from thinrank.trainers.rng import seed_all
-from thinrank.trainers.run import RunFolder, config_hash, config_tree, identity_json
+from thinrank.trainers.run import RunFolder, config_tree, identity_json
 from thinrank.trainers.strategies import World, build_strategy, process_group, together
 from thinrank.trainers.strategies.world import from_rank_zero
-
-FINISHED, FAILED, BAD_CONFIG, PREEMPTED, STOPPED = 0, 1, 2, 75, 76
-"""Exit codes of a run, as far as launchers let them through; ``status.json`` has them always."""
-
-
-@dataclass(kw_only=True)
-class Parts:
-    """What a run consists of."""
-
-    config: PretrainConfig
-    tree: Mapping[str, Any]
-    world: World
-    plan: Plan
-    folder: RunFolder
-    resume: Path | None
-    data: TextData
-    module: CausalLM
-    routing: optim.Routing
-    trainer: pl.Trainer
-    checkpointing: Checkpointing
-    preemption: Preemption
-    guard: NonFiniteGuard
-
-    @property
-    def model(self) -> Any:
-        return self.module.model
-
-    @property
-    def start(self) -> int:
-        """The optimizer step to go on from."""
-        return 0 if self.resume is None else step_of(self.resume) or 0
 
 
 def run(config: PretrainConfig, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -90,7 +66,7 @@ def run(config: PretrainConfig, resolved: Mapping[str, Any] | None = None) -> di
                 return _train(parts)
         except BaseException as error:
             if world.main and begun:
-                _record_failure(folder, error)
+                record_failure(folder, error)
             raise
         finally:
             if world.main:
@@ -119,7 +95,7 @@ def _assemble(
         world=world.size,
     )
     if world.local_rank == 0:
-        _say(world, "preparing data")
+        say(world, "preparing data")
     # One process on each machine fills the cache; the others then find it.
     together(world, lambda: data.prepare_data() if world.local_rank == 0 else None)
     together(world, lambda: data.setup("fit"))
@@ -234,15 +210,15 @@ def _train(parts: Parts) -> dict[str, Any]:
         "started": started,
     }
     # now, because a later stage of Lightning lets go of the optimizer
-    state = _optimizer_state(parts)
+    state = optimizer_state(parts)
     metrics, sample, artifacts = {}, {}, {}
     if not preempted:
-        metrics = _final_validation(parts)
-        sample, artifacts = from_rank_zero(world, lambda: _sample_and_export(parts))
+        metrics = final_validation(parts)
+        sample, artifacts = from_rank_zero(world, lambda: sample_and_export(parts))
     if parts.checkpointing.best_step >= 0:
         metrics["val/best_loss"] = parts.checkpointing.best_value
         metrics["val/best_step"] = parts.checkpointing.best_step
-    return from_rank_zero(world, lambda: _conclude(parts, facts, state, metrics, sample, artifacts))
+    return from_rank_zero(world, lambda: conclude(parts, facts, state, metrics, sample, artifacts))
 
 
 def _introduce(parts: Parts) -> None:
@@ -254,131 +230,21 @@ def _introduce(parts: Parts) -> None:
     tokens = (
         f"{data.train_tokens:,} training tokens" if data.train_tokens is not None else "a stream of training tokens"
     )
-    _say(world, f"run folder  {parts.folder.path}")
-    _say(world, f"model       {parts.config.model.name}, {routing.elements():,} parameters")
-    _say(world, f"data        {parts.config.data.name}, {tokens}, vocabulary {data.vocab_size:,}")
-    _say(
+    say(world, f"run folder  {parts.folder.path}")
+    say(world, f"model       {parts.config.model.name}, {routing.elements():,} parameters")
+    say(world, f"data        {parts.config.data.name}, {tokens}, vocabulary {data.vocab_size:,}")
+    say(
         world,
         f"steps       {plan.steps:,} of {plan.tokens_per_step:,} tokens "
         f"({world.size} × {plan.accumulate} × {plan.micro_batch} sequences)",
     )
-    _say(world, routing.table())
+    say(world, routing.table())
     if parts.resume is not None:
         done = "; nothing is left to do but the end" if parts.start >= plan.steps else ""
-        _say(world, f"resuming from step {parts.start:,} ({parts.resume.name}){done}")
+        say(world, f"resuming from step {parts.start:,} ({parts.resume.name}){done}")
     for logger in parts.trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("routing", f"```\n{routing.table()}\n```", parts.start)
-
-
-def _optimizer_state(parts: Parts) -> dict[str, int]:
-    optimizer = parts.trainer.optimizers[0]
-    adamw = optim.route(parts.model, optim.AdamWConfig())
-    return {
-        "predicted_bytes": parts.routing.state_bytes(),
-        "measured_bytes": optimizer.state_bytes(),  # pyright: ignore[reportAttributeAccessIssue]
-        "adamw_bytes": adamw.state_bytes(),
-    }
-
-
-def _final_validation(parts: Parts) -> dict[str, float]:
-    """Loss, perplexity and bits per byte on the whole held-out text."""
-    parts.trainer.test(parts.module, datamodule=parts.data, verbose=False)
-    return {key: float(value) for key, value in parts.trainer.callback_metrics.items() if key.startswith("test/")}
-
-
-def _sample_and_export(parts: Parts) -> tuple[dict[str, str], dict[str, str]]:
-    """On rank 0, with the model back on its device, from which Lightning has taken it."""
-    if not parts.world.main:
-        return {}, {}
-    choice, folder = parts.config.trainer, parts.folder
-    model, tokenizer = parts.model.to(parts.trainer.strategy.root_device), parts.data.tokenizer
-    sample, artifacts = {}, {"configuration": "config.yaml", "checkpoints": "checkpoints", "report": "report.md"}
-    if choice.tensorboard:
-        artifacts["events"] = "tensorboard"
-    if choice.sample_tokens:
-        text = sample_text(model, tokenizer, choice.sample_prompt, choice.sample_tokens, choice.seed)
-        sample = {"prompt": choice.sample_prompt, "text": text.removeprefix(choice.sample_prompt)}
-        for logger in parts.trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("sample", f"```\n{text}\n```", parts.trainer.global_step)
-    if choice.export:
-        export(model, tokenizer, folder.export)
-        artifacts["export"] = "export"
-    return sample, {what: str(folder.path / where) for what, where in artifacts.items()}
-
-
-def _conclude(
-    parts: Parts,
-    facts: dict[str, Any],
-    state: dict[str, int],
-    metrics: dict[str, float],
-    sample: dict[str, str],
-    artifacts: dict[str, str],
-) -> dict[str, Any]:
-    """Report, status and history, and the last words on the terminal."""
-    config, folder, step = parts.config, parts.folder, parts.trainer.global_step
-    seconds, tokens = parts.checkpointing.seconds, parts.module.consumed_tokens
-    folder.log("end", step=step, state=facts["state"], stopped_by=facts["stopped_by"])
-    collected = report.collect(
-        run=facts,
-        config=parts.tree,
-        config_hash=config_hash(parts.tree),
-        seeds={
-            "initial weights": config.trainer.seed,
-            "data order": config.data.seed,
-            "projection": config.trainer.projection_seed,
-        },
-        data={"manifest_hash": parts.data.manifest_hash, **parts.data.manifest},
-        routing=[dataclasses.asdict(row) for row in parts.routing.rows],
-        routing_table=parts.routing.table(),
-        optimizer_state=state,
-        training={
-            "steps": step,
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds if seconds else None,
-            "skipped_steps": parts.guard.skipped,
-            "world": parts.world.size,
-            "accumulate": parts.plan.accumulate,
-        },
-        metrics=metrics,
-        history=folder.history(),
-        artifacts=artifacts,
-        sample=sample,
-    )
-    report.write(collected, folder.path)
-    folder.write_status(facts["state"], step=step, steps=parts.plan.steps, exit_code=facts["exit_code"])
-    _say(parts.world, _last_words(facts, metrics, sample, folder))
-    return collected
-
-
-def _last_words(
-    facts: Mapping[str, Any], metrics: Mapping[str, float], sample: Mapping[str, str], folder: RunFolder
-) -> str:
-    if facts["state"] == "preempted":
-        return f"preempted by {facts['stopped_by']} after a checkpoint; start again with run.resume=auto to go on"
-    lines = [
-        f"{label:<18}{metrics[key]:.4f}"
-        for key, label in (
-            ("test/loss", "validation loss"),
-            ("test/perplexity", "perplexity"),
-            ("test/bits_per_byte", "bits per byte"),
-        )
-        if key in metrics
-    ]
-    if sample:
-        lines += ["sample:", sample["prompt"] + sample["text"]]
-    return "\n".join([*lines, f"everything lies in {folder.path}; start with report.md"])
-
-
-def _record_failure(folder: RunFolder, error: BaseException) -> None:
-    code = STOPPED if isinstance(error, GuardStop) else BAD_CONFIG if isinstance(error, UserError) else FAILED
-    # Lightning turns Ctrl-C into SystemExit
-    interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-    sentence = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
-    folder.write_status("failed", exit_code=code, error=sentence)
-    folder.log("end", state="failed", error=sentence)
 
 
 def _wants_cuda(config: PretrainConfig, world: World) -> bool:
@@ -395,11 +261,6 @@ def _wants_cuda(config: PretrainConfig, world: World) -> bool:
     if not cuda and config.trainer.precision == "16-mixed":
         raise UserError("trainer.precision=16-mixed needs a GPU: use bf16-mixed or 32-true on the CPU")
     return cuda
-
-
-def _say(world: World, text: str) -> None:
-    if world.main:
-        print(text, flush=True)
 
 
 @contextmanager

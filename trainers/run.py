@@ -42,6 +42,7 @@ FREE_KEYS = (
     "trainer.accelerator",
     "trainer.checkpoint_every",
     "trainer.devices",
+    "trainer.export",
     "trainer.log_every",
     "trainer.max_steps",
     "trainer.max_time",
@@ -111,7 +112,7 @@ def differences(before: str, now: str) -> list[str]:
     rows = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key, absent), new.get(key, absent)
-        if a != b:
+        if a != b and not _free(key):  # a key may have become free after the checkpoint was made
             rows.append(f"{key} ({'absent' if a is absent else a} → {'absent' if b is absent else b})")
     return rows
 
@@ -293,8 +294,11 @@ def check_identity(path: Path, identity: str) -> None:
 
 def _identity(tree: Mapping[str, Any]) -> dict[str, Any]:
     flat = _flatten(_plain(tree))
-    free = tuple(f"{key}." for key in FREE_KEYS)
-    return {key: value for key, value in flat.items() if not f"{key}.".startswith(free)}
+    return {key: value for key, value in flat.items() if not _free(key)}
+
+
+def _free(key: str) -> bool:
+    return f"{key}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from thinrank.optim.linalg.adam import one_layout
 from thinrank.optim.rule import Decay, State
 
 
@@ -69,31 +70,59 @@ class ElementwiseAdamW:
         weight_decay: float,
         eps: float,
     ) -> None:
-        fused = all(w.device.type in ("cpu", "cuda") and w.is_floating_point() for w in weights)
-        # The fused CUDA kernel wants the step counts beside the weights. They live on the CPU, where reading them is free,
-        # so it gets filled stand-ins: a copy would make the host wait.
-        move = fused and any(w.is_cuda for w in weights)
-        steps = [
-            torch.full((), float(state["step"]), dtype=torch.float32, device=w.device) if move else state["step"]
-            for w, state in zip(weights, states, strict=True)
+        able = [
+            w.device.type in ("cpu", "cuda") and one_layout(w, grad, state["exp_avg"], state["exp_avg_sq"])
+            for w, grad, state in zip(weights, grads, states, strict=True)
         ]
-        torch_adamw(
-            list(weights),
-            list(grads),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            steps,
-            fused=fused,
-            foreach=None if fused else True,
-            amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=eps,
-            maximize=False,
-        )
-        if move:
-            for state in states:
-                state["step"].add_(1.0)
+        for fused in (True, False):
+            which = [i for i, fits in enumerate(able) if fits is fused]
+            if which:
+                _adamw(
+                    [weights[i] for i in which],
+                    [grads[i] for i in which],
+                    [states[i] for i in which],
+                    fused=fused,
+                    betas=self.betas,
+                    lr=lr,
+                    weight_decay=weight_decay,
+                    eps=eps,
+                )
+
+
+def _adamw(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    *,
+    fused: bool,
+    betas: tuple[float, float],
+    lr: float,
+    weight_decay: float,
+    eps: float,
+) -> None:
+    # The fused CUDA kernel wants the step counts beside the weights. They live on the CPU, where reading them is free, so it
+    # gets filled stand-ins: a copy would make the host wait.
+    steps = [
+        torch.full((), float(state["step"]), dtype=torch.float32, device=w.device) if fused and w.is_cuda else state["step"]
+        for w, state in zip(weights, states, strict=True)
+    ]
+    torch_adamw(
+        weights,
+        grads,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        steps,
+        fused=fused,
+        foreach=False,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
+    for step, state in zip(steps, states, strict=True):
+        if step is not state["step"]:
+            state["step"].add_(1.0)

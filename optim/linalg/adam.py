@@ -27,7 +27,7 @@ def adam_direction(
             (ages of single columns).
         eps_raw: add eps to sqrt(v) before the bias correction, as GaLore does: about 30 times larger at first.
     """
-    if not isinstance(count, Tensor) and len(set(count)) == 1:
+    if not isinstance(count, Tensor) and len(set(count)) == 1 and one_layout(grad, exp_avg, exp_avg_sq):
         t = count[0]
         fix2 = (1.0 - betas[1] ** t) ** 0.5
         return _fused_direction(grad, exp_avg, exp_avg_sq, t, betas, eps / fix2 if eps_raw else eps)
@@ -41,6 +41,18 @@ def adam_direction(
     fix1, fix2 = 1.0 - betas[0] ** t, (1.0 - betas[1] ** t).sqrt()
     floor = eps / fix2 if eps_raw else eps
     return (exp_avg / fix1).div_((exp_avg_sq.sqrt() / fix2).add_(floor))
+
+
+def one_layout(*tensors: Tensor) -> bool:
+    """True when all of `tensors` are dense in the same order, which torch's fused kernels need.
+
+    They walk the memory of each from its first entry on and compare no strides: a sliced, transposed or expanded tensor
+    among the four is read and written wrongly, without a word on a CPU.
+    """
+    return any(
+        all(x.is_contiguous(memory_format=order) for x in tensors)
+        for order in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+    )
 
 
 def _fused_direction(

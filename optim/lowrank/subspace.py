@@ -60,7 +60,7 @@ def width(rank: int | float, shape: Shape3) -> int:
     return min(wanted, short, long)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # sizes in use at once; one too few and a model's every step would build them all again
 def _matrix(basis: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # remembered because every step needs it; a pure function of its arguments, so it is not state
     return basis_matrix(basis, n, dtype=dtype, device=device)

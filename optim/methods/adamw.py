@@ -3,8 +3,8 @@
     m ← β1 m + (1−β1) g ;  v ← β2 v + (1−β2) g²
     w ← (1−η λ) w − η (m/(1−β1ᵗ)) / (sqrt(v/(1−β2ᵗ)) + ε)
 
-The arithmetic is torch's own (`inner/elementwise.py`), so that it equals `torch.optim.AdamW` to the bit. Ours is only a
-learning rate for each role.
+The arithmetic is torch's own (`inner/elementwise.py`), so that it equals `torch.optim.AdamW(fused=True)`
+to the bit and torch's other kernels up to rounding. Ours is only a learning rate for each role.
 """
 
 from __future__ import annotations

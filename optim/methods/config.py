@@ -58,7 +58,7 @@ class MethodConfig:
         for key in ("embedding_lr", "vector_lr"):
             if getattr(self, key) is not None:
                 number(key, getattr(self, key))
-        if len(self.betas) != 2:
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {self.betas!r}")
         for beta in self.betas:
             number("betas", beta)
@@ -77,8 +77,10 @@ class MethodConfig:
     def of_group(cls, group: Mapping[str, Any]) -> MethodConfig:
         """The configuration that a parameter group's values amount to; refuses bad ones."""
         values = {key: group[key] for key in ("weight_decay", *cls.GROUP)}
-        values["betas"] = tuple(float(beta) for beta in values["betas"])
-        return cls(lr=float(group["lr"]), **values)
+        if isinstance(values["betas"], (tuple, list)):  # whose members a user may give as tensors
+            values["betas"] = tuple(float(beta) for beta in values["betas"])
+        lr = group["lr"]
+        return cls(lr=lr.item() if isinstance(lr, torch.Tensor) else lr, **values)
 
     def group(self) -> dict[str, Any]:
         """The values that a parameter group of matrices carries."""

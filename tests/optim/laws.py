@@ -10,7 +10,7 @@ LAW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers that depend on the seed alone."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def decaying(long: int, short: int, *, ratio: float = 0.7, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

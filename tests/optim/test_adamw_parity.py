@@ -95,3 +95,37 @@ def test_state_is_torchs_own():
         fresh.step()
         reference.step()
     assert same(ours, theirs)
+
+
+LAYOUTS = {
+    "channels last": (lambda: torch.randn(6, 3, 2, 2).contiguous(memory_format=torch.channels_last), None),
+    "channels last, plain gradient": (
+        lambda: torch.randn(6, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        lambda: torch.randn(6, 3, 2, 2),
+    ),
+    "transposed": (lambda: torch.randn(6, 4).mT, lambda: torch.randn(4, 6)),
+    "slice": (lambda: torch.randn(6, 8)[:, :3], lambda: torch.randn(6, 3)),
+    "expanded gradient": (lambda: torch.randn(6, 3), lambda: torch.randn(6, 1).expand(6, 3)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_memory_layouts_that_fused_kernels_misread(name):
+    """torch's fused kernels compare no strides: a slice, a transpose or an expanded gradient was stepped wrongly, and
+    memory beside a slice was overwritten, without a word (`torch.optim.AdamW(fused=True)` still does on a CPU)."""
+    make_weight, make_grad = LAYOUTS[name]
+    results = []
+    for optimizer in (AdamW, lambda params, **options: torch.optim.AdamW(params, foreach=False, **options)):
+        torch.manual_seed(0)
+        start = make_weight()
+        base = start._base if start._base is not None else start
+        beside = base.clone()
+        weight = nn.Parameter(start)
+        stepper = optimizer([weight], lr=0.1, weight_decay=0.1)
+        for _ in range(4):
+            weight.grad = (make_grad or make_weight)()
+            stepper.step()
+        results.append(weight.detach().clone())
+        if name == "slice":
+            assert torch.equal(base[:, 3:], beside[:, 3:])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

@@ -177,13 +177,3 @@ def test_a_factorisation_of_the_whole_refuses_rows(ranks):
         assert "svd='power'" in sentences[0]
         assert "'std'" in sentences[1]
 
-
-def dbg():
-    x = [torch.stack([decaying(LONG, SHORT, seed=10 * t + b) for b in range(2)]) for t in range(STEPS)]
-    return x
-def test_dbg(ranks):
-    a = ranks(2).run(dbg)
-    b = dbg()
-    for t in range(STEPS):
-        print(t, [(a[r][t]-b[t]).abs().max() for r in range(2)])
-    assert 0

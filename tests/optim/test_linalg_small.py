@@ -150,3 +150,16 @@ def test_the_gradient_is_left_alone():
     before = grad.clone()
     adam_direction(grad, torch.zeros(1, 3, 3), torch.zeros(1, 3, 3), [1], betas=(0.9, 0.999), eps=1e-8)
     assert torch.equal(grad, before)
+
+
+def test_sliced_moments_are_not_misread():
+    """A rank's rows of a batch are a slice; torch's fused kernel, which compares no strides, walked over other rows."""
+    whole = [torch.zeros(2, 6, 3) for _ in range(2)]
+    own = [torch.zeros(2, 4, 3) for _ in range(2)]
+    for t in range(1, 4):
+        grad = seeded(2, 4, 3, seed=t)
+        options = {"betas": (0.9, 0.99), "eps": 1e-8}
+        sliced = adam_direction(grad, whole[0][:, :4], whole[1][:, :4], [t, t], **options)
+        torch.testing.assert_close(sliced, adam_direction(grad, *own, [t, t], **options), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole[0][:, :4], own[0])
+    assert bool((whole[0][:, 4:] == 0).all())

@@ -156,7 +156,9 @@ def test_the_position_advances_at_optimizer_steps_alone_and_before_callbacks_loo
 class SelfAccumulating(SingleDeviceStrategy):
     """Is called for every micro-batch and accumulates by itself, as DeepSpeed's strategy does."""
 
-    handles_gradient_accumulation = True  # pyright: ignore[reportAssignmentType]
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        return True
 
 
 def test_the_position_waits_for_a_strategy_that_accumulates_by_itself():

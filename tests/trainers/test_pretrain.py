@@ -177,6 +177,20 @@ def test_another_method_or_model_in_the_same_folder_is_refused(base):
     assert pretrain(started_over)["run"]["restarts"] == 0
 
 
+def test_other_text_under_the_same_configuration_is_refused_and_costs_nothing(base, tmp_path):
+    shutil.copytree(base / "corpus", tmp_path / "corpus")
+    pretrain(config(tmp_path, "run", max_steps=4, tensorboard=False))
+    saved = ckpt.newest(tmp_path / "run" / "checkpoints")
+    text = (tmp_path / "corpus" / "3.txt").read_text()
+    (tmp_path / "corpus" / "3.txt").write_text(text + " more")
+    longer = config(tmp_path, "run", max_steps=6, tensorboard=False)
+    with pytest.raises(UserError, match="made with other data"):
+        pretrain(longer)
+    assert ckpt.newest(tmp_path / "run" / "checkpoints") == saved
+    (tmp_path / "corpus" / "3.txt").write_text(text)
+    assert pretrain(longer)["run"]["resumed_from"] == 4
+
+
 def test_errors_before_the_start_leave_nothing(base, monkeypatch):
     with pytest.raises(UserError, match="matches no"):
         pretrain(config(base, "none", data={"train": [str(base / "nothing" / "*.txt")]}))

@@ -103,6 +103,22 @@ def test_a_tokenizer_that_cannot_be_reached(tmp_path, online):
         TextData(PySourceConfig(tokenizer="t5-base", cache_dir=str(tmp_path))).prepare_data()
 
 
+def test_a_name_that_cannot_be_looked_up_is_not_waited_for(online, monkeypatch):
+    """Looking up a host blocks for as long as the resolver likes, whatever the time limit of the connection is."""
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.2)
+    resolved = threading.Event()
+
+    class Session:
+        def head(self, url, timeout):
+            resolved.wait(20)
+
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    start = time.monotonic()
+    assert not hub.reachable()
+    assert time.monotonic() - start < 5
+    resolved.set()
+
+
 def test_any_answer_counts_as_reachable(online, monkeypatch):
     monkeypatch.setattr(hub, "PROBE_SECONDS", 3.0)
     assert not hub.reachable()

@@ -1,0 +1,176 @@
+"""DCT-AdamW against its equations, its limits, and the defects of the published code."""
+
+import pytest
+import torch
+from laws import decaying, seeded
+from reference.dct_adamw import dct_adamw
+from torch import nn
+
+from thinrank.optim import DCTAdamW
+from thinrank.optim.linalg.fixed import basis_matrix
+
+STEPS = 24
+
+
+def moved(start, end):
+    return float((end.detach().double() - start.detach().double()).norm())
+
+
+def train(start, grads, **options):
+    """The weight after a step on each of `grads`, and its optimizer."""
+    weight = nn.Parameter(start.clone())
+    optimizer = DCTAdamW([weight], **options)
+    for grad in grads:
+        weight.grad = grad.clone()
+        optimizer.step()
+    return weight, optimizer
+
+
+@pytest.mark.parametrize("ages", [False, True], ids=["matrix's count", "column ages"])
+@pytest.mark.parametrize("feedback", ["off", "full"])
+@pytest.mark.parametrize("gap", [1, 5])
+@pytest.mark.parametrize("shape", [(14, 9), (8, 15), (10, 10)], ids=["tall", "wide", "square"])
+def test_equals_the_equations_in_float64(shape, gap, feedback, ages):
+    start = seeded(*shape)
+    grads = [decaying(*shape, seed=i + 1) for i in range(STEPS)]
+    options = {"lr": 0.01, "rank": 4, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+    weight, optimizer = train(
+        start, grads, update_proj_gap=gap, error_feedback=feedback, column_age=ages, transport="rotate", **options
+    )
+    expected, error = dct_adamw(start, grads, gap=gap, feedback=feedback == "full", ages=ages, **options)
+    assert moved(weight, expected) <= 1e-4 * moved(start, expected)
+    if feedback == "full":
+        own = optimizer.state[weight]["error"]
+        torch.testing.assert_close(own if shape[0] >= shape[1] else own.mT, error.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_l2_selection_equals_the_equations():
+    start, grads = seeded(14, 9), [decaying(14, 9, seed=i + 1) for i in range(STEPS)]
+    options = {"lr": 0.01, "rank": 4, "eps": 1e-6}
+    weight, _ = train(start, grads, norm="l2", column_age=False, **options)
+    expected, _ = dct_adamw(start, grads, gap=1, norm=2, **options)
+    assert moved(weight, expected) <= 1e-4 * moved(start, expected)
+
+
+@pytest.mark.parametrize("basis", ["dct", "identity", "hadamard", "random"])
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12)], ids=["tall", "wide"])
+def test_full_rank_is_adamw_in_rotated_coordinates(shape, basis):
+    start, grads = seeded(*shape), [seeded(*shape, seed=i + 1) for i in range(STEPS)]
+    weight, _ = train(start, grads, lr=0.01, rank=7, basis=basis, weight_decay=0.1)
+    matrix = basis_matrix(basis, 7, dtype=torch.float32, device="cpu")
+    turn = (lambda x: x @ matrix.T) if shape[0] > shape[1] else (lambda x: matrix @ x)
+    twin = nn.Parameter(turn(start))
+    reference = torch.optim.AdamW([twin], lr=0.01, weight_decay=0.1)
+    for grad in grads:
+        twin.grad = turn(grad)
+        reference.step()
+    torch.testing.assert_close(turn(weight.detach()), twin.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_full_rank_in_the_identity_is_adamw():
+    start, grads = seeded(12, 7), [seeded(12, 7, seed=i + 1) for i in range(STEPS)]
+    weight, _ = train(start, grads, rank=7, basis="identity", weight_decay=0.1)
+    twin = nn.Parameter(start.clone())
+    reference = torch.optim.AdamW([twin], weight_decay=0.1)
+    for grad in grads:
+        twin.grad = grad.clone()
+        reference.step()
+    torch.testing.assert_close(weight, twin, rtol=1e-5, atol=1e-6)
+
+
+def test_a_new_column_does_not_overshoot():
+    """With the matrix's count a column that enters late steps (1−β1)/sqrt(1−β2) = 3.2 learning rates."""
+    steps = {}
+    for ages in (True, False):
+        weight = nn.Parameter(torch.zeros(4, 4))
+        optimizer = DCTAdamW([weight], lr=1.0, rank=1, basis="identity", column_age=ages)
+        for t in range(301):
+            grad = torch.zeros(4, 4)
+            grad[:, 0] = 1.0
+            if t == 300:
+                grad[:, 1] = 5.0  # column 1 takes the slot
+            before = weight.detach().clone()
+            weight.grad = grad
+            optimizer.step()
+        steps[ages] = float((weight.detach() - before).abs().max())
+    assert steps[True] == pytest.approx(1.0, rel=1e-3)
+    assert steps[False] > 1.5
+
+
+# --- what the published code does, and this one must not ---------------------------------------------------------------
+
+
+def test_eight_bits_follow_full_precision():
+    """The published quantiser divides by 15 and keeps 16 levels; with 255 the two trajectories stay together."""
+    start = seeded(40, 24)
+    grads = [0.5 * seeded(40, 24, seed=99) + seeded(40, 24, seed=i + 1) for i in range(STEPS)]
+    ends = {
+        feedback: train(start, grads, lr=0.01, rank=6, error_feedback=feedback, update_proj_gap=4)[0]
+        for feedback in ("off", "full", "8bit")
+    }
+    assert moved(ends["8bit"], ends["full"]) < 0.05 * moved(start, ends["full"])
+    assert moved(ends["off"], ends["full"]) > 0.2 * moved(start, ends["full"])
+
+
+def test_constant_and_zero_rows_survive_eight_bits():
+    """Range quantisers divided zero by zero on a row of one value."""
+    grads = [torch.ones(6, 5) for _ in range(3)] + [torch.zeros(6, 5)] * 2 + [torch.ones(6, 5).tril()] * 3
+    weight, optimizer = train(seeded(6, 5), grads, rank=2, error_feedback="8bit")
+    assert bool(weight.isfinite().all())
+    assert bool(optimizer.state[weight]["error_scale"].isfinite().all())
+
+
+@pytest.mark.parametrize("shape", [(14, 9), (9, 14)], ids=["tall", "wide"])
+def test_both_engines_walk_one_path(shape):
+    """The published engines use the columns of C in one mode and of Cᵀ in the other: two bases, two trajectories."""
+    start, grads = seeded(*shape), [decaying(*shape, seed=i + 1) for i in range(STEPS)]
+    ends = [train(start, grads, rank=4, engine=engine, error_feedback="full")[0] for engine in ("matmul", "fft")]
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_of_several_sizes_in_one_model():
+    """The published code keeps one basis, sized by the first matrix it meets; the others broke."""
+    shapes = [(14, 9), (9, 14), (7, 7), (30, 2), (5, 12)]
+    weights = [nn.Parameter(seeded(*shape, seed=i)) for i, shape in enumerate(shapes)]
+    optimizer = DCTAdamW(weights, rank=2)
+    alone = [nn.Parameter(w.detach().clone()) for w in weights]
+    optimizers = [DCTAdamW([w], rank=2) for w in alone]
+    for step in range(3):
+        for i, (w, a) in enumerate(zip(weights, alone, strict=True)):
+            w.grad = seeded(*shapes[i], seed=100 * step + i)
+            a.grad = w.grad.clone()
+        optimizer.step()
+        for each in optimizers:
+            each.step()
+    for w, a in zip(weights, alone, strict=True):
+        torch.testing.assert_close(w, a)
+
+
+def test_the_choice_is_in_the_state_dict():
+    """The published indices lived in an object beside the state: lost on a plain checkpoint."""
+    weight, optimizer = train(seeded(14, 9), [decaying(14, 9, seed=1)], rank=4)
+    saved = optimizer.state_dict()["state"][0]
+    assert saved["columns"].dtype is torch.int32
+    coordinates = decaying(14, 9, seed=1) @ basis_matrix("dct", 9, dtype=torch.float32, device="cpu").T
+    expected = coordinates.abs().sum(0).topk(4).indices.sort().values
+    assert torch.equal(saved["columns"].long().sort().values, expected)
+
+
+@pytest.mark.parametrize("feedback", ["off", "full", "8bit"])
+def test_gradients_are_left_alone(feedback):
+    """The published step adds the error to `p.grad` and leaves the projection there."""
+    weight = nn.Parameter(seeded(14, 9))
+    optimizer = DCTAdamW([weight], rank=3, error_feedback=feedback)
+    for step in range(3):
+        grad = seeded(14, 9, seed=step)
+        weight.grad = grad
+        optimizer.step()
+        assert weight.grad is grad
+        assert torch.equal(grad, seeded(14, 9, seed=step))
+
+
+def test_state_needs_no_gradient_to_exist():
+    """Ranks that own nothing had no state in the published code, so checkpoints differed between ranks."""
+    optimizer = DCTAdamW([nn.Parameter(seeded(14, 9))], rank=3, error_feedback="8bit")
+    state = optimizer.state_dict()["state"][0]
+    assert set(state) == {"step", "columns", "exp_avg", "exp_avg_sq", "age", "error_codes", "error_scale"}

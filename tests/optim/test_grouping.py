@@ -1,0 +1,160 @@
+"""Every parameter gets one role and one rule, and a request that matches nothing is refused."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from thinrank.optim import METHODS, OPTIMIZERS, AdamWConfig, GaLoreConfig, Role, build, roles, route
+
+
+def llama(tied: bool = False) -> nn.Module:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=48,
+        tie_word_embeddings=tied, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+class Vision(nn.Module):
+    """A convolution, attention with a fused weight, an odd parameter, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, stride=4)
+        self.position = nn.Parameter(torch.zeros(5, 16))
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 10)
+
+
+def by_role(model: nn.Module) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name, role in roles(model).items():
+        found.setdefault(role.value, set()).add(name)
+    return found
+
+
+def test_llama_has_the_four_roles():
+    found = by_role(llama())
+    assert found["embedding"] == {"model.embed_tokens.weight"}
+    assert found["head"] == {"lm_head.weight"}
+    assert all("norm" in name for name in found["vector"])
+    assert len(found["matrix"]) == 2 * 7
+
+
+def test_a_tied_head_is_the_embedding_and_appears_once():
+    model = llama(tied=True)
+    found = by_role(model)
+    assert "head" not in found
+    assert found["embedding"] == {"model.embed_tokens.weight"}
+    optimizer = build(model, GaLoreConfig(rank=4))
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(stepped) == len({id(p) for p in stepped}) == len(list(model.parameters()))
+
+
+def test_gpt2_keeps_its_linear_layers_the_other_way_round_and_they_are_matrices_all_the_same():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=48, n_positions=16))
+    found = by_role(model)
+    assert found["embedding"] == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert {name.rpartition(".h.0.")[2] for name in found["matrix"]} == {
+        "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
+    }  # fmt: skip
+
+
+def test_convolution_attention_and_head():
+    found = by_role(Vision())
+    assert found["matrix"] == {"patch.weight", "position", "attention.in_proj_weight", "attention.out_proj.weight"}
+    assert found["head"] == {"head.weight"}
+    assert {"norm.weight", "patch.bias", "attention.in_proj_bias"} <= found["vector"]
+
+
+def test_overrides_win_and_one_that_matches_nothing_is_refused():
+    assert roles(Vision(), {"position": "embedding"})["position"] is Role.EMBEDDING
+    with pytest.raises(ValueError, match=r"role pattern 'positoin' matches no parameter"):
+        roles(Vision(), {"positoin": "embedding"})
+    with pytest.raises(ValueError, match=r"a role must be one of .*, got 'embeding'"):
+        roles(Vision(), {"position": "embeding"})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_routing_is_total_and_disjoint(name: str):
+    model = llama()
+    routing = route(model, METHODS[name]())
+    assert sorted(row.name for row in routing.rows) == sorted(n for n, _ in model.named_parameters())
+    assert routing.elements() == sum(p.numel() for p in model.parameters())
+    ids = [id(p) for group in routing.groups for _, p in group["params"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_each_role_has_its_rate_and_vectors_have_no_decay():
+    config = GaLoreConfig(lr=0.01, embedding_lr=0.02, vector_lr=0.03, scale=0.5, weight_decay=0.1, rank=4)
+    rows = {row.role: row for row in route(llama(), config).rows}
+    assert rows["matrix"].lr == pytest.approx(0.005)  # scale × lr is what acts
+    assert rows["embedding"].lr == rows["head"].lr == 0.02
+    assert rows["vector"].lr == 0.03
+    groups = {group["role"]: group for group in build(llama(), config).param_groups}
+    assert groups["vector"]["weight_decay"] == 0.0
+    assert groups["matrix"]["weight_decay"] == groups["embedding"]["weight_decay"] == 0.1
+
+
+def test_presets_and_patterns_choose_what_is_projected():
+    def projected(**kwargs: list[str]) -> set[str]:
+        rows = route(llama(), GaLoreConfig(rank=4, **kwargs)).rows
+        return {re.sub(r"model\.layers\.\d+\.", "", row.name) for row in rows if row.rule == "galore"}
+
+    attention = {f"self_attn.{x}_proj.weight" for x in "qkvo"}
+    mlp = {f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
+    assert projected() == attention | mlp
+    assert projected(targets=["attention"]) == attention
+    assert projected(targets=["mlp"]) == mlp
+    assert projected(targets=["q_proj", "embed_tokens"]) == {"self_attn.q_proj.weight", "model.embed_tokens.weight"}
+    assert projected(exclude=["down_proj"]) == attention | mlp - {"mlp.down_proj.weight"}
+
+
+def test_a_target_that_matches_nothing_is_refused_with_an_example():
+    with pytest.raises(ValueError, match=r"targets: 'atention' matches no matrix .*parameters are called like 'model"):
+        route(llama(), GaLoreConfig(rank=4, targets=["atention"]))
+    with pytest.raises(ValueError, match=r"targets: 'norm' matches no matrix"):  # vectors are never projected
+        route(llama(), GaLoreConfig(rank=4, targets=["norm"]))
+    with pytest.raises(ValueError, match=r"exclude: 'xyz' matches no parameter"):
+        route(llama(), GaLoreConfig(rank=4, exclude=["xyz"]))
+    with pytest.raises(ValueError, match=r"targets: '\(' is not a regular expression"):
+        route(llama(), GaLoreConfig(rank=4, targets=["("]))
+
+
+def test_frozen_parameters_are_left_out_and_said_so():
+    model = llama()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    routing = route(model, GaLoreConfig(rank=4))
+    assert routing.frozen == ["model.embed_tokens.weight"]
+    assert "frozen, not stepped: 1 tensors" in routing.table()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        build(model, GaLoreConfig(rank=4))
+
+
+def test_the_table_adds_up():
+    routing = route(llama(), GaLoreConfig(rank=4))
+    table = routing.table()
+    assert f"{routing.elements():,}" in table
+    assert f"{routing.state_bytes():,}" in table
+    assert routing.state_bytes() == build(llama(), GaLoreConfig(rank=4)).state_bytes()
+
+
+@pytest.mark.parametrize("config_type", OPTIMIZERS, ids=lambda t: t.__name__)
+def test_a_class_takes_what_its_configuration_has(config_type: type):
+    """The signatures are written out for editors and checkers; here is what keeps them from drifting."""
+    parameters = inspect.signature(OPTIMIZERS[config_type].__init__).parameters
+    defaults = {name: p.default for name, p in parameters.items() if name not in ("self", "params", "seed")}
+    expected = config_type.defaults()
+    if config_type is GaLoreConfig:
+        expected["rank"] = None  # as in galore-torch, a group without a rank is not projected
+    assert defaults == expected
+
+
+def test_adamw_with_one_rate_is_the_default():
+    assert {row.lr for row in route(llama(), AdamWConfig(lr=1e-3)).rows} == {1e-3}

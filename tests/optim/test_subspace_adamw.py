@@ -1,0 +1,231 @@
+"""SubspaceAdamW: its limits, its residual, and what happens to the moments when the basis turns."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import LAW, decaying, seeded
+from torch import nn
+
+from thinrank.optim import GaLore, SubspaceAdamW
+from thinrank.optim.inner.adam import Adam
+from thinrank.optim.lowrank.lift import Residual
+from thinrank.optim.lowrank.rule import LowRank
+from thinrank.optim.lowrank.subspace import PowerIteration, Svd, width
+from thinrank.optim.lowrank.transport import Keep, Reset, Rotate, Rotation, Slots
+from thinrank.optim.rule import Step
+
+STEPS, BETAS = 20, (0.9, 0.99)
+
+
+@pytest.mark.parametrize("residual", ["full", "sign", "off"])
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12)], ids=["tall", "wide"])
+def test_full_rank_is_adam_in_the_turned_basis(shape, residual):
+    """Nothing is left over, so the residual is rounding (in proportion: ten parts in a million of the gradient)."""
+    start = seeded(*shape)
+    weight = nn.Parameter(start.clone())
+    optimizer = SubspaceAdamW([weight], lr=0.01, rank=1.0, betas=BETAS, residual=residual, weight_decay=0.1)
+    weight.grad = seeded(*shape, seed=1)
+    optimizer.step()
+    basis = optimizer.state[weight]["basis"].clone()
+    assert basis.shape == (7, 7)
+    turn = (lambda x: x @ basis) if shape[0] > shape[1] else (lambda x: basis.mT @ x)
+    twin = nn.Parameter(turn(start))
+    reference = torch.optim.AdamW([twin], lr=0.01, betas=BETAS, weight_decay=0.1)
+    twin.grad = turn(seeded(*shape, seed=1))
+    reference.step()
+    for step in range(2, STEPS):
+        weight.grad = seeded(*shape, seed=step)
+        twin.grad = turn(weight.grad)
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(turn(weight.detach()), twin.detach(), rtol=1e-4, atol=1e-4)
+    if residual != "off":
+        assert float(optimizer.state[weight]["residual_norm"]) < 1e-4
+
+
+def steps(rule, grads):
+    """The update of every step on a batch of matrices."""
+    state = rule.init(tuple(grads[0].shape), torch.device("cpu"))
+    for count, grad in enumerate(grads):
+        yield grad, rule.update(grad, state, Step(count=[count] * len(grad))), state
+
+
+def rule_with(**residual):
+    return LowRank(
+        subspace=PowerIteration(rank=3, every=100), inner=Adam(betas=BETAS), lift=Residual(**residual)
+    )
+
+
+def test_the_residual_is_what_the_subspace_missed_scaled_row_by_row():
+    for grad, update, state in steps(rule_with(limit=1e9), [seeded(2, 9, 6, seed=i) for i in range(5)]):
+        basis = state["basis"]
+        low = grad @ basis
+        phi = update.direction.norm(dim=-1, keepdim=True) / low.norm(dim=-1, keepdim=True)
+        assert update.residual is not None
+        torch.testing.assert_close(update.residual, phi * (grad - low @ basis.mT), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(update.residual @ basis, torch.zeros(2, 9, 3), rtol=0, atol=1e-4)
+
+
+def test_the_sign_residual_keeps_signs_and_the_mean_magnitude():
+    for grad, update, state in steps(rule_with(limit=1e9, signs=True), [seeded(2, 9, 6, seed=i) for i in range(5)]):
+        missed = grad - grad @ state["basis"] @ state["basis"].mT
+        assert update.residual is not None
+        assert torch.equal(update.residual.sign(), missed.sign())
+        spread = update.residual.abs()
+        torch.testing.assert_close(spread, spread.mean(-1, keepdim=True).expand_as(spread))  # one number a row
+        phi = update.direction.norm(dim=-1) / (grad @ state["basis"]).norm(dim=-1)
+        torch.testing.assert_close(spread[..., 0], phi * missed.abs().mean(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_residual_grows_slowly():
+    """A burst in the gradient reaches the residual by 1 % a step; a fall is followed at once."""
+    grads = [seeded(1, 9, 6, seed=i) for i in range(6)]
+    norms = []
+    for t, (_, update, _state) in enumerate(steps(rule_with(limit=1.01), grads)):
+        assert update.residual is not None
+        norms.append(float(update.residual.norm()))
+        if t:
+            assert norms[-1] <= 1.01 * norms[-2] * (1 + 1e-5)
+    free = [float(u.residual.norm()) for _, u, _ in steps(rule_with(limit=1e9), grads) if u.residual is not None]
+    assert norms[0] == pytest.approx(free[0])
+    assert norms != pytest.approx(free)
+
+
+def test_the_residual_makes_the_difference_to_a_low_rank_step():
+    """rank 1 of 8: with the residual every singular direction moves, without it one does."""
+    ranks = {}
+    for residual in ("full", "off"):
+        weight = nn.Parameter(torch.zeros(12, 8))
+        optimizer = SubspaceAdamW([weight], lr=1.0, rank=1, residual=residual)
+        weight.grad = seeded(12, 8)
+        optimizer.step()
+        ranks[residual] = int(torch.linalg.matrix_rank(weight.detach(), rtol=1e-4))
+    assert ranks == {"full": 8, "off": 1}
+
+
+# --- the moments at a renewal --------------------------------------------------------------------------------------
+
+
+def plain_rotation(m, v, r, k):
+    """LDAdam's rule, entry by entry in float64, its variance cut off at zero."""
+    m, v, r = m.double(), v.double(), r.double()
+    rows, old = m.shape
+    fix1, fix2 = 1 - BETAS[0] ** k, 1 - BETAS[1] ** k
+    new_m, new_v = torch.zeros_like(m), torch.zeros_like(v)
+    for i in range(rows):
+        for j in range(old):
+            mean = sum(m[i, l] / fix1 * r[j, l] for l in range(old))
+            variance = sum((v[i, l] / fix2 - (m[i, l] / fix1) ** 2) * r[j, l] ** 2 for l in range(old))
+            new_m[i, j] = mean * fix1
+            new_v[i, j] = (max(float(variance), 0.0) + mean**2) * fix2
+    return new_m.float(), new_v.float()
+
+
+@given(st.integers(1, 40), st.integers(0, 99))
+@LAW
+def test_rotation_of_both_moments_equals_its_reference(k, seed):
+    m, v = seeded(2, 4, 3, seed=seed) * 0.1, seeded(2, 4, 3, seed=seed + 1).square() * 0.05
+    turns = [torch.linalg.qr(seeded(3, 3, seed=seed + 2 + i)).Q for i in range(2)]
+    state = {"exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    Rotate(BETAS).carry(state, Rotation(torch.stack(turns)), [k, k + 3])
+    for i, turn in enumerate(turns):
+        expected = plain_rotation(m[i], v[i], turn, k + 3 * i)
+        torch.testing.assert_close(state["exp_avg"][i], expected[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(state["exp_avg_sq"][i], expected[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_rotation_by_a_choice_is_a_gather():
+    """For a fixed basis the rotation holds zeros and ones; slots do the same without a product."""
+    m, v = seeded(1, 5, 3), seeded(1, 5, 3, seed=1).square() + seeded(1, 5, 3).square()
+    kept = torch.tensor([[True, False, True]])
+    turned = {"exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    Rotate(BETAS).carry(turned, Rotation(torch.diag_embed(kept.float())), [10_000])
+    slots = {"exp_avg": m.clone(), "exp_avg_sq": v.clone(), "age": torch.tensor([[7.0, 8.0, 9.0]])}
+    Rotate(BETAS).carry(slots, Slots(kept), [10_000])
+    torch.testing.assert_close(turned["exp_avg"], slots["exp_avg"])
+    torch.testing.assert_close(turned["exp_avg_sq"], slots["exp_avg_sq"])
+    assert slots["age"].tolist() == [[7.0, 0.0, 9.0]]
+
+
+def test_keep_keeps_and_reset_resets():
+    change = Rotation(torch.linalg.qr(seeded(1, 3, 3)).Q)
+    for transport, expected in ((Keep(), 1.0), (Reset(), 0.0)):
+        state = {"exp_avg": torch.ones(1, 5, 3), "exp_avg_sq": torch.ones(1, 5, 3), "age": torch.ones(1, 3)}
+        transport.carry(state, change, [5])
+        assert all(bool((value == expected).all()) for value in state.values())
+
+
+def test_a_rotated_step_stays_within_adams_bound():
+    """LDAdam's absolute value let the second moment pass through zero where the mean did not: steps of 60 learning rates.
+
+    Adam's own bound is (1−β1)/sqrt(1−β2) = 3.2 for the usual betas.
+    """
+    rule = LowRank(
+        subspace=PowerIteration(rank=8, every=3), transport=Rotate((0.9, 0.999)), inner=Adam(betas=(0.9, 0.999))
+    )
+    grads = [decaying(64, 32, seed=i).unsqueeze(0) for i in range(150)]
+    assert max(float(update.direction.abs().max()) for _, update, _ in steps(rule, grads)) < 3.5
+
+
+def test_a_turn_within_the_subspace_changes_nothing_but_the_letters():
+    """m is carried exactly: with a basis that only turns, the momentum of the whole matrix is what it was."""
+    m = seeded(1, 6, 3)
+    turn = torch.linalg.qr(seeded(3, 3, seed=1)).Q
+    basis = torch.linalg.qr(seeded(5, 3, seed=2)).Q
+    state = {"exp_avg": m.clone(), "exp_avg_sq": m.square()}
+    new = basis @ turn
+    Rotate(BETAS).carry(state, Rotation((new.mT @ basis).unsqueeze(0)), [50])
+    torch.testing.assert_close(state["exp_avg"] @ new.mT, m @ basis.mT, rtol=1e-5, atol=1e-6)
+
+
+# --- the subspace itself ----------------------------------------------------------------------------------------------
+
+
+def test_power_iteration_follows_what_the_exact_basis_holds():
+    """Over a whole run with renewals, the captured energy stays within 2 % of an exact SVD's at every step."""
+    energies = {}
+    for name, subspace in (("svd", Svd(rank=4, every=5)), ("power", PowerIteration(rank=4, every=5))):
+        rule = LowRank(subspace=subspace, inner=Adam())
+        state = rule.init((1, 20, 12), torch.device("cpu"))
+        energies[name] = []
+        for count in range(20):
+            grad = decaying(20, 12, seed=7).unsqueeze(0) + 0.05 * seeded(1, 20, 12, seed=count)
+            record: dict[str, torch.Tensor] = {}
+            rule.update(grad, state, Step(count=[count], record=record))
+            energies[name].append(float(record["captured_energy"]))
+    assert min(energies["power"]) > 0.98 * min(energies["svd"])
+
+
+def test_galore_with_power_iteration_learns_like_exact_galore():
+    losses = {}
+    for svd in ("exact", "power"):
+        torch.manual_seed(0)
+        net = nn.Linear(16, 16, bias=False)
+        target = decaying(16, 16, ratio=0.5)
+        optimizer = GaLore(net.parameters(), lr=0.02, rank=4, scale=1.0, update_proj_gap=10, svd=svd)
+        for _ in range(150):
+            optimizer.zero_grad()
+            loss = (net.weight - target).square().sum()
+            loss.backward()
+            optimizer.step()
+        losses[svd] = loss.item()
+    assert losses["power"] < 1.5 * losses["exact"] + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rank", "shape", "expected"),
+    [
+        (3, (1, 9, 6), 3),
+        (8, (1, 9, 6), 6),
+        (8, (1, 4, 6), 4),
+        (8.0, (1, 9, 6), 6),
+        (0.5, (1, 9, 6), 3),
+        (1.0, (1, 9, 6), 6),
+        (1, (1, 9, 6), 1),
+        (0.01, (1, 9, 6), 1),
+        (2.0, (1, 9, 6), 2),
+    ],
+)
+def test_width(rank, shape, expected):
+    assert width(rank, shape) == expected

@@ -1,0 +1,139 @@
+"""The end of a pre-training run: the last validation, a sample, the export, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from thinrank import optim
+from thinrank.trainers import report
+from thinrank.trainers.callbacks.sample import sample_text
+from thinrank.trainers.errors import GuardStop, UserError
+from thinrank.trainers.export import export
+from thinrank.trainers.parts import Parts
+from thinrank.trainers.run import RunFolder, config_hash
+from thinrank.trainers.strategies import World
+
+FINISHED, FAILED, BAD_CONFIG, PREEMPTED, STOPPED = 0, 1, 2, 75, 76
+"""Exit codes of a run, as far as launchers let them through; ``status.json`` has them always."""
+
+
+def say(world: World, text: str) -> None:
+    """Prints on rank 0."""
+    if world.main:
+        print(text, flush=True)
+
+
+def optimizer_state(parts: Parts) -> dict[str, int]:
+    """Bytes of optimizer state on this rank: as predicted, as they are, and as AdamW would have them."""
+    optimizer = parts.trainer.optimizers[0]
+    adamw = optim.route(parts.model, optim.AdamWConfig())
+    return {
+        "predicted_bytes": parts.routing.state_bytes(),
+        "measured_bytes": optimizer.state_bytes(),  # pyright: ignore[reportAttributeAccessIssue]
+        "adamw_bytes": adamw.state_bytes(),
+    }
+
+
+def final_validation(parts: Parts) -> dict[str, float]:
+    """Loss, perplexity and bits per byte on the whole held-out text."""
+    parts.trainer.test(parts.module, datamodule=parts.data, verbose=False)
+    return {key: float(value) for key, value in parts.trainer.callback_metrics.items() if key.startswith("test/")}
+
+
+def sample_and_export(parts: Parts) -> tuple[dict[str, str], dict[str, str]]:
+    """On rank 0, with the model back on its device, from which Lightning has taken it."""
+    if not parts.world.main:
+        return {}, {}
+    choice, folder = parts.config.trainer, parts.folder
+    model, tokenizer = parts.model.to(parts.trainer.strategy.root_device), parts.data.tokenizer
+    sample, artifacts = {}, {"configuration": "config.yaml", "checkpoints": "checkpoints", "report": "report.md"}
+    if choice.tensorboard:
+        artifacts["events"] = "tensorboard"
+    if choice.sample_tokens:
+        text = sample_text(model, tokenizer, choice.sample_prompt, choice.sample_tokens, choice.seed)
+        sample = {"prompt": choice.sample_prompt, "text": text.removeprefix(choice.sample_prompt)}
+        for logger in parts.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("sample", f"```\n{text}\n```", parts.trainer.global_step)
+    if choice.export:
+        export(model, tokenizer, folder.export)
+        artifacts["export"] = "export"
+    return sample, {what: str(folder.path / where) for what, where in artifacts.items()}
+
+
+def conclude(
+    parts: Parts,
+    facts: dict[str, Any],
+    state: dict[str, int],
+    metrics: dict[str, float],
+    sample: dict[str, str],
+    artifacts: dict[str, str],
+) -> dict[str, Any]:
+    """Report, status and history, and the last words on the terminal."""
+    config, folder, step = parts.config, parts.folder, parts.trainer.global_step
+    seconds, tokens = parts.checkpointing.seconds, parts.module.consumed_tokens
+    folder.log("end", step=step, state=facts["state"], stopped_by=facts["stopped_by"])
+    collected = report.collect(
+        run=facts,
+        config=parts.tree,
+        config_hash=config_hash(parts.tree),
+        seeds={
+            "initial weights": config.trainer.seed,
+            "data order": config.data.seed,
+            "projection": config.trainer.projection_seed,
+        },
+        data={"manifest_hash": parts.data.manifest_hash, **parts.data.manifest},
+        routing=[dataclasses.asdict(row) for row in parts.routing.rows],
+        routing_table=parts.routing.table(),
+        optimizer_state=state,
+        training={
+            "steps": step,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds if seconds else None,
+            "skipped_steps": parts.guard.skipped,
+            "world": parts.world.size,
+            "accumulate": parts.plan.accumulate,
+        },
+        metrics=metrics,
+        history=folder.history(),
+        artifacts=artifacts,
+        sample=sample,
+    )
+    report.write(collected, folder.path)
+    folder.write_status(facts["state"], step=step, steps=parts.plan.steps, exit_code=facts["exit_code"])
+    say(parts.world, _last_words(facts, metrics, sample, folder))
+    return collected
+
+
+def _last_words(
+    facts: Mapping[str, Any], metrics: Mapping[str, float], sample: Mapping[str, str], folder: RunFolder
+) -> str:
+    if facts["state"] == "preempted":
+        return f"preempted by {facts['stopped_by']} after a checkpoint; start again with run.resume=auto to go on"
+    lines = [
+        f"{label:<18}{metrics[key]:.4f}"
+        for key, label in (
+            ("test/loss", "validation loss"),
+            ("test/perplexity", "perplexity"),
+            ("test/bits_per_byte", "bits per byte"),
+        )
+        if key in metrics
+    ]
+    if sample:
+        lines += ["sample:", sample["prompt"] + sample["text"]]
+    return "\n".join([*lines, f"everything lies in {folder.path}; start with report.md"])
+
+
+def record_failure(folder: RunFolder, error: BaseException) -> None:
+    """Status and history of a run that ended with an error, exit code included."""
+    code = STOPPED if isinstance(error, GuardStop) else BAD_CONFIG if isinstance(error, UserError) else FAILED
+    # Lightning turns Ctrl-C into SystemExit
+    interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+    sentence = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
+    folder.write_status("failed", exit_code=code, error=sentence)
+    folder.log("end", state="failed", error=sentence)

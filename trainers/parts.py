@@ -1,0 +1,49 @@
+"""What a pre-training run consists of, once everything exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from thinrank import optim
+from thinrank.trainers.callbacks.checkpointing import Checkpointing
+from thinrank.trainers.callbacks.guard import NonFiniteGuard
+from thinrank.trainers.callbacks.preemption import Preemption
+from thinrank.trainers.checkpoint import step_of
+from thinrank.trainers.data import TextData
+from thinrank.trainers.module import CausalLM
+from thinrank.trainers.pretrain import Plan, PretrainConfig
+from thinrank.trainers.run import RunFolder
+from thinrank.trainers.strategies import World
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What a run consists of."""
+
+    config: PretrainConfig
+    tree: Mapping[str, Any]
+    world: World
+    plan: Plan
+    folder: RunFolder
+    resume: Path | None
+    data: TextData
+    module: CausalLM
+    routing: optim.Routing
+    trainer: pl.Trainer
+    checkpointing: Checkpointing
+    preemption: Preemption
+    guard: NonFiniteGuard
+
+    @property
+    def model(self) -> Any:
+        return self.module.model
+
+    @property
+    def start(self) -> int:
+        """The optimizer step to go on from."""
+        return 0 if self.resume is None else step_of(self.resume) or 0
