@@ -86,7 +86,11 @@ def conclude(
             "data order": config.data.seed,
             "projection": config.trainer.projection_seed,
         },
-        data={"manifest_hash": parts.data.manifest_hash, **parts.data.manifest},
+        # without the hash of every file, which the manifest's own hash stands for
+        data={
+            "manifest_hash": parts.data.manifest_hash,
+            **{key: value for key, value in parts.data.manifest.items() if key != "files"},
+        },
         routing=[dataclasses.asdict(row) for row in parts.routing.rows],
         routing_table=parts.routing.table(),
         optimizer_state=state,

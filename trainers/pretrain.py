@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from thinrank.optim import GaLoreConfig, MethodConfig
+from thinrank.optim import MethodConfig, SubspaceAdamWConfig
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig
@@ -133,7 +133,7 @@ class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig, metadata={"help": "the run folder and how to resume"})
     model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "the model"})
     data: DataConfig = field(default_factory=PySourceConfig, metadata={"help": "the text"})
-    optimizer: MethodConfig = field(default_factory=GaLoreConfig, metadata={"help": "the method"})
+    optimizer: MethodConfig = field(default_factory=SubspaceAdamWConfig, metadata={"help": "the method"})
     strategy: StrategyConfig = field(default_factory=StrategyConfig, metadata={"help": "how processes share the work"})
     trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata={"help": "how long, how large, how often"})
 

@@ -72,17 +72,18 @@ class Rotate:
     def carry(self, state: State, change: Change, count: Sequence[int]) -> None:
         m, v = state["exp_avg"], state["exp_avg_sq"]
         if isinstance(change, Slots):
-            kept = change.kept.unsqueeze(-2).to(m.dtype)
-            m.mul_(kept)
-            v.mul_(kept)
+            new = ~change.kept  # filled and not multiplied: zero times a second moment that overflowed is no number
+            m.masked_fill_(new.unsqueeze(-2), 0.0)
+            v.masked_fill_(new.unsqueeze(-2), 0.0)
             if "age" in state:
-                state["age"].mul_(change.kept)
+                state["age"].masked_fill_(new, 0.0)
             return
         back = change.matrix.mT  # (batch, r_old, r_new)
         k = torch.tensor(list(count), dtype=m.dtype).clamp(min=1.0).to(m.device)[:, None, None]
         fix1, fix2 = 1.0 - self.betas[0] ** k, 1.0 - self.betas[1] ** k
         mean = m / fix1
         new_mean = mean @ back
-        variance = ((v / fix2 - mean.square()) @ back.square()).clamp_(min=0.0)
+        # after a gradient of 1e20 both squares are infinite, and their difference no number
+        variance = ((v / fix2 - mean.square()).nan_to_num_() @ back.square()).clamp_(min=0.0)
         m.copy_(new_mean * fix1)
         v.copy_((variance + new_mean.square()) * fix2)

@@ -1,0 +1,118 @@
+"""Bytes of state: predicted on the meta device, measured, and by a formula written down here, all three equal."""
+
+import pytest
+import torch
+from cases import CONFIGS, copies, make, run, small
+from laws import seeded
+from torch import nn
+
+from thinrank.optim import METHODS, build, route
+
+LONG, SHORT, R = 24, 10, 3
+BLOCK = 256  # of the 8-bit error's scales, along the rows
+
+FORMULAS = {
+    # two moments and torch's step count (a float32 scalar)
+    "adamw": 4 * (2 * LONG * SHORT) + 4,
+    # moments of (long, r) and a basis of (short, r)
+    "galore": 4 * (2 * LONG * R + SHORT * R) + 4,
+    "galore/power": 4 * (2 * LONG * R + SHORT * R) + 4,
+    # r × r moments and a basis for each side
+    "galore/full": 4 * (2 * R * R + SHORT * R + LONG * R) + 4,
+    # the other side is kept: moments of (short, r), a basis of (long, r)
+    "galore/reverse": 4 * (2 * SHORT * R + LONG * R) + 4,
+    # r int32 columns and r float32 ages in the place of a basis
+    "dct_adamw": 4 * (2 * LONG * R + R + R) + 4,
+    "dct_adamw/hadamard": 4 * (2 * LONG * R + R + R) + 4,
+    "dct_adamw/identity": 4 * (2 * LONG * R + R + R) + 4,
+    "dct_adamw/fft": 4 * (2 * LONG * R + R) + 4,
+    "dct_adamw/feedback": 4 * (2 * LONG * R + R + R + LONG * SHORT) + 4,
+    # a byte an entry and a float32 scale for every 256 entries of a row
+    "dct_adamw/8bit": 4 * (2 * LONG * R + R + R) + LONG * SHORT + 4 * LONG * -(-SHORT // BLOCK) + 4,
+    # the residual's last norm
+    "subspace_adamw": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
+    "subspace_adamw/sign": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
+    "subspace_adamw/off": 4 * (2 * LONG * R + SHORT * R) + 4,
+}
+
+
+class OneMatrix(nn.Module):
+    def __init__(self, wide: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(LONG, SHORT, bias=False) if wide else nn.Linear(SHORT, LONG, bias=False)
+
+
+def test_every_case_has_a_formula():
+    assert set(METHODS) <= set(FORMULAS)
+    assert set(FORMULAS) <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_predicted_measured_and_counted_by_hand_are_equal(name, wide):
+    with torch.device("meta"):
+        ghost = OneMatrix(wide)
+    routing = route(ghost, CONFIGS[name])
+    assert routing.state_bytes() == FORMULAS[name]
+    assert [row.state_bytes for row in routing.rows] == [FORMULAS[name]]
+    params = [nn.Parameter(seeded(*((SHORT, LONG) if wide else (LONG, SHORT))))]
+    optimizer = make(CONFIGS[name], params)
+    assert optimizer.state_bytes() == FORMULAS[name]
+    run(optimizer, params, 0, 4)
+    assert optimizer.state_bytes() == FORMULAS[name]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prediction_holds_for_a_model_in_bfloat16(name):
+    """Everything that is not projected keeps torch's moments in the weights' dtype."""
+    model = nn.ModuleDict({"table": nn.Embedding(30, 8), "layer": nn.Linear(8, 20), "norm": nn.LayerNorm(20)})
+    model.to(torch.bfloat16)
+    predicted = route(model, CONFIGS[name]).state_bytes()
+    optimizer = build(model, CONFIGS[name])
+    assert predicted == optimizer.state_bytes()
+    dense = sum(2 * 2 * p.numel() + 4 for p in model.parameters())
+    assert (predicted == dense) == (name == "adamw")
+
+
+def test_predicting_allocates_nothing_and_leaves_the_model_alone():
+    """A model far larger than this machine can be routed on the meta device."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(2**17, 2**17, bias=False) for _ in range(4)))
+    routing = route(model, small("galore", rank=1024))
+    assert routing.elements() == 4 * 2**34
+    assert routing.state_bytes() == 4 * (4 * (2 * 2**17 * 1024 + 2**17 * 1024) + 4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_tensor_outlives_a_step(name):
+    """Everything kept between steps is in `state`: what else is reachable from the optimizer holds no large tensor."""
+    params = [nn.Parameter(seeded(64, 48, seed=i)) for i in range(2)]
+    optimizer = make(small(name), copies(params))
+    own = optimizer.param_groups[0]["params"]
+    run(optimizer, own, 0, 3)
+    for p in own:
+        p.grad = None
+    state = {t.untyped_storage().data_ptr() for s in optimizer.state.values() for t in s.values()}
+    weights = {p.untyped_storage().data_ptr() for p in own}
+    found, seen = [], set()
+
+    def walk(value):
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.untyped_storage().data_ptr() not in state | weights:
+                found.append(tuple(value.shape))
+        elif isinstance(value, dict):
+            for key, each in value.items():
+                walk(key)
+                walk(each)
+        elif isinstance(value, (list, tuple, set)):
+            for each in value:
+                walk(each)
+        elif type(value).__module__.startswith("thinrank"):
+            for slot in (*getattr(value, "__slots__", ()), *getattr(value, "__dict__", {})):
+                walk(getattr(value, slot))
+
+    walk(optimizer.__dict__)
+    assert found == []
