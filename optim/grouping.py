@@ -24,8 +24,14 @@ class Role(str, Enum):
 
 
 HEAD_NAMES = ("lm_head", "output", "head", "classifier", "score", "embed_out", "output_layer")
-ATTENTION = r"(^|\.)(q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|query|key|value|c_attn|Wqkv|query_key_value|in_proj_weight)(\.|$)"
-MLP = r"(^|\.)(gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|c_fc|fc_in|fc_out|dense_h_to_4h|dense_4h_to_h|w1|w2|w3)(\.|$)"
+ATTENTION = (
+    r"(^|\.)(q_proj|k_proj|v_proj|o_proj|out_proj|qkv_proj|query|key|value|c_attn|attn\.c_proj|Wqkv|query_key_value"
+    r"|in_proj_weight)(\.|$)"
+)
+MLP = (
+    r"(^|\.)(gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|c_fc|mlp\.c_proj|fc_in|fc_out|dense_h_to_4h"
+    r"|dense_4h_to_h|w1|w2|w3)(\.|$)"
+)
 PRESETS: dict[str, str] = {"all-linear": ".*", "attention": ATTENTION, "mlp": MLP}
 
 
@@ -33,9 +39,9 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
     """The role of every parameter of `model` by name; tied parameters appear once, under their first name.
 
     By module type: `nn.Embedding` and `nn.EmbeddingBag` weights are embeddings; the model's output layer (what
-    `get_output_embeddings()` returns, else a linear layer with a customary name directly under a root module) is the head;
-    whatever has fewer than two dimensions, or belongs to a module whose class name contains "Norm", is a vector; every other
-    parameter is a matrix. A tied embedding and head is an embedding.
+    `get_output_embeddings()` returns, else a linear layer with a customary name directly under a root module) is the
+    head; whatever has fewer than two dimensions, or belongs to a module whose class name contains "Norm", is a vector;
+    every other parameter is a matrix. A tied embedding and head is an embedding.
 
     Args:
         overrides: regular expression on the name → role, the first match wins.
@@ -49,12 +55,13 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
         for name, _ in module.named_parameters(recurse=False)
     }
     head = _head(model)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     found: dict[str, Role] = {}
     for name, parameter in model.named_parameters():
         owner = owners[name]
         if parameter.ndim < 2 or "Norm" in type(owner).__name__:
             found[name] = Role.VECTOR
-        elif isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        elif id(parameter) in tables:  # under whichever name it comes first
             found[name] = Role.EMBEDDING
         elif head is not None and parameter is head:
             found[name] = Role.HEAD
@@ -116,17 +123,15 @@ class Routing:
 
     def table(self) -> str:
         """One line for each role and rule: parameters, elements, state bytes, learning rate."""
-        lines = [
-            f"{'role':<10} {'rule':<16} {'tensors':>7} {'elements':>14} {'state bytes':>14} {'bytes/weight':>12} {'lr':>9}"
-        ]
+        titles = f"{'tensors':>7} {'elements':>14} {'state bytes':>14} {'bytes/weight':>12} {'lr':>9}"
+        lines = [f"{'role':<10} {'rule':<16} {titles}"]
         seen: dict[tuple[str, str, float], list[Row]] = {}
         for row in self.rows:
             seen.setdefault((row.role, row.rule, row.lr), []).append(row)
         for (role, rule, lr), rows in seen.items():
             elements, state = sum(r.elements for r in rows), sum(r.state_bytes for r in rows)
-            lines.append(
-                f"{role:<10} {rule:<16} {len(rows):>7} {elements:>14,} {state:>14,} {state / elements:>12.2f} {lr:>9.2g}"
-            )
+            ratio = state / max(elements, 1)
+            lines.append(f"{role:<10} {rule:<16} {len(rows):>7} {elements:>14,} {state:>14,} {ratio:>12.2f} {lr:>9.2g}")
         elements, state = self.elements(), self.state_bytes()
         lines.append(
             f"{'total':<10} {'':<16} {len(self.rows):>7} {elements:>14,} {state:>14,} {state / max(elements, 1):>12.2f}"
@@ -175,7 +180,7 @@ def targeted(
 
 
 def group_parameters(model: nn.Module, config: MethodConfig, overrides: Mapping[str, str] | None = None) -> Routing:
-    """Parameter groups for `model` under `config`: one for each role and rule, every trainable parameter in exactly one."""
+    """Parameter groups for `model` under `config`: by role and rule, every trainable parameter in exactly one."""
     role = roles(model, overrides)
     parameters = dict(model.named_parameters())
     frozen = [name for name, p in parameters.items() if not p.requires_grad]

@@ -38,6 +38,11 @@ class MatrixView:
         rows = (self.stop - self.start) // self.blocks
         return (self.columns, rows) if self.transposed else (rows, self.columns)
 
+    @property
+    def stored(self) -> tuple[int, int]:
+        """`(rows, columns)` of what the view shows, all blocks together, as it lies in memory."""
+        return (self.stop - self.start, self.columns)
+
     def of(self, tensor: Tensor) -> Tensor:
         """`(blocks, long, short)` of `tensor`; a view of it wherever its strides allow one, else a copy."""
         if self.blocks == 1 and tensor.ndim == 2 and self.stop - self.start == tensor.shape[0]:
@@ -67,8 +72,8 @@ def matrix_views(
 
     Args:
         shape: of a parameter with at least two dimensions; the first is the rows.
-        side: which side is compressed, in GaLore's words: `std` the shorter one (columns when square), `reverse_std` the
-            longer one, `right` the columns, `left` the rows, `full` both (kept as for `std`).
+        side: which side is compressed, in GaLore's words: `std` the shorter one (columns when square), `reverse_std`
+            the longer one, `right` the columns, `left` the rows, `full` both (kept as for `std`).
         sections: row counts of a fused weight (q, k, v of unequal size), each its own matrix.
         blocks: equal parts (heads) every section is cut into.
 

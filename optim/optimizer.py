@@ -54,14 +54,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """Base of all optimizers of the suite; the subclass says which method's rooms its groups are built from.
 
     A parameter group whose `rank` is set is stepped by the method's low-rank rule wherever a parameter has at least two
-    dimensions; everything else is stepped by AdamW. All tunable values live in the group, all state is named tensors that
-    exist with their final shapes from construction on, float32 for projected matrices.
+    dimensions; everything else is stepped by AdamW. All tunable values live in the group, all state is named tensors
+    that exist with their final shapes from construction on, float32 for projected matrices.
 
-    Group keys beside the method's own: `sections` (row counts of a fused weight whose parts are their own matrices), `blocks`
-    (equal parts of each section, such as heads), `seed` (of every random choice), `role` and `label` (for reports).
+    Group keys beside the method's own: `sections` (row counts of a fused weight whose parts are their own matrices),
+    `blocks` (equal parts of each section, such as heads), `seed` (of every random choice), `role` and `label` (for
+    reports).
 
     Attributes:
-        measure: set it to have the next step fill `measured`; costs a device synchronisation, so leave it off otherwise.
+        measure: set it to have the next step fill `measured`; it makes the host wait for the device, so leave it off
+            otherwise.
         measured: `captured_energy` by parameter name, `update_rms` and `effective_lr` by group label.
         axis: the ranks that share matrices and data; the identity in one process and under plain DDP.
     """
@@ -135,7 +137,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
 
     def rules(self, group: Mapping[str, Any]) -> tuple[MatrixRule | None, ElementwiseAdamW]:
-        """The rule for matrices (None: like everything else) and the rule for everything else that `group`'s values name."""
+        """The rule for matrices (None: like everything else) and the one for everything else, by `group`'s values."""
         values = tuple(repr(group[key]) for key in self.Config.GROUP)
         if values not in self._rules:
             if len(self._rules) > len(self.param_groups):
@@ -224,7 +226,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return 1.0 if rule is None else rule.scale
 
     def _is_dry_run(self) -> bool:
-        # torch's distributed checkpoint takes one step with zero gradients at lr 0 before it loads; it must leave no trace
+        # a distributed checkpoint takes one step with zero gradients at lr 0 before it loads: it must leave no trace
         if any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
         grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
@@ -253,12 +255,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return
         view, blocks = bucket.view, bucket.view.blocks
         every = len(active) == len(bucket.params)
-        rows = [i * blocks + b for i in active for b in range(blocks)]
-        state = bucket.stacked if every else {key: value[rows] for key, value in bucket.stacked.items()}
-        counts = [int(c) for c in bucket.counts[active].tolist()]
+        counts, keys, state, rows = bucket.counts.tolist(), bucket.keys, bucket.stacked, None
+        if not every:
+            rows = [i * blocks + b for i in active for b in range(blocks)]
+            counts, keys = [counts[i] for i in active], [keys[row] for row in rows]
+            state = {key: value[rows] for key, value in state.items()}
         step = Step(
-            count=[c for c in counts for _ in range(blocks)],
-            keys=[bucket.keys[row] for row in rows],
+            count=[int(c) for c in counts for _ in range(blocks)],
+            keys=keys,
             seed=group["seed"],
             axis=self.axis,
             transposed=view.transposed,
@@ -266,10 +270,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         )
         grads = local.bring([bucket.params[i].grad for i in active], view)  # type: ignore[misc]  (active ones have one)
         update = rule.update(grads, state, step)
-        if not every:
+        if rows is None:
+            bucket.counts += 1.0
+        else:
+            bucket.counts[active] += 1.0
             for key, value in state.items():
                 bucket.stacked[key][rows] = value
-        bucket.counts[active] += 1.0
         if probe is not None:
             probe.saw(group["label"], update.materialise())
             for key, values in (step.record or {}).items():
@@ -282,7 +288,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _step_rest(
         self,
-        params: list[Tensor],
+        params: list[torch.nn.Parameter],
         rule: ElementwiseAdamW,
         label: str,
         lr: float,
@@ -326,8 +332,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         buckets = []
         for (view, prefix, _, _), found in members.items():
             most = max(1, BATCH_BYTES // (4 * view.blocks * view.shape[0] * view.shape[1]))
-            for start in range(0, len(found), most):
-                buckets.append(self._stack(found[start : start + most], view, prefix))
+            starts = range(0, len(found), most)
+            buckets.extend(self._stack(found[start : start + most], view, prefix) for start in starts)
         return Layout(buckets, rest)
 
     def _stack(self, members: list[tuple[torch.nn.Parameter, str]], view: MatrixView, prefix: str) -> Bucket:

@@ -1,4 +1,4 @@
-"""The optimizers by name, for one's own training loop; their arguments are the fields of the methods' configurations."""
+"""The optimizers by name, for one's own training loop; their arguments are the fields of the configurations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from thinrank.optim.optimizer import MatrixOptimizer
 
 
 class AdamW(MatrixOptimizer):
-    """`torch.optim.AdamW` (with `fused=True`, to the bit) with this suite's reports. See `thinrank.optim.methods.adamw`."""
+    """`torch.optim.AdamW(fused=True)`, to the bit, with this suite's reports. See `thinrank.optim.methods.adamw`."""
 
     Config = AdamWConfig
 

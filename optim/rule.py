@@ -22,8 +22,8 @@ class Step:
 
     Attributes:
         count: updates completed before this one, for each matrix of the batch.
-        keys: a stable number for each matrix (from its name), which with `seed` and `count` seeds its randomness, so that
-            no rule ever reads or moves a global generator.
+        keys: a stable number for each matrix (from its name), which with `seed` and `count` seeds its randomness, so
+            that no rule ever reads or moves a global generator.
         seed: the user's projection seed.
         axis: the ranks that share the matrices.
         transposed: True when a rule's (long, short) is the transpose of how the weight is stored.

@@ -1,58 +1,59 @@
-"""What a rule hands back: a direction for the weights, dense or in factors."""
+"""What a rule hands back: a direction for the weights, in factors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+SMALL = 2**17
+"""Weights in a matrix up to which all products of a batch are made at once, then added: one call instead of many.
 
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """A full-size direction, `(..., long, short)`."""
-
-    direction: Tensor
-
-    def materialise(self) -> Tensor:
-        return self.direction
-
-    def apply_(self, index: int, weight: Tensor, *, keep: float, step: float) -> None:
-        """`weight ← keep·weight − step·direction[index]`, in place; `weight` is a (long, short) view."""
-        if keep != 1.0:
-            weight.mul_(keep)
-        weight.add_(self.direction[index].to(weight.dtype), alpha=-step)
+Above it each product is added to its weight as it is made, without ever being stored. Measured on two cores: the batch is
+1.5 times faster at 128×352, and slower from 512×512 on.
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class Factored:
-    """`direction @ basisᵀ (+ residual)`: two thin tensors to send, one matrix product to apply.
+class Update:
+    """`direction @ basisᵀ (+ rows ∘ rest)`: two thin tensors to send, one matrix product to apply.
 
     Attributes:
-        direction: `(..., long, r)`, in the dtype that the product shall have.
-        basis: `(..., short, r)`, of the same dtype.
-        residual: `(..., long, short)`, the part outside the subspace, for the methods that have one.
+        direction: `(batch, long, r)`, in the dtype that the product shall have.
+        basis: `(batch, short, r)`, of the same dtype.
+        rest: `(batch, long, short)`, a full-size part, for the methods that have one.
+        rows: `(batch, long, 1)`, what each row of `rest` is multiplied by; None stands for ones.
     """
 
     direction: Tensor
     basis: Tensor
-    residual: Tensor | None = None
+    rest: Tensor | None = None
+    rows: Tensor | None = None
 
     def materialise(self) -> Tensor:
+        """The update in full, float32."""
         full = (self.direction @ self.basis.mT).float()
-        return full if self.residual is None else full + self.residual
+        if self.rest is None:
+            return full
+        return full + (self.rest if self.rows is None else self.rows * self.rest)
 
-    def apply_(self, index: int, weight: Tensor, *, keep: float, step: float) -> None:
-        """`weight ← keep·weight − step·update[index]`, in place; `weight` is a (long, short) view."""
-        direction, basis = self.direction[index], self.basis[index]
-        if direction.dtype == torch.float32 or direction.dtype == weight.dtype:
-            weight.addmm_(direction.to(weight.dtype), basis.to(weight.dtype).mT, beta=keep, alpha=-step)
-        else:  # factors of lower precision than the weight: a fast product, then one pass in the weight's precision
+    def apply_(self, weights: Sequence[Tensor], *, keep: float, step: float) -> None:
+        """`weight ← keep·weight − step·update` for the weights of the batch in order, (long, short) views, in place."""
+        dtype = weights[0].dtype
+        exact = self.direction.dtype in (torch.float32, dtype)
+        if exact and weights[0].numel() > SMALL:
+            for weight, direction, basis in zip(weights, self.direction.to(dtype), self.basis.to(dtype), strict=True):
+                weight.addmm_(direction, basis.mT, beta=keep, alpha=-step)
+        else:  # also for factors of lower precision than the weight: a fast product, one pass in the weight's precision
             if keep != 1.0:
-                weight.mul_(keep)
-            weight.add_(direction @ basis.mT, alpha=-step)
-        if self.residual is not None:
-            weight.add_(self.residual[index].to(weight.dtype), alpha=-step)
-
-
-Update = Dense | Factored
+                torch._foreach_mul_(weights, keep)
+            torch._foreach_add_(weights, (self.direction @ self.basis.mT).to(dtype).unbind(), alpha=-step)
+        if self.rest is None:
+            return
+        rest = self.rest.to(dtype)
+        if self.rows is None:
+            torch._foreach_add_(weights, rest.unbind(), alpha=-step)
+        else:
+            torch._foreach_addcmul_(weights, rest.unbind(), self.rows.to(dtype).expand_as(rest).unbind(), value=-step)

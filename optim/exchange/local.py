@@ -20,18 +20,24 @@ def bring(grads: Sequence[Tensor], view: MatrixView) -> Tensor:
     """
     if len(grads) == 1:
         return view.of(grads[0])
-    stored = replace(view, transposed=False)
-    batch = torch.cat([stored.of(grad) for grad in grads])
+    if view.blocks == 1 and grads[0].shape == view.stored:
+        batch = torch.stack(list(grads))
+    else:
+        stored = replace(view, transposed=False)
+        batch = torch.cat([stored.of(grad) for grad in grads])
     return batch.mT if view.transposed else batch
 
 
 def give_back(weights: Sequence[Tensor], view: MatrixView, update: Update, *, keep: float, step: float) -> None:
     """`weight ← keep·weight − step·update` for each parameter, in place."""
-    for i, weight in enumerate(weights):
-        direct = weight.is_contiguous() or writable(weight)
-        # channels-last and the like: work on a copy of the rows and write them back
-        target = weight if direct else weight.reshape(weight.shape[0], -1).contiguous()
-        for block, part in enumerate(view.of(target).unbind()):
-            update.apply_(i * view.blocks + block, part, keep=keep, step=step)
-        if not direct:
+    # channels-last and the like: work on a copy of the rows and write them back
+    direct = [weight.is_contiguous() or writable(weight) for weight in weights]
+    targets = [
+        weight if as_is else weight.reshape(weight.shape[0], -1).contiguous()
+        for weight, as_is in zip(weights, direct, strict=True)
+    ]
+    parts = [part for target in targets for part in view.of(target).unbind()]
+    update.apply_(parts, keep=keep, step=step)
+    for weight, target, as_is in zip(weights, targets, direct, strict=True):
+        if not as_is:
             weight.copy_(target.reshape(weight.shape))

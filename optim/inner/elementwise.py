@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class ElementwiseAdamW:
     betas: tuple[float, float]
     eps: float
     eps_raw: bool = False
-    decay: Decay = Decay()
+    decay: Decay = field(default=Decay())
 
     def init(self, weight: Tensor) -> State:
         """torch's state: `step` (a CPU scalar) and two moments in the weight's shape and dtype."""
@@ -100,11 +100,11 @@ def _adamw(
     weight_decay: float,
     eps: float,
 ) -> None:
-    # The fused CUDA kernel wants the step counts beside the weights. They live on the CPU, where reading them is free, so it
-    # gets filled stand-ins: a copy would make the host wait.
+    # The fused CUDA kernel wants the step counts beside the weights. They live on the CPU, where reading them is free,
+    # so it gets filled stand-ins: a copy would make the host wait.
     steps = [
-        torch.full((), float(state["step"]), dtype=torch.float32, device=w.device) if fused and w.is_cuda else state["step"]
-        for w, state in zip(weights, states, strict=True)
+        torch.full((), float(step), dtype=torch.float32, device=w.device) if fused and w.is_cuda else step
+        for w, step in ((w, state["step"]) for w, state in zip(weights, states, strict=True))
     ]
     torch_adamw(
         weights,

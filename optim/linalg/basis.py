@@ -1,8 +1,8 @@
 """Orthonormal bases of the dominant subspace of a matrix's short side.
 
 Signs and order are a convention here, because Adam's moments are coordinates in the basis: columns are ordered by
-falling singular value, and each column's entry of largest magnitude is positive. Only `svd_basis(signs="lapack")` leaves
-the factorisation's own signs, which is what GaLore does.
+falling singular value, and each column's entry of largest magnitude is positive. Only `svd_basis(signs="lapack")`
+leaves the factorisation's own signs, which is what GaLore does.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def random_columns(short: int, width: int, generator: torch.Generator, device: t
 
 
 def captured_energy(x: Tensor, low: Tensor, axis: Axis = WHOLE) -> Tensor:
-    """`‖low‖² / ‖x‖²` in [0, 1] for each matrix of the batch: what an orthonormal projection kept (0 for a zero matrix)."""
+    """`‖low‖² / ‖x‖²` in [0, 1] for each matrix: what an orthonormal projection kept (0 for a zero matrix)."""
     unit = _unit(x, axis)
     parts = [(part.float() * unit).square().sum((-2, -1)) for part in (low, x)]
     kept, total = axis.sum(torch.stack(parts))

@@ -1,8 +1,8 @@
 """Fixed orthogonal bases, and the choice of a few of their columns.
 
 A basis is an orthogonal `C` (n, n) whose ROWS are its atoms, so that `x @ C.T` are the coordinates of the rows of `x`.
-For `dct` these are the orthonormal DCT-II, in the matrix engine and in the FFT engine alike (the DCT-AdamW authors' code
-uses another basis in each of the two).
+For `dct` these are the orthonormal DCT-II, in the matrix engine and in the FFT engine alike (the DCT-AdamW authors'
+code uses another basis in each of the two).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def dct_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def hadamard_matrix(n: int) -> Tensor:
-    """Sylvester's Hadamard matrix over sqrt(n); for n = 2^k·q with q odd, its Kronecker product with the DCT of size q."""
+    """Sylvester's Hadamard matrix over sqrt(n); for n = 2^k·q, q odd, its Kronecker product with the DCT of size q."""
     odd = n
     while odd % 2 == 0:
         odd //= 2

@@ -13,17 +13,16 @@ def frobenius(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     return axis.sum(x.square().sum((-2, -1))).sqrt()
 
 
-def limit_growth(x: Tensor, previous: Tensor, limit: float, axis: Axis = WHOLE) -> tuple[Tensor, Tensor]:
-    """Scales `x` down where its norm exceeds `limit` times the `previous` one (Fira's norm-growth limiter).
+def growth_limit(norm: Tensor, previous: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """How much to scale something down so that its norm is at most `limit` times the `previous` one (Fira's limiter).
 
     Args:
-        x: (batch, long, short).
-        previous: (batch,) norms of the last limited x; 0 means there was none and nothing is limited.
+        norm: (batch,) Frobenius norms now.
+        previous: (batch,) norms of what was let through last; 0 means nothing was, and nothing is limited.
 
     Returns:
-        the limited x and its norms (batch,).
+        factors in [0, 1] and the norms that remain, (batch,) each.
     """
-    norm = frobenius(x, axis)
     allowed = torch.where(previous > 0, torch.minimum(norm, limit * previous), norm)
     factor = torch.where(norm > 0, allowed / norm.clamp(min=torch.finfo(norm.dtype).tiny), torch.ones_like(norm))
-    return x * factor[..., None, None], allowed
+    return factor, allowed

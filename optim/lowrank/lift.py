@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from thinrank.optim.linalg.norms import limit_growth
+from thinrank.optim.linalg.norms import frobenius, growth_limit
 from thinrank.optim.lowrank.subspace import Subspace
 from thinrank.optim.rule import State, Step
-from thinrank.optim.update import Factored
+from thinrank.optim.update import Update
 
 
 class Lift(Protocol):
@@ -19,7 +19,7 @@ class Lift(Protocol):
 
     def __call__(
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
-    ) -> Factored:
+    ) -> Update:
         """The update for what entered (`x`), its coordinates (`low`) and the direction found for them."""
         ...
 
@@ -33,7 +33,7 @@ class Project:
 
     def __call__(
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
-    ) -> Factored:
+    ) -> Update:
         return subspace.up(direction, state, x.shape[-1])
 
 
@@ -46,8 +46,8 @@ class Residual:
 
     Attributes:
         limit: largest ratio of two consecutive residual norms.
-        signs: keep only the signs and one scale a row (the row's mean magnitude, the l1-optimal one): what a message of one bit
-            a weight could carry. Ours; not in the paper.
+        signs: keep only the signs and one scale a row (the row's mean magnitude, the best one for them): what a message
+            of one bit a weight could carry. Ours; not in the paper.
     """
 
     limit: float = 1.01
@@ -58,20 +58,25 @@ class Residual:
 
     def __call__(
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
-    ) -> Factored:
-        held = subspace.up(low, state, x.shape[-1])
-        if held.direction.dtype == torch.float32:
-            residual = torch.baddbmm(x.float(), held.direction, held.basis.mT, alpha=-1.0)
-        else:
-            residual = (held.direction @ held.basis.mT).float().neg_().add_(x)
+    ) -> Update:
         low_norm = torch.linalg.vector_norm(low, dim=-1, keepdim=True)
-        phi = torch.linalg.vector_norm(direction, dim=-1, keepdim=True) / low_norm.clamp(min=1e-8)
+        phi = torch.linalg.vector_norm(direction, dim=-1, keepdim=True) / low_norm.clamp(min=1e-8)  # (batch, long, 1)
         if self.signs:
-            scale = residual.abs().mean(-1, keepdim=True)
-            residual = residual.sign_().mul_(scale * phi)
+            held = subspace.up(low, state, x.shape[-1])
+            rest = (x - (held.direction @ held.basis.mT)).float()
+            phi = phi * rest.abs().mean(-1, keepdim=True)
+            rest = rest.sign_()
+            norms = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
         else:
-            residual.mul_(phi)
-        residual, norm = limit_growth(residual, state["residual_norm"], self.limit, step.axis)
+            # N Bᵀ + φ∘(x − L Bᵀ) = (N − φ∘L) Bᵀ + φ∘x : the residual costs no product and is never stored. Its norms
+            # follow from those of x and L, because B is orthonormal.
+            rest = x
+            total = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            norms = (total.square() - low_norm.square()).clamp_(min=0.0).sqrt_()
+        # a row so long that its norm overflows has φ = 0, and zero times infinity is no number
+        norm = frobenius((phi * norms).nan_to_num_(nan=0.0), step.axis)
+        factor, norm = growth_limit(norm, state["residual_norm"], self.limit)
         state["residual_norm"].copy_(norm)
-        update = subspace.up(direction, state, x.shape[-1])
-        return Factored(update.direction, update.basis, residual)
+        phi = phi * factor[:, None, None]
+        update = subspace.up(direction if self.signs else direction - phi * low, state, x.shape[-1])
+        return Update(update.direction, update.basis, rest, phi)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from thinrank.optim.lowrank.lift import Lift, Project
 from thinrank.optim.lowrank.subspace import Subspace
 from thinrank.optim.lowrank.transport import Keep, Transport
 from thinrank.optim.rule import Decay, State, Step
-from thinrank.optim.update import Factored
+from thinrank.optim.update import Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +34,11 @@ class LowRank:
 
     subspace: Subspace
     inner: Adam
-    feedback: Feedback = NoFeedback()
-    transport: Transport = Keep()
-    lift: Lift = Project()
+    feedback: Feedback = field(default=NoFeedback())
+    transport: Transport = field(default=Keep())
+    lift: Lift = field(default=Project())
     scale: float = 1.0
-    decay: Decay = Decay()
+    decay: Decay = field(default=Decay())
 
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
         """Every tensor the rule will ever keep for a batch of `shape` (batch, long, short), by name."""
@@ -49,7 +49,7 @@ class LowRank:
             **self.lift.init(shape, device),
         }
 
-    def update(self, grad: Tensor, state: State, step: Step) -> Factored:
+    def update(self, grad: Tensor, state: State, step: Step) -> Update:
         x = self.feedback.enter(grad, state)
         due = [i for i, count in enumerate(step.count) if count % self.subspace.every == 0]
         low = self.renew(x, state, step, due) if due else None

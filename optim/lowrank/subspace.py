@@ -13,7 +13,7 @@ from thinrank.optim.linalg.basis import random_columns, subspace_iteration, svd_
 from thinrank.optim.linalg.fixed import basis_matrix, column_norms, dct_rows_fft, select_columns
 from thinrank.optim.lowrank.transport import Change, Rotation, Slots
 from thinrank.optim.rule import State, Step
-from thinrank.optim.update import Factored
+from thinrank.optim.update import Update
 
 Shape3 = tuple[int, int, int]
 
@@ -48,7 +48,7 @@ class Subspace(Protocol):
         """Coordinates of `x` in the subspace, float32; the product is computed in the subspace's `dtype`."""
         ...
 
-    def up(self, low: Tensor, state: State, short: int) -> Factored:
+    def up(self, low: Tensor, state: State, short: int) -> Update:
         """The full-size matrix with these coordinates, in factors of the subspace's `dtype`."""
         ...
 
@@ -56,7 +56,7 @@ class Subspace(Protocol):
 def width(rank: int | float, shape: Shape3) -> int:
     """The number of directions: `rank` itself or, below one, that fraction of the short side; at most what exists."""
     _, long, short = shape
-    wanted = max(1, round(rank * short)) if rank < 1 or isinstance(rank, float) and rank == 1.0 else int(rank)
+    wanted = max(1, round(rank * short)) if rank < 1 or (isinstance(rank, float) and rank == 1.0) else int(rank)
     return min(wanted, short, long)
 
 
@@ -98,8 +98,8 @@ class Svd:
     def down(self, x: Tensor, state: State) -> Tensor:
         return (x.to(self.dtype) @ state["basis"].to(self.dtype)).float()
 
-    def up(self, low: Tensor, state: State, short: int) -> Factored:
-        return Factored(low.to(self.dtype), state["basis"].to(self.dtype))
+    def up(self, low: Tensor, state: State, short: int) -> Update:
+        return Update(low.to(self.dtype), state["basis"].to(self.dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +132,9 @@ class TwoSidedSvd:
         image = x.to(self.dtype) @ state["basis"].to(self.dtype)
         return (state["basis_long"].to(self.dtype).mT @ image).float()
 
-    def up(self, low: Tensor, state: State, short: int) -> Factored:
+    def up(self, low: Tensor, state: State, short: int) -> Update:
         wide = state["basis_long"].to(self.dtype) @ low.to(self.dtype)
-        return Factored(wide, state["basis"].to(self.dtype))
+        return Update(wide, state["basis"].to(self.dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,8 +178,8 @@ class PowerIteration:
     def down(self, x: Tensor, state: State) -> Tensor:
         return (x.to(self.dtype) @ state["basis"].to(self.dtype)).float()
 
-    def up(self, low: Tensor, state: State, short: int) -> Factored:
-        return Factored(low.to(self.dtype), state["basis"].to(self.dtype))
+    def up(self, low: Tensor, state: State, short: int) -> Update:
+        return Update(low.to(self.dtype), state["basis"].to(self.dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,5 +238,5 @@ class FixedColumns:
             return x.gather(-1, columns).float()
         return (x.to(self.dtype) @ self.atoms(state, x.shape[-1])).float()
 
-    def up(self, low: Tensor, state: State, short: int) -> Factored:
-        return Factored(low.to(self.dtype), self.atoms(state, short))
+    def up(self, low: Tensor, state: State, short: int) -> Update:
+        return Update(low.to(self.dtype), self.atoms(state, short))

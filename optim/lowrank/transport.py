@@ -62,9 +62,9 @@ class Rotate:
     `m̂²` by rotating m̂ first: `v ← (1−β2^k) (max((v̂ − m̂²) (R∘R)ᵀ, 0) + (m̂ Rᵀ)²)`. For a choice of columns both rules
     say: what stays keeps its moments, what is new starts at zero.
 
-    The paper takes the absolute value of the sum instead of cutting the variance off at zero. The estimate of the variance
-    is often negative (β1 ≠ β2), the sum then passes through zero where the mean does not, and the next step is up to 60
-    learning rates long; with `v̂ ≥ m̂²` it stays within Adam's own bound.
+    The paper takes the absolute value of the sum instead of cutting the variance off at zero. The estimate of the
+    variance is often negative (β1 ≠ β2), the sum then passes through zero where the mean does not, and the next step is
+    up to 60 learning rates long; with `v̂ ≥ m̂²` it stays within Adam's own bound.
     """
 
     betas: tuple[float, float]

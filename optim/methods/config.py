@@ -128,7 +128,7 @@ class LowRankConfig(MethodConfig):
         if self.rank is not None:
             whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
             part = isinstance(self.rank, float) and (
-                0.0 < self.rank <= 1.0 or self.rank >= 1.0 and self.rank.is_integer()
+                0.0 < self.rank <= 1.0 or (self.rank >= 1.0 and self.rank.is_integer())
             )
             if not (whole or part):
                 raise ValueError(

@@ -16,6 +16,7 @@ from thinrank.optim import METHODS, OPTIMIZERS, LowRankConfig, MatrixOptimizer, 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "galore/power": ("galore", {"svd": "power"}),
     "galore/full": ("galore", {"proj_type": "full"}),
+    "galore/bfloat16": ("galore", {"svd": "power", "projection_dtype": "bfloat16"}),
     "galore/reverse": ("galore", {"proj_type": "reverse_std"}),
     "dct_adamw/8bit": ("dct_adamw", {"error_feedback": "8bit", "update_proj_gap": 2}),
     "dct_adamw/feedback": ("dct_adamw", {"error_feedback": "full", "basis": "random", "norm": "l2"}),
@@ -23,6 +24,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct_adamw/identity": ("dct_adamw", {"basis": "identity", "transport": "keep"}),
     "dct_adamw/hadamard": ("dct_adamw", {"basis": "hadamard", "transport": "reset"}),
     "subspace_adamw/sign": ("subspace_adamw", {"residual": "sign", "transport": "reset"}),
+    "dct_adamw/bfloat16": ("dct_adamw", {"projection_dtype": "bfloat16"}),
+    "subspace_adamw/bfloat16": ("subspace_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/off": ("subspace_adamw", {"residual": "off", "transport": "keep"}),
 }
 

@@ -62,7 +62,10 @@ def test_groups_rates_and_missing_gradients_follow_torch():
             {"params": params[4:], "eps": 1e-3},
         ]
 
-    mine, reference = AdamW(groups(ours), lr=2e-3), torch.optim.AdamW(groups(theirs), lr=2e-3, weight_decay=0.0, fused=True)
+    mine, reference = (
+        AdamW(groups(ours), lr=2e-3),
+        torch.optim.AdamW(groups(theirs), lr=2e-3, weight_decay=0.0, fused=True),
+    )
     for step in range(15):
         give(ours, theirs, step, without={step % 6, (step + 2) % 6} if step % 3 else {0, 1, 2, 3, 4, 5})
         if step == 7:

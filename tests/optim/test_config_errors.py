@@ -54,7 +54,7 @@ def test_configurations_refuse(config: type, values: dict[str, Any], sentence: s
     ids=lambda x: str(x)[:40],
 )
 def test_classes_refuse_the_same_by_name(config: type, values: dict[str, Any], sentence: str):
-    cls = OPTIMIZERS[config]
+    cls: Any = OPTIMIZERS[config]
     arguments = {"rank": 4} | values if config is GaLoreConfig else values
     with pytest.raises(ValueError, match=f"{cls.__name__}: .*{sentence}"):
         cls([nn.Parameter(torch.ones(8, 8))], **arguments)
@@ -70,7 +70,7 @@ def test_a_rank_above_the_short_side_is_clamped_with_one_warning():
     with pytest.warns(UserWarning, match=r"rank 64 is above the 8 directions that 0\.weight has") as caught:
         optimizer = build(model, GaLoreConfig(rank=64))
     assert len(caught) == 1
-    assert optimizer.state[model[0].weight]["basis"].shape == (8, 8)
+    assert optimizer.state[model.get_parameter("0.weight")]["basis"].shape == (8, 8)
 
 
 def test_a_full_rank_fraction_is_no_reason_to_warn(recwarn: pytest.WarningsRecorder):

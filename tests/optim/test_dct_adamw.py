@@ -84,6 +84,7 @@ def test_a_new_column_does_not_overshoot():
     for ages in (True, False):
         weight = nn.Parameter(torch.zeros(4, 4))
         optimizer = DCTAdamW([weight], lr=1.0, rank=1, basis="identity", column_age=ages)
+        before = weight.detach().clone()
         for t in range(301):
             grad = torch.zeros(4, 4)
             grad[:, 0] = 1.0
@@ -97,7 +98,7 @@ def test_a_new_column_does_not_overshoot():
     assert steps[False] > 1.5
 
 
-# --- what the published code does, and this one must not ---------------------------------------------------------------
+# --- what the published code does, and this one must not ------------------------------------------------------------
 
 
 def test_eight_bits_follow_full_precision():
@@ -148,7 +149,7 @@ def test_matrices_of_several_sizes_in_one_model():
 
 def test_the_choice_is_in_the_state_dict():
     """The published indices lived in an object beside the state: lost on a plain checkpoint."""
-    weight, optimizer = train(seeded(14, 9), [decaying(14, 9, seed=1)], rank=4)
+    _, optimizer = train(seeded(14, 9), [decaying(14, 9, seed=1)], rank=4)
     saved = optimizer.state_dict()["state"][0]
     assert saved["columns"].dtype is torch.int32
     coordinates = decaying(14, 9, seed=1) @ basis_matrix("dct", 9, dtype=torch.float32, device="cpu").T

@@ -36,8 +36,8 @@ def groups(matrices, vectors, side):
 
 
 def eps(side):
-    """At a two-sided renewal the projected gradient is diagonal: beside the diagonal there is rounding noise, which Adam
-    would blow up to full steps with the usual eps, a different noise in each implementation."""
+    """At a two-sided renewal the projected gradient is diagonal. Beside the diagonal there is rounding noise, other
+    noise in each implementation, which Adam with the usual eps would blow up to full steps."""
     return 1e-2 if side == "full" else 1e-6
 
 
@@ -79,9 +79,7 @@ def test_trains_a_network_as_galore_torch_does(galore_torch):
         if name == "ours":
             optimizer = GaLore(groups(matrices, vectors, "std"), lr=0.02)
         else:
-            optimizer = galore_torch.GaLoreAdamW(
-                groups(matrices, vectors, "std"), lr=0.02, no_deprecation_warning=True
-            )
+            optimizer = galore_torch.GaLoreAdamW(groups(matrices, vectors, "std"), lr=0.02, no_deprecation_warning=True)
         losses[name] = []
         for _ in range(STEPS):
             optimizer.zero_grad()

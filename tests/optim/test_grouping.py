@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_each_role_has_its_rate_and_vectors_have_no_decay():
 
 
 def test_presets_and_patterns_choose_what_is_projected():
-    def projected(**kwargs: list[str]) -> set[str]:
+    def projected(**kwargs: Any) -> set[str]:
         rows = route(llama(), GaLoreConfig(rank=4, **kwargs)).rows
         return {re.sub(r"model\.layers\.\d+\.", "", row.name) for row in rows if row.rule == "galore"}
 
@@ -128,7 +129,7 @@ def test_a_target_that_matches_nothing_is_refused_with_an_example():
 
 def test_frozen_parameters_are_left_out_and_said_so():
     model = llama()
-    model.get_input_embeddings().weight.requires_grad_(False)
+    model.get_parameter("model.embed_tokens.weight").requires_grad_(False)
     routing = route(model, GaLoreConfig(rank=4))
     assert routing.frozen == ["model.embed_tokens.weight"]
     assert "frozen, not stepped: 1 tensors" in routing.table()
@@ -158,3 +159,35 @@ def test_a_class_takes_what_its_configuration_has(config_type: type):
 
 def test_adamw_with_one_rate_is_the_default():
     assert {row.lr for row in route(llama(), AdamWConfig(lr=1e-3)).rows} == {1e-3}
+
+
+def test_a_tied_weight_is_an_embedding_also_where_the_head_comes_first():
+    """The first name of a shared weight used to decide: with the head declared first it was stepped as a head."""
+
+    class HeadFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm_head = nn.Linear(8, 20, bias=False)
+            self.table = nn.Embedding(20, 8)
+            self.table.weight = self.lm_head.weight
+
+    assert roles(HeadFirst()) == {"lm_head.weight": Role.EMBEDDING}
+
+
+def test_presets_know_gpt2():
+    """Its two output projections are both called `c_proj`; neither preset used to have its own."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=48, n_positions=16))
+
+    def projected(preset: str) -> set[str]:
+        rows = route(model, GaLoreConfig(rank=4, targets=[preset])).rows
+        return {row.name.partition(".h.0.")[2] for row in rows if row.rule == "galore"}
+
+    assert projected("attention") == {"attn.c_attn.weight", "attn.c_proj.weight"}
+    assert projected("mlp") == {"mlp.c_fc.weight", "mlp.c_proj.weight"}
+
+
+def test_the_table_of_a_model_with_an_empty_parameter():
+    """A role without a single element used to be divided by."""
+    model = nn.ModuleDict({"layer": nn.Linear(4, 8, bias=False)})
+    model.register_parameter("nothing", nn.Parameter(torch.zeros(0)))
+    assert "vector" in route(model, GaLoreConfig(rank=2)).table()

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import LAW, decaying, eye_error, seeded
 
-from thinrank.optim.linalg.basis import captured_energy, fix_signs, random_columns, subspace_iteration, svd_bases, svd_basis
+from thinrank.optim.linalg.basis import (
+    captured_energy,
+    fix_signs,
+    random_columns,
+    subspace_iteration,
+    svd_bases,
+    svd_basis,
+)
 
 sizes = st.tuples(st.integers(1, 20), st.integers(1, 20))
 

@@ -1,5 +1,6 @@
 """Any parameter as (long, short) matrices: writing to the view is writing to the parameter."""
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ shapes = st.one_of(
 def test_views_cover_every_entry_once(shape, side, data):
     cuts = sorted(data.draw(st.sets(st.integers(1, shape[0] - 1), max_size=3))) if shape[0] > 1 else []
     edges = [0, *cuts, shape[0]]
-    sections = tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+    sections = tuple(b - a for a, b in itertools.pairwise(edges))
     blocks = data.draw(st.sampled_from([b for b in (1, 2, 3) if all(s % b == 0 for s in sections)]))
     parameter = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
     before = parameter.clone()
@@ -108,7 +109,7 @@ def test_writable_tells_a_view_from_a_copy():
 
 @pytest.mark.parametrize("make", [GaLore, DCTAdamW, SubspaceAdamW])
 def test_convolutions_are_really_updated(make):
-    """A published optimizer changed a reshaped copy, and its convolutions never moved; channels-last is the same trap."""
+    """A published optimizer changed a reshaped copy: its convolutions never moved. Channels-last is the same trap."""
     weights = {}
     for layout in (torch.contiguous_format, torch.channels_last):
         start = seeded(6, 3, 3, 2)

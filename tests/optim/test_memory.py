@@ -19,10 +19,12 @@ FORMULAS = {
     "galore/power": 4 * (2 * LONG * R + SHORT * R) + 4,
     # r × r moments and a basis for each side
     "galore/full": 4 * (2 * R * R + SHORT * R + LONG * R) + 4,
+    "galore/bfloat16": 4 * (2 * LONG * R + SHORT * R) + 4,
     # the other side is kept: moments of (short, r), a basis of (long, r)
     "galore/reverse": 4 * (2 * SHORT * R + LONG * R) + 4,
     # r int32 columns and r float32 ages in the place of a basis
     "dct_adamw": 4 * (2 * LONG * R + R + R) + 4,
+    "dct_adamw/bfloat16": 4 * (2 * LONG * R + R + R) + 4,
     "dct_adamw/hadamard": 4 * (2 * LONG * R + R + R) + 4,
     "dct_adamw/identity": 4 * (2 * LONG * R + R + R) + 4,
     "dct_adamw/fft": 4 * (2 * LONG * R + R) + 4,
@@ -31,6 +33,7 @@ FORMULAS = {
     "dct_adamw/8bit": 4 * (2 * LONG * R + R + R) + LONG * SHORT + 4 * LONG * -(-SHORT // BLOCK) + 4,
     # the residual's last norm
     "subspace_adamw": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
+    "subspace_adamw/bfloat16": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/sign": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/off": 4 * (2 * LONG * R + SHORT * R) + 4,
 }

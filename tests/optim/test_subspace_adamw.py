@@ -1,5 +1,7 @@
 """SubspaceAdamW: its limits, its residual, and what happens to the moments when the basis turns."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from laws import LAW, decaying, seeded
 from torch import nn
 
-from thinrank.optim import GaLore, SubspaceAdamW
+from thinrank.optim import DCTAdamW, GaLore, SubspaceAdamW
 from thinrank.optim.inner.adam import Adam
 from thinrank.optim.lowrank.lift import Residual
 from thinrank.optim.lowrank.rule import LowRank
@@ -21,7 +23,7 @@ STEPS, BETAS = 20, (0.9, 0.99)
 @pytest.mark.parametrize("residual", ["full", "sign", "off"])
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12)], ids=["tall", "wide"])
 def test_full_rank_is_adam_in_the_turned_basis(shape, residual):
-    """Nothing is left over, so the residual is rounding (in proportion: ten parts in a million of the gradient)."""
+    """Nothing is left over, so the residual is rounding."""
     start = seeded(*shape)
     weight = nn.Parameter(start.clone())
     optimizer = SubspaceAdamW([weight], lr=0.01, rank=1.0, betas=BETAS, residual=residual, weight_decay=0.1)
@@ -41,7 +43,8 @@ def test_full_rank_is_adam_in_the_turned_basis(shape, residual):
         reference.step()
     torch.testing.assert_close(turn(weight.detach()), twin.detach(), rtol=1e-4, atol=1e-4)
     if residual != "off":
-        assert float(optimizer.state[weight]["residual_norm"]) < 1e-4
+        # from a difference of squares, hence the root of float32's precision
+        assert float(optimizer.state[weight]["residual_norm"]) < 1e-2
 
 
 def steps(rule, grads):
@@ -51,45 +54,45 @@ def steps(rule, grads):
         yield grad, rule.update(grad, state, Step(count=[count] * len(grad))), state
 
 
-def rule_with(**residual):
-    return LowRank(
-        subspace=PowerIteration(rank=3, every=100), inner=Adam(betas=BETAS), lift=Residual(**residual)
-    )
+def residuals(grads, **options):
+    """At every step: the gradient, the basis, Adam's direction in it, and what the residual added to the update."""
+    slots: dict[str, Any] = {"subspace": PowerIteration(rank=3, every=100), "inner": Adam(betas=BETAS)}
+    with_it = steps(LowRank(**slots, lift=Residual(**options)), grads)
+    without = steps(LowRank(**slots), grads)
+    for (grad, update, state), (_, plain, _) in zip(with_it, without, strict=True):
+        yield grad, state["basis"], plain.direction, update.materialise() - plain.materialise()
 
 
 def test_the_residual_is_what_the_subspace_missed_scaled_row_by_row():
-    for grad, update, state in steps(rule_with(limit=1e9), [seeded(2, 9, 6, seed=i) for i in range(5)]):
-        basis = state["basis"]
+    for grad, basis, direction, residual in residuals([seeded(2, 9, 6, seed=i) for i in range(5)], limit=1e9):
         low = grad @ basis
-        phi = update.direction.norm(dim=-1, keepdim=True) / low.norm(dim=-1, keepdim=True)
-        assert update.residual is not None
-        torch.testing.assert_close(update.residual, phi * (grad - low @ basis.mT), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(update.residual @ basis, torch.zeros(2, 9, 3), rtol=0, atol=1e-4)
+        phi = direction.norm(dim=-1, keepdim=True) / low.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(residual, phi * (grad - low @ basis.mT), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(residual @ basis, torch.zeros(2, 9, 3), rtol=0, atol=1e-4)
 
 
 def test_the_sign_residual_keeps_signs_and_the_mean_magnitude():
-    for grad, update, state in steps(rule_with(limit=1e9, signs=True), [seeded(2, 9, 6, seed=i) for i in range(5)]):
-        missed = grad - grad @ state["basis"] @ state["basis"].mT
-        assert update.residual is not None
-        assert torch.equal(update.residual.sign(), missed.sign())
-        spread = update.residual.abs()
+    grads = [seeded(2, 9, 6, seed=i) for i in range(5)]
+    for grad, basis, direction, residual in residuals(grads, limit=1e9, signs=True):
+        missed = grad - grad @ basis @ basis.mT
+        assert torch.equal(residual.sign(), missed.sign())
+        spread = residual.abs()
         torch.testing.assert_close(spread, spread.mean(-1, keepdim=True).expand_as(spread))  # one number a row
-        phi = update.direction.norm(dim=-1) / (grad @ state["basis"]).norm(dim=-1)
+        phi = direction.norm(dim=-1) / (grad @ basis).norm(dim=-1)
         torch.testing.assert_close(spread[..., 0], phi * missed.abs().mean(-1), rtol=1e-4, atol=1e-5)
 
 
-def test_the_residual_grows_slowly():
+@pytest.mark.parametrize("signs", [False, True], ids=["full", "sign"])
+def test_the_residual_grows_slowly(signs):
     """A burst in the gradient reaches the residual by 1 % a step; a fall is followed at once."""
     grads = [seeded(1, 9, 6, seed=i) for i in range(6)]
-    norms = []
-    for t, (_, update, _state) in enumerate(steps(rule_with(limit=1.01), grads)):
-        assert update.residual is not None
-        norms.append(float(update.residual.norm()))
-        if t:
-            assert norms[-1] <= 1.01 * norms[-2] * (1 + 1e-5)
-    free = [float(u.residual.norm()) for _, u, _ in steps(rule_with(limit=1e9), grads) if u.residual is not None]
-    assert norms[0] == pytest.approx(free[0])
-    assert norms != pytest.approx(free)
+    free = [float(residual.norm()) for *_, residual in residuals(grads, limit=1e9, signs=signs)]
+    expected = free[:1]
+    for norm in free[1:]:
+        expected.append(min(norm, 1.01 * expected[-1]))
+    found = [float(residual.norm()) for *_, residual in residuals(grads, limit=1.01, signs=signs)]
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found != pytest.approx(free, rel=1e-2)
 
 
 def test_the_residual_makes_the_difference_to_a_low_rank_step():
@@ -107,16 +110,16 @@ def test_the_residual_makes_the_difference_to_a_low_rank_step():
 # --- the moments at a renewal --------------------------------------------------------------------------------------
 
 
-def plain_rotation(m, v, r, k):
+def plain_rotation(m, v, r, count):
     """LDAdam's rule, entry by entry in float64, its variance cut off at zero."""
     m, v, r = m.double(), v.double(), r.double()
     rows, old = m.shape
-    fix1, fix2 = 1 - BETAS[0] ** k, 1 - BETAS[1] ** k
+    fix1, fix2 = 1 - BETAS[0] ** count, 1 - BETAS[1] ** count
     new_m, new_v = torch.zeros_like(m), torch.zeros_like(v)
     for i in range(rows):
         for j in range(old):
-            mean = sum(m[i, l] / fix1 * r[j, l] for l in range(old))
-            variance = sum((v[i, l] / fix2 - (m[i, l] / fix1) ** 2) * r[j, l] ** 2 for l in range(old))
+            mean = sum(m[i, k] / fix1 * r[j, k] for k in range(old))
+            variance = sum((v[i, k] / fix2 - (m[i, k] / fix1) ** 2) * r[j, k] ** 2 for k in range(old))
             new_m[i, j] = mean * fix1
             new_v[i, j] = (max(float(variance), 0.0) + mean**2) * fix2
     return new_m.float(), new_v.float()
@@ -157,7 +160,7 @@ def test_keep_keeps_and_reset_resets():
 
 
 def test_a_rotated_step_stays_within_adams_bound():
-    """LDAdam's absolute value let the second moment pass through zero where the mean did not: steps of 60 learning rates.
+    """LDAdam's absolute value let the second moment pass zero where the mean did not: steps of 60 learning rates.
 
     Adam's own bound is (1−β1)/sqrt(1−β2) = 3.2 for the usual betas.
     """
@@ -209,7 +212,7 @@ def test_galore_with_power_iteration_learns_like_exact_galore():
             loss = (net.weight - target).square().sum()
             loss.backward()
             optimizer.step()
-        losses[svd] = loss.item()
+        losses[svd] = float((net.weight.detach() - target).square().sum())
     assert losses["power"] < 1.5 * losses["exact"] + 1e-3
 
 
@@ -229,3 +232,21 @@ def test_galore_with_power_iteration_learns_like_exact_galore():
 )
 def test_width(rank, shape, expected):
     assert width(rank, shape) == expected
+
+
+@pytest.mark.parametrize("make", [GaLore, DCTAdamW, SubspaceAdamW])
+def test_products_in_bfloat16_follow_those_in_float32(make):
+    """Cheaper products at every step; the state stays float32, and the path stays where it was, nearly."""
+    ends = {}
+    start = seeded(24, 16)
+    for dtype in ("float32", "bfloat16"):
+        weight = nn.Parameter(start.clone())
+        options = {"svd": "power"} if make is GaLore else {}
+        optimizer = make([weight], lr=0.01, rank=4, update_proj_gap=30, projection_dtype=dtype, **options)
+        for step in range(20):
+            weight.grad = decaying(24, 16, ratio=0.5, seed=3) + 0.02 * seeded(24, 16, seed=step)
+            optimizer.step()
+        assert all(v.dtype is not torch.bfloat16 for v in optimizer.state[weight].values())
+        ends[dtype] = weight.detach()
+    apart = (ends["bfloat16"] - ends["float32"]).norm()
+    assert 0 < float(apart) < 0.05 * float((ends["float32"] - start).norm())

@@ -1,0 +1,45 @@
+"""However an update is applied, the weight gets `keep·weight − step·update`."""
+
+import pytest
+import torch
+from laws import seeded
+
+from thinrank.optim import update as update_module
+from thinrank.optim.update import Update
+
+LONG, SHORT, R = 9, 6, 3
+
+
+def expected(update, weights, keep, step):
+    """The definition, in float64."""
+    full = update.direction.double() @ update.basis.double().mT
+    if update.rest is not None:
+        full = full + (1.0 if update.rows is None else update.rows.double()) * update.rest.double()
+    return full, keep * weights.double() - step * full
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["one product", "a product each"])
+@pytest.mark.parametrize("parts", ["factors", "rest", "rows"])
+@pytest.mark.parametrize("keep", [1.0, 0.9])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=["fp32 factors", "bf16 factors"])
+def test_every_way_of_applying_is_the_same(monkeypatch, large, parts, keep, weight_dtype, factor_dtype):
+    monkeypatch.setattr(update_module, "SMALL", 0 if large else 10**9)
+    update = Update(
+        seeded(2, LONG, R).to(factor_dtype),
+        seeded(2, SHORT, R, seed=1).to(factor_dtype),
+        None if parts == "factors" else seeded(2, LONG, SHORT, seed=2),
+        seeded(2, LONG, 1, seed=3).abs() if parts == "rows" else None,
+    )
+    for transposed in (False, True):
+        stored = seeded(2, SHORT, LONG, seed=4) if transposed else seeded(2, LONG, SHORT, seed=4)
+        stored = stored.to(weight_dtype)
+        weights = stored.mT if transposed else stored
+        full, wanted = expected(update, weights, keep, 0.1)
+        update.apply_(weights.unbind(), keep=keep, step=0.1)
+        # a bfloat16 has 8 bits; the product of bfloat16 factors is rounded to it before it is scaled by the step
+        exact = weight_dtype is torch.float32 and factor_dtype is torch.float32
+        rounding = 1e-6 if exact else 0.02
+        torch.testing.assert_close(weights.double(), wanted, rtol=rounding, atol=rounding)
+        torch.testing.assert_close(update.materialise().double(), full, rtol=rounding, atol=2 * rounding)
+        assert update.materialise().dtype is torch.float32
