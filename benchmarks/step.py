@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from machine import describe
@@ -70,7 +70,7 @@ def galore_torch(model: nn.Module, gap: int, rank: int) -> torch.optim.Optimizer
         "scale": 0.25,
         "proj_type": "std",
     }
-    return GaLoreAdamW([group], lr=0.01, no_deprecation_warning=True)
+    return cast("Any", GaLoreAdamW)([group], lr=0.01, no_deprecation_warning=True)
 
 
 def contenders(rank: int) -> list[Contender]:
@@ -172,12 +172,12 @@ def table(rows: list[dict[str, Any]], model: Matrices) -> str:
         "| ÷ fused AdamW | ÷ galore-torch | state, bytes | bytes a weight |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['name']} | {row['step']:.2f} | {row['renewal']:.1f} | {row['amortised']:.2f} | "
-            f"{row['amortised'] / fused['amortised']:.2f} | {row['amortised'] / galore['amortised']:.2f} | "
-            f"{row['state']:,} | {row['state'] / weights:.2f} |"
-        )
+    lines += [
+        f"| {row['name']} | {row['step']:.2f} | {row['renewal']:.1f} | {row['amortised']:.2f} | "
+        f"{row['amortised'] / fused['amortised']:.2f} | {row['amortised'] / galore['amortised']:.2f} | "
+        f"{row['state']:,} | {row['state'] / weights:.2f} |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 
@@ -187,7 +187,7 @@ def selection(model: Matrices, device: torch.device, rounds: int) -> str:
     for p in model.parameters():
         grad = p.grad.float() if p.grad is not None else p.float()
         grad = grad if grad.shape[0] >= grad.shape[1] else grad.mT
-        shapes.setdefault(tuple(grad.shape), []).append(grad)
+        shapes.setdefault((grad.shape[0], grad.shape[1]), []).append(grad)
     lines = [
         "| (matrices, long, short) | matrix product, ms | choice by product, ms | ÷ | choice by FFT, ms | ÷ |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

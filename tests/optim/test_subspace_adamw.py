@@ -241,7 +241,7 @@ def test_products_in_bfloat16_follow_those_in_float32(make):
     start = seeded(24, 16)
     for dtype in ("float32", "bfloat16"):
         weight = nn.Parameter(start.clone())
-        options = {"svd": "power"} if make is GaLore else {}
+        options: dict[str, Any] = {"svd": "power"} if make is GaLore else {}
         optimizer = make([weight], lr=0.01, rank=4, update_proj_gap=30, projection_dtype=dtype, **options)
         for step in range(20):
             weight.grad = decaying(24, 16, ratio=0.5, seed=3) + 0.02 * seeded(24, 16, seed=step)
