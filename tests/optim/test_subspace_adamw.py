@@ -151,6 +151,17 @@ def test_a_rotation_by_a_choice_is_a_gather():
     assert slots["age"].tolist() == [[7.0, 0.0, 9.0]]
 
 
+def test_a_slot_that_changes_its_column_forgets_also_what_is_no_number():
+    """Multiplied by zero, an overflowed moment would stay NaN in the slot for ever."""
+    state = {"exp_avg": torch.ones(1, 2, 2), "exp_avg_sq": torch.ones(1, 2, 2), "age": torch.ones(1, 2)}
+    for value in state.values():
+        value[..., 1] = float("inf")
+    Rotate(BETAS).carry(state, Slots(torch.tensor([[True, False]])), [5])
+    for value in state.values():
+        assert bool((value[..., 0] == 1.0).all())
+        assert bool((value[..., 1] == 0.0).all())
+
+
 def test_keep_keeps_and_reset_resets():
     change = Rotation(torch.linalg.qr(seeded(1, 3, 3)).Q)
     for transport, expected in ((Keep(), 1.0), (Reset(), 0.0)):
