@@ -34,7 +34,8 @@ def python(code, cwd):
 def test_the_contract_is_kept():
     """In a process of its own: import-linter sets up logging anew, which silences the loggers of all later tests."""
     pytest.importorskip("importlinter", reason="import-linter (extra `dev`) is not installed")
-    call = f"from importlinter import cli; raise SystemExit(cli.lint_imports({str(ROOT / '.importlinter')!r}, no_cache=True))"
+    contract = str(ROOT / ".importlinter")
+    call = f"from importlinter import cli; raise SystemExit(cli.lint_imports({contract!r}, no_cache=True))"
     run = python(call, ROOT)
     assert run.returncode == 0, run.stdout + run.stderr
 
