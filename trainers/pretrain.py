@@ -45,7 +45,7 @@ def parse_duration(text: str) -> float:
 class TrainerConfig:
     """How long to train, in what portions, how precisely, and what to look at meanwhile."""
 
-    max_steps: int | None = field(default=400, metadata={"help": "optimizer steps; null: max_tokens decides"})
+    max_steps: int | None = field(default=500, metadata={"help": "optimizer steps; null: max_tokens decides"})
     max_tokens: int | None = field(
         default=None,
         metadata={"help": "training tokens, rounded up to whole steps; with max_steps, the lesser ends the run"},

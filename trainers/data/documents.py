@@ -143,6 +143,11 @@ class PySource:
         return sum(size for name, (size, _) in self._files.items() if name not in self._held_out)
 
     def documents(self, split: Split) -> Iterator[Document]:
-        for name in self._files:
-            if (name in self._held_out) == (split == "validation"):
-                yield Document(name, decode_python((self._root / name).read_bytes()))
+        if split == "train":
+            names = [name for name in self._files if name not in self._held_out]
+        else:
+            # in an order without meaning: by path, the first documents would be those of one package, and a validation
+            # that is cut short would measure that package alone
+            names = sorted(self._held_out, key=lambda name: hash_share(name, "order"))
+        for name in names:
+            yield Document(name, decode_python((self._root / name).read_bytes()))
