@@ -23,6 +23,10 @@ from thinrank.optim.rule import Decay, MatrixRule, Probe, State, Step
 BATCH_BYTES = 64 * 2**20
 """Largest float32 gradient batch that is stacked; the copy is transient memory, so it has a bound."""
 
+CPU_BATCH_BYTES = 2 * 2**20
+"""The same on a CPU, where a batch pays only while it stays in the cache. On the 130M preset's shapes (2.4 MB and more
+each, so one by one, without a copy) a step is a fifth to a third faster than with 64 MiB, on two cores."""
+
 GROUP_EXTRAS: dict[str, Any] = {"role": "", "label": "", "sections": None, "blocks": 1, "seed": 0}
 
 ABSENT = ("maximize", "amsgrad", "capturable", "differentiable")
@@ -331,7 +335,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 members.setdefault((view, _prefix(views, i), param.dtype, param.device), []).append((param, name))
         buckets = []
         for (view, prefix, _, _), found in members.items():
-            most = max(1, BATCH_BYTES // (4 * view.blocks * view.shape[0] * view.shape[1]))
+            limit = CPU_BATCH_BYTES if found[0][0].device.type == "cpu" else BATCH_BYTES
+            most = max(1, limit // (4 * view.blocks * view.shape[0] * view.shape[1]))
             starts = range(0, len(found), most)
             buckets.extend(self._stack(found[start : start + most], view, prefix) for start in starts)
         return Layout(buckets, rest)

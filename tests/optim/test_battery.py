@@ -208,7 +208,7 @@ def test_stacked_matrices_equal_single_ones(config):
 def test_how_a_stack_is_split_does_not_matter(config, monkeypatch):
     ends = []
     for limit in (2**26, 1, 4 * 8 * 5 * 2):
-        monkeypatch.setattr(optimizer_module, "BATCH_BYTES", limit)
+        monkeypatch.setattr(optimizer_module, "CPU_BATCH_BYTES", limit)
         params = [nn.Parameter(seeded(8, 5, seed=i)) for i in range(5)]
         run(make(config, params), params, 0, 7)
         ends.append(params)
