@@ -233,7 +233,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    text = ["# Optimizer step", "", f"`python {shlex.join([Path(__file__).name, *sys.argv[1:]])}`", ""]
+    text = ["# Optimizer step", "", f"`python benchmarks/{shlex.join([Path(__file__).name, *sys.argv[1:]])}`", ""]
     text += [f"- {line}" for line in describe(device)] + [f"- weights and gradients {args.dtype}, rank = width / 4", ""]
     for preset in args.presets:
         model = Matrices(preset, device, getattr(torch, args.dtype))
