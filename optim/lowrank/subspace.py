@@ -192,7 +192,7 @@ class FixedColumns:
         basis: `dct`, `identity`, `hadamard` or `random`.
         norm: columns are ranked by `l1` (the paper) or `l2` (best for reconstruction: the residual is then at most
             1 − r/short of ‖x‖²).
-        engine: how all coordinates are computed at a renewal: `matmul`, `fft` (dct only), or `auto`: for float32 the FFT
+        engine: how all coordinates are computed at a renewal: `matmul`, `fft` (dct only), `auto`: for float32 the FFT
             from 512 columns on a CPU (0.4 to 0.7 of the product's time at 768, two cores) and from 4096 elsewhere.
     """
 
