@@ -43,7 +43,7 @@ NEVER = 10**9
 
 @dataclass
 class Contender:
-    """A method: how to build it for some parameters with a given gap, and what its state should cost."""
+    """A method: how to build it for some parameters with a given gap, and whether it has renewals."""
 
     name: str
     make: Callable[[nn.Module, int], torch.optim.Optimizer]

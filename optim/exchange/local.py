@@ -16,7 +16,7 @@ def bring(grads: Sequence[Tensor], view: MatrixView) -> Tensor:
     """The gradients of equally shaped parameters as one batch (parameters·blocks, long, short) of their dtype.
 
     One parameter comes as a view where its strides allow it; several are copied together, in the orientation they are
-    stored in: copying the transpose of a matrix takes a processor twenty times longer.
+    stored in: copying the transpose of a matrix takes a processor eight to ten times longer.
     """
     if len(grads) == 1:
         return view.of(grads[0])
