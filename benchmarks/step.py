@@ -35,6 +35,7 @@ from thinrank.optim import (
     build,
 )
 from thinrank.optim.linalg.fixed import column_norms, dct_matrix, dct_rows_fft, select_columns
+from thinrank.optim.optimizer import BATCH_BYTES, CPU_BATCH_BYTES
 from thinrank.trainers.models import PRESETS, build_model
 
 GAP = 200
@@ -182,7 +183,7 @@ def table(rows: list[dict[str, Any]], model: Matrices) -> str:
 
 
 def selection(model: Matrices, device: torch.device, rounds: int) -> str:
-    """The choice of DCT columns beside the plain matrix product it contains, on all matrices of a shape together."""
+    """The choice of DCT columns beside the plain matrix product it contains, in batches as an optimizer makes them."""
     shapes: dict[tuple[int, int], list[torch.Tensor]] = {}
     for p in model.parameters():
         grad = p.grad.float() if p.grad is not None else p.float()
@@ -193,7 +194,8 @@ def selection(model: Matrices, device: torch.device, rounds: int) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (long, short), grads in shapes.items():
-        x = torch.stack(grads)
+        most = max(1, (CPU_BATCH_BYTES if device.type == "cpu" else BATCH_BYTES) // (4 * long * short))
+        batches = torch.stack(grads).split(most)
         basis = dct_matrix(short, torch.float32).to(device)
         rank = model.width // 4
 
@@ -202,9 +204,9 @@ def selection(model: Matrices, device: torch.device, rounds: int) -> str:
             return coordinates.gather(-1, columns.unsqueeze(-2).expand(-1, coordinates.shape[-2], -1))
 
         calls: list[Callable[[], Any]] = [
-            lambda x=x, basis=basis: x @ basis.T,
-            lambda x=x, basis=basis, choose=choose: choose(x @ basis.T),
-            lambda x=x, choose=choose: choose(dct_rows_fft(x)),
+            lambda xs=batches, basis=basis: [x @ basis.T for x in xs],
+            lambda xs=batches, basis=basis, choose=choose: [choose(x @ basis.T) for x in xs],
+            lambda xs=batches, choose=choose: [choose(dct_rows_fft(x)) for x in xs],
         ]
         for call in calls:
             call()

@@ -85,9 +85,10 @@ def dct_rows_fft(x: Tensor) -> Tensor:
 
 def column_norms(coordinates: Tensor, norm: str, axis: Axis = WHOLE) -> Tensor:
     """l1 or squared l2 norms of the columns of (..., long, n), summed along the axis: (..., n)."""
-    if norm == "l1":
-        return axis.sum(torch.linalg.vector_norm(coordinates, 1, dim=-2))
-    return axis.sum(torch.linalg.vector_norm(coordinates, 2, dim=-2).square_())
+    # for a batch that fits the cache, torch's norm over a dimension that is not the last takes a CPU five to twelve
+    # times longer than these two passes
+    entries = coordinates.abs() if norm == "l1" else coordinates.square()
+    return axis.sum(entries.sum(-2))
 
 
 def select_columns(norms: Tensor, previous: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
