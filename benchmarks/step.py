@@ -35,7 +35,7 @@ from thinrank.optim import (
     build,
 )
 from thinrank.optim.linalg.fixed import column_norms, dct_matrix, dct_rows_fft, select_columns
-from thinrank.optim.optimizer import BATCH_BYTES, CPU_BATCH_BYTES
+from thinrank.optim.optimizer import batch_size
 from thinrank.trainers.models import PRESETS, build_model
 
 GAP = 200
@@ -194,8 +194,7 @@ def selection(model: Matrices, device: torch.device, rounds: int) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (long, short), grads in shapes.items():
-        most = max(1, (CPU_BATCH_BYTES if device.type == "cpu" else BATCH_BYTES) // (4 * long * short))
-        batches = torch.stack(grads).split(most)
+        batches = torch.stack(grads).split(batch_size(long * short, device))
         basis = dct_matrix(short, torch.float32).to(device)
         rank = model.width // 4
 
@@ -203,10 +202,17 @@ def selection(model: Matrices, device: torch.device, rounds: int) -> str:
             columns, _ = select_columns(column_norms(coordinates, "l1"), None, rank)
             return coordinates.gather(-1, columns.unsqueeze(-2).expand(-1, coordinates.shape[-2], -1))
 
-        calls: list[Callable[[], Any]] = [
-            lambda xs=batches, basis=basis: [x @ basis.T for x in xs],
-            lambda xs=batches, basis=basis, choose=choose: [choose(x @ basis.T) for x in xs],
-            lambda xs=batches, choose=choose: [choose(dct_rows_fft(x)) for x in xs],
+        def over(work: Callable[[torch.Tensor], Any], batches: Any = batches) -> Callable[[], None]:
+            def run() -> None:
+                for x in batches:
+                    work(x)  # let go at once: results kept would make the allocator a part of the product's time
+
+            return run
+
+        calls = [
+            over(lambda x, basis=basis: x @ basis.T),
+            over(lambda x, basis=basis, choose=choose: choose(x @ basis.T)),
+            over(lambda x, choose=choose: choose(dct_rows_fft(x))),
         ]
         for call in calls:
             call()

@@ -8,6 +8,7 @@ code uses another basis in each of the two).
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -68,19 +69,43 @@ def makhoul_order(n: int) -> Tensor:
     return torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])
 
 
+@lru_cache(maxsize=64)
+def _makhoul(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    # remembered because every step needs them; pure functions of their arguments, so they are not state
+    angle = torch.arange(n // 2 + 1, dtype=torch.float64) * (math.pi / (2 * n))
+    twiddle = torch.polar(torch.full_like(angle, math.sqrt(2.0 / n)), -angle)
+    wide = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return makhoul_order(n).to(device), twiddle.to(device, wide)
+
+
+FFT_BYTES = 2**20
+"""On a CPU the FFT works on as many rows at a time: temporaries beyond the cache made it two to four times slower."""
+
+
 def dct_rows_fft(x: Tensor) -> Tensor:
-    """DCT-II of the rows (last dimension) of `x` by one real FFT of the same length (Makhoul 1980)."""
+    """DCT-II of the rows (last dimension) of `x` (..., long, n) by real FFTs of the same length (Makhoul 1980).
+
+    Returns a tensor laid out as `x` is: a batch that was stored transposed is transformed as it lies.
+    """
     n = x.shape[-1]
+    transposed = x.ndim > 1 and x.stride(-1) != 1 and x.stride(-2) == 1
+    stored, dim = (x.mT, -2) if transposed else (x.reshape(-1, n), -1)
+    other = -3 - dim
+    out = torch.empty_like(stored, memory_format=torch.contiguous_format)
+    if not x.numel():
+        return out.mT if transposed else out.view(x.shape)
+    rows = stored.shape[other]
+    if x.device.type == "cpu":
+        rows = max(1, FFT_BYTES * rows // (x.element_size() * x.numel()))
+    order, twiddle = _makhoul(n, x.dtype, x.device)
+    twiddle = twiddle.unsqueeze(-1) if transposed else twiddle
     half = n // 2 + 1
-    spectrum = torch.fft.rfft(x[..., makhoul_order(n).to(x.device)])
-    angle = torch.arange(half, dtype=torch.float64) * (math.pi / (2 * n))
-    twiddle = torch.polar(torch.full_like(angle, math.sqrt(2.0 / n)), -angle).to(x.device, spectrum.dtype)
-    z = spectrum * twiddle
-    out = torch.empty_like(x)
-    out[..., :half] = z.real
-    out[..., half:] = -z.imag[..., 1 : n - half + 1].flip(-1)
-    out[..., 0] *= math.sqrt(0.5)
-    return out
+    for part, into in zip(stored.split(rows, other), out.split(rows, other), strict=True):
+        z = torch.fft.rfft(part.index_select(dim, order), dim=dim).mul_(twiddle)
+        into.narrow(dim, 0, half).copy_(z.real)
+        torch.neg(z.imag.narrow(dim, 1, n - half).flip(dim), out=into.narrow(dim, half, n - half))
+        into.select(dim, 0).mul_(math.sqrt(0.5))
+    return out.mT if transposed else out.view(x.shape)
 
 
 def column_norms(coordinates: Tensor, norm: str, axis: Axis = WHOLE) -> Tensor:
