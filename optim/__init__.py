@@ -13,6 +13,7 @@ from thinrank.optim.methods import (
     DCTAdamWConfig,
     GaLoreConfig,
     LowRankConfig,
+    MatrixConfig,
     MethodConfig,
     SubspaceAdamWConfig,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "GaLore",
     "GaLoreConfig",
     "LowRankConfig",
+    "MatrixConfig",
     "MatrixOptimizer",
     "MatrixView",
     "MethodConfig",

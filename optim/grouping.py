@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thinrank.optim.methods.config import LowRankConfig, MethodConfig
+from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig
 
 
 class Role(str, Enum):
@@ -142,9 +142,9 @@ class Routing:
 
 
 def targeted(
-    names: Iterable[str], role: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]], config: LowRankConfig
+    names: Iterable[str], role: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]], config: MatrixConfig
 ) -> set[str]:
-    """Names of the parameters that `config` projects.
+    """Names of the parameters that the matrix rule of `config` steps.
 
     Presets choose among matrices; a regular expression may also name an embedding or a head of two dimensions.
 
@@ -187,26 +187,27 @@ def group_parameters(model: nn.Module, config: MethodConfig, overrides: Mapping[
     names = [name for name, p in parameters.items() if p.requires_grad]
     if not names:
         raise ValueError("the model has no trainable parameter: set requires_grad on some")
-    projected: set[str] = set()
-    if isinstance(config, LowRankConfig) and config.rank is not None:
+    chosen: set[str] = set()
+    if isinstance(config, MatrixConfig) and not (isinstance(config, LowRankConfig) and config.rank is None):
         shapes = {name: tuple(parameters[name].shape) for name in names}
-        projected = targeted(names, role, shapes, config)
+        chosen = targeted(names, role, shapes, config)
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     vector_lr = embedding_lr if config.vector_lr is None else config.vector_lr
     rate = {Role.MATRIX: config.lr, Role.EMBEDDING: embedding_lr, Role.HEAD: embedding_lr, Role.VECTOR: vector_lr}
     groups: dict[tuple[Role, bool], dict[str, Any]] = {}
     for name in names:
-        key = (role[name], name in projected)
+        own = name in chosen
+        key = (role[name], own)
         if key not in groups:
-            low = name in projected
             group = config.group()
-            if "rank" in group and not low:
+            if "rank" in group and not own:
                 group["rank"] = None
             group |= {
                 "params": [],
+                "elementwise": not own,
                 "role": key[0].value,
-                "label": f"{key[0].value}/{config.name if low else 'adamw'}",
-                "lr": config.lr if low else rate[key[0]],
+                "label": f"{key[0].value}/{config.name if own else 'adamw'}",
+                "lr": config.lr if own else rate[key[0]],
                 "weight_decay": 0.0 if key[0] is Role.VECTOR else config.weight_decay,
             }
             groups[key] = group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +35,12 @@ def batch_size(elements: int, device: torch.device) -> int:
     return max(1, limit // (4 * elements))
 
 
-GROUP_EXTRAS: dict[str, Any] = {"role": "", "label": "", "sections": None, "blocks": 1, "seed": 0}
+GROUP_EXTRAS: dict[str, Any] = {
+    "elementwise": False, "role": "", "label": "", "sections": None, "blocks": 1, "seed": 0,
+}  # fmt: skip
+
+POSITIONAL = ("lr", "betas", "eps", "weight_decay")
+"""Arguments that may be given by position, in the order of torch's AdamW."""
 
 ABSENT = ("maximize", "amsgrad", "capturable", "differentiable")
 """Switches of torch's optimizers that change what a step does and that a step here does not know."""
@@ -64,26 +70,49 @@ class Layout:
 class MatrixOptimizer(torch.optim.Optimizer):
     """Base of all optimizers of the suite; the subclass says which method's rooms its groups are built from.
 
-    A parameter group whose `rank` is set is stepped by the method's low-rank rule wherever a parameter has at least two
-    dimensions; everything else is stepped by AdamW. All tunable values live in the group, all state is named tensors
-    that exist with their final shapes from construction on, float32 for projected matrices.
+    A parameter group is stepped by the method's rule for matrices wherever a parameter has at least two dimensions,
+    unless the group says `elementwise=True` (or, where the method has a rank, `rank=None`); everything else is stepped
+    by AdamW. All tunable values live in the group, all state is named tensors that exist with their final shapes from
+    construction on.
 
-    Group keys beside the method's own: `sections` (row counts of a fused weight whose parts are their own matrices),
-    `blocks` (equal parts of each section, such as heads), `seed` (of every random choice), `role` and `label` (for
-    reports).
+    Group keys beside the method's own: `elementwise`, `sections` (row counts of a fused weight whose parts are their
+    own matrices), `blocks` (equal parts of each section, such as heads), `seed` (of every random choice), `role` and
+    `label` (for reports).
+
+    Args:
+        params: parameters, pairs of name and parameter, or groups, as in torch.
+        settings: the fields of `Config` that a group carries (`inspect.signature` lists them with their defaults; their
+            meaning is in the configuration). `lr`, `betas`, `eps` and `weight_decay` may be given by position.
+        seed: of every random choice of the method.
 
     Attributes:
         measure: set it to have the next step fill `measured`; it makes the host wait for the device, so leave it off
             otherwise.
-        measured: `captured_energy` by parameter name, `update_rms` and `effective_lr` by group label.
+        measured: `captured_energy` and, in steps that renew a basis, `subspace_overlap` (the share of the old subspace
+            that the new one holds) by parameter name; `update_rms` and `effective_lr` by group label.
         axis: the ranks that share matrices and data; the identity in one process and under plain DDP.
     """
 
     Config: ClassVar[type[MethodConfig]]
+    OWN_DEFAULTS: ClassVar[dict[str, Any]] = {}
+    """Where the class's defaults differ from the configuration's."""
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, seed: int = 0) -> None:
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "Config" in cls.__dict__:
+            cls.__signature__ = _signature({**cls.Config.defaults(), **cls.OWN_DEFAULTS})
+
+    def __init__(self, params: Iterable[Any], *settings: Any, seed: int = 0, **named: Any) -> None:
+        try:
+            bound = self.__signature__.bind(params, *settings, seed=seed, **named)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}: {error}") from None
+        bound.apply_defaults()
+        given = {key: value for key, value in bound.arguments.items() if key != "params"}
         self._forget()
-        super().__init__(params, {**self.Config.defaults(), **GROUP_EXTRAS, **defaults, "seed": seed})
+        super().__init__(params, {**GROUP_EXTRAS, **given})
 
     def _forget(self) -> None:
         """Drops what can be recomputed."""
@@ -149,12 +178,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def rules(self, group: Mapping[str, Any]) -> tuple[MatrixRule | None, ElementwiseAdamW]:
         """The rule for matrices (None: like everything else) and the one for everything else, by `group`'s values."""
-        values = tuple(repr(group[key]) for key in self.Config.GROUP)
+        values = (group["elementwise"], *(repr(group[key]) for key in self.Config.GROUP))
         if values not in self._rules:
             if len(self._rules) > len(self.param_groups):
                 self._rules.clear()  # a schedule that moves betas asks for a new rule at every step
             config = self.Config.of_group({**group, "lr": 0.0, "weight_decay": 0.0})
-            self._rules[values] = (config.matrix_rule(), config.element_rule())
+            self._rules[values] = (None if group["elementwise"] else config.matrix_rule(), config.element_rule())
         return self._rules[values]
 
     def _views(self, param: Tensor, group: Mapping[str, Any], rule: MatrixRule | None) -> tuple[MatrixView, ...]:
@@ -183,7 +212,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _warn_if_clamped(self, name: str, views: tuple[MatrixView, ...], group: Mapping[str, Any]) -> None:
         for view in views:
             shape = (view.blocks, *view.shape)
-            if not self._clamped and group["rank"] >= 1 and width(group["rank"], shape) < int(group["rank"]):
+            if not self._clamped and group.get("rank", 0.0) >= 1 and width(group["rank"], shape) < int(group["rank"]):
                 if isinstance(group["rank"], float) and group["rank"] == 1.0:
                     continue
                 self._clamped = True
@@ -224,7 +253,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self._step_rest(rest, element, group["label"], lr, weight_decay, probe)
         if probe is not None:
             self.measured = {
-                "captured_energy": probe.captured_energy,
+                **probe.matrices,
                 "update_rms": probe.update_rms(),
                 "effective_lr": {g["label"]: float(g["lr"]) * self.scale(g) for g in self.param_groups},
             }
@@ -291,9 +320,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             probe.saw(group["label"], update.materialise())
             for key, values in (step.record or {}).items():
                 measured = values.reshape(len(active), blocks).mean(-1).tolist()
-                getattr(probe, key).update(
-                    {bucket.prefix + bucket.names[i]: value for i, value in zip(active, measured, strict=True)}
-                )
+                names = [bucket.prefix + bucket.names[i] for i in active]
+                probe.measured(key, dict(zip(names, measured, strict=True)))
         keep, gain = rule.decay.factors(lr, weight_decay)
         local.give_back([bucket.params[i] for i in active], view, update, keep=keep, step=lr * rule.scale * gain)
 
@@ -416,3 +444,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
 def _prefix(views: tuple[MatrixView, ...], index: int) -> str:
     return f"{index}." if len(views) > 1 else ""
+
+
+def _signature(defaults: Mapping[str, Any]) -> inspect.Signature:
+    kinds = inspect.Parameter
+    first = [name for name in POSITIONAL if name in defaults]
+    rest = {**{name: value for name, value in defaults.items() if name not in first}, "seed": 0}
+    return inspect.Signature(
+        [
+            kinds("params", kinds.POSITIONAL_OR_KEYWORD),
+            *(kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=defaults[name]) for name in first),
+            *(kinds(name, kinds.KEYWORD_ONLY, default=value) for name, value in rest.items()),
+        ]
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,9 +41,8 @@ class Step:
     def only(self, which: Sequence[int]) -> Step:
         """The same circumstances for some matrices of the batch; what these measure is not recorded."""
         keys = [self.keys[i] for i in which] if self.keys else ()
-        return Step(
-            count=[self.count[i] for i in which], keys=keys, seed=self.seed, axis=self.axis, transposed=self.transposed
-        )
+        count = [self.count[i] for i in which]
+        return Step(count=count, keys=keys, seed=self.seed, axis=self.axis, transposed=self.transposed)
 
     def generator(self, index: int) -> torch.Generator:
         """A CPU generator that depends on the seed, the matrix and its count alone."""
@@ -87,9 +87,15 @@ class MatrixRule(Protocol):
 class Probe:
     """Collects what is measured in a step that somebody wants to see."""
 
-    captured_energy: dict[str, float] = field(default_factory=dict)
+    matrices: dict[str, dict[str, float]] = field(
+        default_factory=lambda: {"captured_energy": {}, "subspace_overlap": {}}
+    )
     squares: dict[str, float] = field(default_factory=dict)
     elements: dict[str, int] = field(default_factory=dict)
+
+    def measured(self, what: str, values: Mapping[str, float]) -> None:
+        """Takes one value a matrix; those that are no number were not measured in this step."""
+        self.matrices[what].update({name: value for name, value in values.items() if not math.isnan(value)})
 
     def saw(self, label: str, update: Tensor) -> None:
         """Counts an update (before the learning rate) towards the root mean square of its group."""

@@ -63,7 +63,7 @@ class Residual:
         phi = torch.linalg.vector_norm(direction, dim=-1, keepdim=True) / low_norm.clamp(min=1e-8)  # (batch, long, 1)
         if self.signs:
             held = subspace.up(low, state, x.shape[-1])
-            rest = (x - (held.direction @ held.basis.mT)).float()
+            rest = (x - held.materialise()).float()
             phi = phi * rest.abs().mean(-1, keepdim=True)
             rest = rest.sign_()
             norms = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)

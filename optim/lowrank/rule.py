@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from thinrank.optim.inner.adam import Adam
+from thinrank.optim.inner.base import Inner
 from thinrank.optim.linalg.basis import captured_energy
 from thinrank.optim.lowrank.feedback import Feedback, NoFeedback
 from thinrank.optim.lowrank.lift import Lift, Project
@@ -30,15 +31,17 @@ class LowRank:
         lift: how the small direction becomes a full update.
         scale: multiplies the learning rate.
         decay: when the weight decay acts.
+        stagger: spread the renewals of the matrices over the gap, each by its name.
     """
 
     subspace: Subspace
-    inner: Adam
+    inner: Inner
     feedback: Feedback = field(default=NoFeedback())
     transport: Transport = field(default=Keep())
     lift: Lift = field(default=Project())
     scale: float = 1.0
     decay: Decay = field(default=Decay())
+    stagger: bool = False
 
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
         """Every tensor the rule will ever keep for a batch of `shape` (batch, long, short), by name."""
@@ -51,7 +54,8 @@ class LowRank:
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
         x = self.feedback.enter(grad, state)
-        due = [i for i, count in enumerate(step.count) if count % self.subspace.every == 0]
+        every = self.subspace.every
+        due = [i for i, count in enumerate(step.count) if count == 0 or (count + self.lead(step, i)) % every == 0]
         low = self.renew(x, state, step, due) if due else None
         if low is None:
             low = step.axis.mean(self.subspace.down(x, state))  # (batch, long, r): where replicas meet
@@ -61,6 +65,10 @@ class LowRank:
             step.record["captured_energy"] = captured_energy(x, low, step.axis)
         direction = self.inner.direction(low, state, step)
         return self.lift(x, low, direction, self.subspace, state, step)
+
+    def lead(self, step: Step, index: int) -> int:
+        """How many steps earlier than the others a matrix renews; its first update always does."""
+        return step.keys[index] * self.subspace.every >> 32 if self.stagger and step.keys else 0
 
     def renew(self, x: Tensor, state: State, step: Step, due: Sequence[int]) -> Tensor | None:
         """Renews the subspaces of the matrices `due` and carries their moments over.
@@ -73,18 +81,32 @@ class LowRank:
         if self.subspace.factorises:
             strange = step.axis.sum((~torch.isfinite(shared)).sum((-2, -1)).float()).tolist()
             due = [i for i in due if not strange[i]]
-        if len(due) == len(step.count):
-            first = [i for i in due if step.count[i] == 0]
-            if not first or len(first) == len(due):
-                change, low = self.subspace.renew(shared, state, step)
-                self.transport.carry(state, change, step.count)
-                return low
-        for which in ([i for i in due if step.count[i] == 0], [i for i in due if step.count[i] > 0]):
+        overlap = torch.full((len(step.count),), math.nan)
+        if step.record is not None:
+            step.record["subspace_overlap"] = overlap
+        first = [i for i in due if step.count[i] == 0]
+        if len(due) == len(step.count) and len(first) in (0, len(due)):
+            change, low = self.subspace.renew(shared, state, step)
+            self.transport.carry(state, change, step.count)
+            if step.record is not None and not first:
+                overlap.copy_(change.overlap())
+            return low
+        found: list[tuple[list[int], Tensor]] = []
+        for which in (first, [i for i in due if step.count[i] > 0]):
             if which:
                 some = {key: value[which] for key, value in state.items()}
                 part = step.only(which)
-                change, _ = self.subspace.renew(shared[which], some, part)
+                change, low = self.subspace.renew(shared[which], some, part)
+                if low is not None:
+                    found.append((which, low))
                 self.transport.carry(some, change, part.count)
+                if step.record is not None and which is not first:
+                    overlap[which] = change.overlap().to(overlap)
                 for key, value in some.items():
                     state[key][which] = value
-        return None
+        if not found:
+            return None
+        low = step.axis.mean(self.subspace.down(x, state))
+        for which, part_low in found:  # a matrix is given the same numbers, whoever else is due
+            low[which] = part_low
+        return low

@@ -18,12 +18,20 @@ class Rotation:
 
     matrix: Tensor
 
+    def overlap(self) -> Tensor:
+        """`‖B_newᵀ B_old‖² / r` (batch,): the mean squared cosine of the principal angles; 1 when nothing changed."""
+        return self.matrix.square().sum((-2, -1)) / self.matrix.shape[-1]
+
 
 @dataclass(frozen=True, slots=True)
 class Slots:
     """`kept` (batch, r): the columns whose meaning did not change; the others are new. A rotation of zeros and ones."""
 
     kept: Tensor
+
+    def overlap(self) -> Tensor:
+        """The share of columns that stayed (batch,)."""
+        return self.kept.float().mean(-1)
 
 
 Change = Rotation | Slots

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thinrank.optim.methods.adamw import AdamWConfig
-from thinrank.optim.methods.config import LowRankConfig, MethodConfig
+from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig
 from thinrank.optim.methods.dct_adamw import DCTAdamWConfig
 from thinrank.optim.methods.galore import GaLoreConfig
 from thinrank.optim.methods.subspace_adamw import SubspaceAdamWConfig
@@ -22,6 +22,7 @@ __all__ = [
     "DCTAdamWConfig",
     "GaLoreConfig",
     "LowRankConfig",
+    "MatrixConfig",
     "MethodConfig",
     "SubspaceAdamWConfig",
 ]

@@ -96,7 +96,29 @@ class MethodConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankConfig(MethodConfig):
+class MatrixConfig(MethodConfig):
+    """Fields of every method with a rule of its own for matrices."""
+
+    scale: float = field(default=1.0, metadata={"help": "multiplies the learning rate of the matrices it steps"})
+    targets: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={
+            "help": "its matrices: presets (all-linear, attention, mlp) or regular expressions on parameter names"
+        },
+    )
+    exclude: list[str] = field(
+        default_factory=list, metadata={"help": "regular expressions on parameter names that AdamW steps instead"}
+    )
+
+    GROUP: ClassVar[tuple[str, ...]] = (*MethodConfig.GROUP, "scale")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("scale", self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(MatrixConfig):
     """Fields of every method with a subspace."""
 
     rank: int | float | None = field(
@@ -104,24 +126,20 @@ class LowRankConfig(MethodConfig):
         metadata={"help": "directions kept: a count, or a fraction of the matrix's short side (0.25, 1.0)"},
     )
     update_proj_gap: int = field(default=200, metadata={"help": "steps between two renewals of the subspace"})
-    scale: float = field(default=1.0, metadata={"help": "multiplies the learning rate of the projected matrices"})
+    stagger: bool = field(
+        default=False,
+        metadata={"help": "spread the renewals of the matrices over the gap, so that no step does all of them"},
+    )
     projection_dtype: str = field(
         default="float32",
         metadata={
             "help": "precision of the projections' matrix products: float32, or bfloat16, often several times faster"
         },
     )
-    targets: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={
-            "help": "what is projected: presets (all-linear, attention, mlp) or regular expressions on parameter names"
-        },
-    )
-    exclude: list[str] = field(
-        default_factory=list, metadata={"help": "regular expressions on parameter names that are not projected"}
-    )
 
-    GROUP: ClassVar[tuple[str, ...]] = (*MethodConfig.GROUP, "rank", "update_proj_gap", "scale", "projection_dtype")
+    GROUP: ClassVar[tuple[str, ...]] = (
+        *MatrixConfig.GROUP, "rank", "update_proj_gap", "stagger", "projection_dtype",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,7 +154,8 @@ class LowRankConfig(MethodConfig):
                 )
         if not isinstance(self.update_proj_gap, int) or self.update_proj_gap < 1:
             raise ValueError(f"update_proj_gap must be at least 1 step, got {self.update_proj_gap!r}")
-        number("scale", self.scale)
+        if not isinstance(self.stagger, bool):
+            raise ValueError(f"stagger must be true or false, got {self.stagger!r}")
         choice("projection_dtype", self.projection_dtype, ("float32", "bfloat16"))
 
     @property

@@ -86,4 +86,5 @@ class DCTAdamWConfig(LowRankConfig):
             inner=Adam(betas=self.betas, eps=self.eps, ages=self.column_age),
             lift=Project(),
             scale=self.scale,
+            stagger=self.stagger,
         )

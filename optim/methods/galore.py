@@ -67,6 +67,7 @@ class GaLoreConfig(LowRankConfig):
             subspace=subspace,
             inner=Adam(betas=self.betas, eps=self.eps, eps_raw=True),
             scale=self.scale,
+            stagger=self.stagger,
             decay=Decay(after=True),
         )
 

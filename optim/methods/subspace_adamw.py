@@ -53,4 +53,5 @@ class SubspaceAdamWConfig(LowRankConfig):
             inner=Adam(betas=self.betas, eps=self.eps),
             lift=lift,
             scale=self.scale,
+            stagger=self.stagger,
         )

@@ -26,8 +26,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "subspace_adamw/sign": ("subspace_adamw", {"residual": "sign", "transport": "reset"}),
     "dct_adamw/bfloat16": ("dct_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/bfloat16": ("subspace_adamw", {"projection_dtype": "bfloat16"}),
+    "subspace_adamw/stagger": ("subspace_adamw", {"stagger": True}),
     "subspace_adamw/off": ("subspace_adamw", {"residual": "off", "transport": "keep"}),
 }
+
+
+SMALL: dict[str, dict[str, Any]] = {"galore": {"scale": 1.0}}
+"""What a method needs to learn something small."""
 
 
 def small(name: str, **values: Any) -> MethodConfig:
@@ -35,9 +40,7 @@ def small(name: str, **values: Any) -> MethodConfig:
     cls = METHODS[name]
     if issubclass(cls, LowRankConfig):
         values = {"rank": 3, "update_proj_gap": 3, **values}
-    if name == "galore":
-        values = {"scale": 1.0, **values}
-    return cls(**{"lr": 0.02, "weight_decay": 0.01, **values})
+    return cls(**{"lr": 0.02, "weight_decay": 0.01, **SMALL.get(name, {}), **values})
 
 
 CONFIGS: dict[str, MethodConfig] = {

@@ -8,7 +8,7 @@ from cases import CONFIGS, LOW_RANK, SHAPES, copies, equal, give, make, run, sma
 from laws import decaying, eye_error, seeded
 from torch import nn
 
-from thinrank.optim import METHODS, build
+from thinrank.optim import METHODS, LowRankConfig, MatrixConfig, build
 from thinrank.optim import optimizer as optimizer_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:rank 3 is above the 1 directions")
@@ -106,8 +106,9 @@ def test_bfloat16_parameters(config):
         assert not torch.equal(p, before)
         # four steps of 0.02 and the rounding of weights near 2
         assert float((p.detach().float() - q.detach()).abs().max()) < 0.1
-    if optimizers[0].param_groups[0].get("rank") is not None:
-        assert optimizers[0].state[half[0]]["exp_avg"].dtype is torch.float32
+    if isinstance(config, MatrixConfig):
+        floating = [value for value in optimizers[0].state[half[0]].values() if value.is_floating_point()]
+        assert all(value.dtype is torch.float32 for value in floating)
 
 
 @pytest.mark.parametrize("shape", [(40, 3), (3, 40), (16, 16), (1, 9), (9, 1), (1, 1)], ids=str)
@@ -115,7 +116,7 @@ def test_bfloat16_parameters(config):
 def test_shapes_and_full_rank(config, shape):
     """Also as a fraction: 1.0 is every direction there is."""
     params = [nn.Parameter(seeded(*shape))]
-    options = {"rank": 1.0} if config.name != "adamw" else {}
+    options = {"rank": 1.0} if isinstance(config, LowRankConfig) else {}
     optimizer = make(config, params, weight_decay=0.0, **options)
     before = copies(params)
     run(optimizer, params, 0, 7)
@@ -235,11 +236,13 @@ def test_measuring_changes_nothing_and_tells_the_truth(config):
     assert not optimizer.measure
     labels = {group["label"] for group in optimizer.param_groups}
     measured = optimizer.measured
-    assert set(measured) == {"captured_energy", "update_rms", "effective_lr"}
+    assert set(measured) == {"captured_energy", "subspace_overlap", "update_rms", "effective_lr"}
     assert set(measured["update_rms"]) == labels == set(measured["effective_lr"])
-    projected = {"layers.0.weight", "layers.2.weight"} if config.name != "adamw" else set()
+    projected = {"layers.0.weight", "layers.2.weight"} if isinstance(config, LowRankConfig) else set()
     assert set(measured["captured_energy"]) == projected
     assert all(0.0 < value <= 1.0 for value in measured["captured_energy"].values())
+    assert set(measured["subspace_overlap"]) <= projected  # this step is a renewal where the gap is 1 or 3
+    assert all(0.0 <= value <= 1.0 + 1e-5 for value in measured["subspace_overlap"].values())
     # the update of the matrices, computed from what it did to them
     group = next(g for g in optimizer.param_groups if g["role"] == "matrix")
     decay = group["lr"] * group["weight_decay"]

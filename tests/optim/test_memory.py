@@ -34,6 +34,7 @@ FORMULAS = {
     # the residual's last norm
     "subspace_adamw": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/bfloat16": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
+    "subspace_adamw/stagger": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/sign": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/off": 4 * (2 * LONG * R + SHORT * R) + 4,
 }

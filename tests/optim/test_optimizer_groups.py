@@ -11,6 +11,7 @@ from laws import seeded
 from torch import nn
 
 from thinrank.optim import OPTIMIZERS, AdamW, DCTAdamW, GaLore, SubspaceAdamW
+from thinrank.optim.optimizers import RankedGroups
 
 # the one-wide matrices of `weights()` have one direction, and the optimizer says so
 pytestmark = pytest.mark.filterwarnings("ignore:rank 3 is above the 1 directions")
@@ -69,7 +70,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was(bad, sentence):
 
 def test_what_cannot_be_stepped_is_refused():
     for cls in OPTIMIZERS.values():
-        options: dict[str, Any] = {} if cls is AdamW else {"rank": 2}
+        options: dict[str, Any] = {"rank": 2} if "rank" in cls.Config.defaults() else {}
         with pytest.raises(NotImplementedError, match=rf"{cls.__name__} steps real parameters; 0.0 is complex"):
             cls([nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))], **options)
         with pytest.raises(ValueError, match=rf"{cls.__name__} steps floating-point parameters"):
@@ -173,10 +174,10 @@ def test_sections_and_blocks_equal_separate_parameters():
 
 @pytest.mark.parametrize("cls", OPTIMIZERS.values())
 def test_defaults_are_said_once(cls):
-    """The class's signature and the configuration's fields must not drift apart."""
+    """A class takes the fields of its configuration, and shows them."""
     parameters = inspect.signature(cls).parameters
     expected = {**cls.Config.defaults(), "seed": 0}
-    if cls is GaLore:
+    if issubclass(cls, RankedGroups):
         expected["rank"] = None  # as in galore-torch, a group without a rank is not projected
     found = {name: p.default for name, p in parameters.items() if name != "params"}
     assert found == expected
@@ -189,7 +190,7 @@ def test_defaults_are_said_once(cls):
 @pytest.mark.parametrize("key", ["maximize", "amsgrad", "foreach", "fused", "capturable", "differentiable"])
 def test_switches_of_torch_that_are_not_here_are_refused(key):
     """Not ignored: a run that asked to maximise must not minimise. (foreach and fused only say how fast.)"""
-    with pytest.raises(TypeError, match=key):
+    with pytest.raises(TypeError, match=f"AdamW: got an unexpected keyword argument '{key}'"):
         make(CONFIGS["adamw"], [nn.Parameter(seeded(3, 3))], **{key: True})
     if key not in ("foreach", "fused"):
         with pytest.raises(ValueError, match=f"AdamW has no {key}"):
@@ -212,3 +213,23 @@ def test_the_state_holds_tensors_only():
         torch.save(optimizer.state_dict(), buffer)
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
+
+
+def test_arguments_may_be_given_by_position_as_to_torch():
+    optimizer = DCTAdamW([nn.Parameter(seeded(3, 3))], 0.5, (0.8, 0.9), 1e-6, 0.1, rank=1)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.8, 0.9), 1e-6, 0.1)
+    with pytest.raises(TypeError, match="DCTAdamW: too many positional arguments"):
+        DCTAdamW([nn.Parameter(seeded(3, 3))], 0.5, (0.8, 0.9), 1e-6, 0.1, 4)
+
+
+def test_a_group_may_leave_the_matrices_to_adamw():
+    """`elementwise=True` says so for any method; `rank=None` for those that have a rank."""
+    ends = []
+    for options in ({"elementwise": True}, {"rank": None}):
+        weight = nn.Parameter(seeded(6, 5))
+        optimizer = DCTAdamW([{"params": [weight], **options}], rank=2)
+        run(optimizer, [weight], 0, 3)
+        assert optimizer.state[weight]["exp_avg"].shape == (6, 5)
+        ends.append([weight])
+    assert equal(*ends)

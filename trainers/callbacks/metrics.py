@@ -90,6 +90,7 @@ class TrainingMetrics(pl.Callback):
     | `opt/update_rms/<label>` | RMS of a group's weight change, before the learning rate |
     | `lowrank/captured_energy/<parameter>` | share of the gradient's energy that the subspace holds |
     | `lowrank/captured_energy` | its mean over the projected matrices |
+    | `lowrank/subspace_overlap[/<parameter>]` | share of the old subspace in the new one, at renewals |
     | `tokens_per_sec`, `time/step` | tokens per second of all ranks; seconds per step |
     | `consumed_tokens` | tokens so far |
     | `memory/optimizer_state(MiB)` | tensors of the optimizer on this rank |
@@ -172,10 +173,12 @@ class TrainingMetrics(pl.Callback):
 
 def _measured(measured: dict[str, dict[str, float]]) -> dict[str, float]:
     """The optimizer's own values under their tags; a step that was skipped has none."""
-    energy = {name: float(value) for name, value in measured.get("captured_energy", {}).items()}
-    metrics = {f"lowrank/captured_energy/{name}": value for name, value in energy.items()}
-    if energy:
-        metrics["lowrank/captured_energy"] = sum(energy.values()) / len(energy)
+    metrics: dict[str, float] = {}
+    for key in ("captured_energy", "subspace_overlap"):
+        found = {name: float(value) for name, value in measured.get(key, {}).items()}
+        metrics |= {f"lowrank/{key}/{name}": value for name, value in found.items()}
+        if found:
+            metrics[f"lowrank/{key}"] = sum(found.values()) / len(found)
     for key in ("update_rms", "effective_lr"):
         metrics |= {f"opt/{key}/{label}": float(value) for label, value in measured.get(key, {}).items()}
     return metrics
