@@ -80,3 +80,11 @@ class Residual:
         phi = phi * factor[:, None, None]
         update = subspace.up(direction if self.signs else direction - phi * low, state, x.shape[-1])
         return Update(update.direction, update.basis, rest, phi)
+
+
+RESIDUALS = ("full", "sign", "off")
+
+
+def lift_named(residual: str, limit: float) -> Lift:
+    """The lift with the whole residual (`full`), its signs (`sign`), or none (`off`)."""
+    return Project() if residual == "off" else Residual(limit=limit, signs=residual == "sign")

@@ -10,7 +10,7 @@ With the orthonormal DCT-II matrix C (its rows are the atoms), for a gradient G 
 for wide matrices with the sides exchanged. The paper's: selection by l1 norm, gap 1, rotation of the moments by
 C[idx_old] C[idx_new]ᵀ, quantised error. Ours: slots that keep their column, which turns the rotation into setting a few
 columns to zero; a correct quantiser (the published one uses 16 of 256 levels); one basis in both engines; one basis
-for each size; ages by column; bases other than the DCT.
+for each size; ages by column; bases other than the DCT; a residual in the place of error feedback.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import ClassVar
 from thinrank.optim.inner.adam import Adam
 from thinrank.optim.linalg.fixed import BASES, NORMS
 from thinrank.optim.lowrank.feedback import FEEDBACKS
-from thinrank.optim.lowrank.lift import Project
+from thinrank.optim.lowrank.lift import RESIDUALS, lift_named
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import FixedColumns
 from thinrank.optim.lowrank.transport import Keep, Reset, Rotate, Transport
-from thinrank.optim.methods.config import LowRankConfig, choice
+from thinrank.optim.methods.config import LowRankConfig, choice, number
 
 TRANSPORTS = ("rotate", "keep", "reset")
 
@@ -53,10 +53,18 @@ class DCTAdamWConfig(LowRankConfig):
         default=True,
         metadata={"help": "correct each column's bias by its own age, so that new columns do not overshoot"},
     )
+    residual: str = field(
+        default="off",
+        metadata={
+            "help": "what the columns miss: off (the paper), full (added back, scaled as Fira does), sign (its signs)"
+        },
+    )
+    residual_limit: float = field(default=1.01, metadata={"help": "largest growth of the residual's norm in a step"})
     engine: str = field(default="auto", metadata={"help": "how coordinates are computed: auto, matmul, fft (dct only)"})
 
     GROUP: ClassVar[tuple[str, ...]] = (
-        *LowRankConfig.GROUP, "basis", "norm", "transport", "error_feedback", "column_age", "engine",
+        *LowRankConfig.GROUP, "basis", "norm", "transport", "error_feedback", "column_age", "residual",
+        "residual_limit", "engine",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -65,6 +73,13 @@ class DCTAdamWConfig(LowRankConfig):
         choice("norm", self.norm, NORMS)
         choice("transport", self.transport, TRANSPORTS)
         choice("error_feedback", self.error_feedback, tuple(FEEDBACKS))
+        choice("residual", self.residual, RESIDUALS)
+        number("residual_limit", self.residual_limit, low=1.0)
+        if self.residual != "off" and self.error_feedback != "off":
+            raise ValueError(
+                f"error_feedback={self.error_feedback!r} keeps for later what residual={self.residual!r} applies now: "
+                "set one of the two to off"
+            )
         choice("engine", self.engine, ("auto", "matmul", "fft"))
         if self.engine == "fft" and self.basis != "dct":
             raise ValueError(f"engine='fft' computes the DCT alone, got basis={self.basis!r}: use engine='matmul'")
@@ -84,7 +99,7 @@ class DCTAdamWConfig(LowRankConfig):
             ),
             transport=transport_named(self.transport, self.betas),
             inner=Adam(betas=self.betas, eps=self.eps, ages=self.column_age),
-            lift=Project(),
+            lift=lift_named(self.residual, self.residual_limit),
             scale=self.scale,
             stagger=self.stagger,
         )

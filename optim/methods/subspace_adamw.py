@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from thinrank.optim.inner.adam import Adam
-from thinrank.optim.lowrank.lift import Lift, Project, Residual
+from thinrank.optim.lowrank.lift import RESIDUALS, lift_named
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import PowerIteration
 from thinrank.optim.methods.config import LowRankConfig, choice, number
@@ -38,20 +38,17 @@ class SubspaceAdamWConfig(LowRankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("transport", self.transport, TRANSPORTS)
-        choice("residual", self.residual, ("full", "sign", "off"))
+        choice("residual", self.residual, RESIDUALS)
         number("residual_limit", self.residual_limit, low=1.0)
 
     def matrix_rule(self) -> LowRank | None:
         if self.rank is None:
             return None
-        lift: Lift = Project()
-        if self.residual != "off":
-            lift = Residual(limit=self.residual_limit, signs=self.residual == "sign")
         return LowRank(
             subspace=PowerIteration(rank=self.rank, every=self.update_proj_gap, dtype=self.dtype),
             transport=transport_named(self.transport, self.betas),
             inner=Adam(betas=self.betas, eps=self.eps),
-            lift=lift,
+            lift=lift_named(self.residual, self.residual_limit),
             scale=self.scale,
             stagger=self.stagger,
         )

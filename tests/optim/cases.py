@@ -23,6 +23,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct_adamw/fft": ("dct_adamw", {"engine": "fft", "column_age": False}),
     "dct_adamw/identity": ("dct_adamw", {"basis": "identity", "transport": "keep"}),
     "dct_adamw/hadamard": ("dct_adamw", {"basis": "hadamard", "transport": "reset"}),
+    "dct_adamw/residual": ("dct_adamw", {"residual": "full"}),
+    "dct_adamw/sign": ("dct_adamw", {"residual": "sign", "update_proj_gap": 1}),
     "subspace_adamw/sign": ("subspace_adamw", {"residual": "sign", "transport": "reset"}),
     "dct_adamw/bfloat16": ("dct_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/bfloat16": ("subspace_adamw", {"projection_dtype": "bfloat16"}),

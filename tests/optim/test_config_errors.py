@@ -36,6 +36,11 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (DCTAdamWConfig, {"norm": "l3"}, r"norm must be one of l1, l2"),
     (DCTAdamWConfig, {"error_feedback": "4bit"}, r"error_feedback must be one of off, full, 8bit"),
     (DCTAdamWConfig, {"engine": "fft", "basis": "hadamard"}, r"engine='fft' computes the DCT alone"),
+    (
+        DCTAdamWConfig,
+        {"residual": "sign", "error_feedback": "full"},
+        r"error_feedback='full' keeps for later what resid",
+    ),
     (SubspaceAdamWConfig, {"residual": "ful"}, r"residual must be one of .*did you mean 'full'"),
     (SubspaceAdamWConfig, {"residual_limit": 0.5}, r"residual_limit must be a number at least 1"),
     (SubspaceAdamWConfig, {"transport": "rotat"}, r"transport must be one of .*did you mean 'rotate'"),

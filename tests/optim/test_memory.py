@@ -29,6 +29,8 @@ FORMULAS = {
     "dct_adamw/identity": 4 * (2 * LONG * R + R + R) + 4,
     "dct_adamw/fft": 4 * (2 * LONG * R + R) + 4,
     "dct_adamw/feedback": 4 * (2 * LONG * R + R + R + LONG * SHORT) + 4,
+    "dct_adamw/residual": 4 * (2 * LONG * R + R + R + 1) + 4,
+    "dct_adamw/sign": 4 * (2 * LONG * R + R + R + 1) + 4,
     # a byte an entry and a float32 scale for every 256 entries of a row
     "dct_adamw/8bit": 4 * (2 * LONG * R + R + R) + LONG * SHORT + 4 * LONG * -(-SHORT // BLOCK) + 4,
     # the residual's last norm
