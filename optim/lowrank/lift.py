@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,19 @@ class Lift(Protocol):
         ...
 
 
+@runtime_checkable
+class LinearLift(Lift, Protocol):
+    """A lift that needs no more of `x` than a part linear in it, so that gradients may be added up as images."""
+
+    def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step) -> State:
+        """What `lift` needs of `x` beside its coordinates."""
+        ...
+
+    def lift(
+        self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step
+    ) -> Update: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Project:
     """Back through the basis, and nothing else."""
@@ -34,7 +47,13 @@ class Project:
     def __call__(
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
     ) -> Update:
-        return subspace.up(direction, state, x.shape[-1])
+        return self.lift({}, direction, x.shape[-1], subspace, state, step)
+
+    def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step) -> State:
+        return {}
+
+    def lift(self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step) -> Update:
+        return subspace.up(direction, state, short)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

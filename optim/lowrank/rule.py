@@ -12,7 +12,7 @@ from torch import Tensor
 from thinrank.optim.inner.base import Inner
 from thinrank.optim.linalg.basis import captured_energy
 from thinrank.optim.lowrank.feedback import Feedback, NoFeedback
-from thinrank.optim.lowrank.lift import Lift, Project
+from thinrank.optim.lowrank.lift import Lift, LinearLift, Project
 from thinrank.optim.lowrank.subspace import Subspace
 from thinrank.optim.lowrank.transport import Keep, Transport
 from thinrank.optim.rule import Decay, State, Step
@@ -54,17 +54,43 @@ class LowRank:
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
         x = self.feedback.enter(grad, state)
-        every = self.subspace.every
-        due = [i for i, count in enumerate(step.count) if count == 0 or (count + self.lead(step, i)) % every == 0]
-        low = self.renew(x, state, step, due) if due else None
-        if low is None:
-            low = step.axis.mean(self.subspace.down(x, state))  # (batch, long, r): where replicas meet
+        low = self.coordinates(x, state, step)
         if self.feedback.listens:
             self.feedback.sent(x, self.subspace.up(low, state, x.shape[-1]).materialise(), state)
         if step.record is not None:
             step.record["captured_energy"] = captured_energy(x, low, step.axis)
         direction = self.inner.direction(low, state, step)
         return self.lift(x, low, direction, self.subspace, state, step)
+
+    def coordinates(self, x: Tensor, state: State, step: Step) -> Tensor:
+        """(batch, long, r) coordinates of `x`, after the subspaces that are due have been renewed from it."""
+        every = self.subspace.every
+        due = [i for i, count in enumerate(step.count) if count == 0 or (count + self.lead(step, i)) % every == 0]
+        low = self.renew(x, state, step, due) if due else None
+        return step.axis.mean(self.subspace.down(x, state)) if low is None else low  # where replicas meet
+
+    # --- a gradient in parts, none of which is kept -------------------------------------------------------------------
+
+    @property
+    def linear(self) -> bool:
+        """True when an update needs no more of a gradient than its `image`, which is linear between renewals."""
+        return isinstance(self.feedback, NoFeedback) and isinstance(self.lift, LinearLift)
+
+    def image(self, grad: Tensor, state: State, step: Step, *, renew: bool) -> State:
+        """What an update needs of `grad`, to be added up over the parts of a gradient; only for a `linear` rule.
+
+        Args:
+            renew: for the first part of a gradient: renew what is due, from this part.
+        """
+        assert isinstance(self.lift, LinearLift)
+        low = self.coordinates(grad, state, step) if renew else step.axis.mean(self.subspace.down(grad, state))
+        return {"low": low, **self.lift.image(grad, low, self.subspace, state, step)}
+
+    def update_from(self, image: State, short: int, state: State, step: Step) -> Update:
+        """The update for the gradient that left this `image`."""
+        assert isinstance(self.lift, LinearLift)
+        direction = self.inner.direction(image["low"], state, step)
+        return self.lift.lift(image, direction, short, self.subspace, state, step)
 
     def lead(self, step: Step, index: int) -> int:
         """How many steps earlier than the others a matrix renews; its first update always does."""
