@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from thinrank.optim.axis import WHOLE, Axis
+from thinrank.optim.backward import MODES, Hooks, Images
+from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
+from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
-from thinrank.optim.methods.config import MethodConfig
-from thinrank.optim.rule import Decay, MatrixRule, Probe, State, Step
+from thinrank.optim.methods.config import MethodConfig, choice, number
+from thinrank.optim.rule import Decay, MatrixRule, Probe, State
 
 BATCH_BYTES = 64 * 2**20
 """Largest float32 gradient batch that is stacked; the copy is transient memory, so it has a bound."""
@@ -44,27 +45,6 @@ POSITIONAL = ("lr", "betas", "eps", "weight_decay")
 
 ABSENT = ("maximize", "amsgrad", "capturable", "differentiable")
 """Switches of torch's optimizers that change what a step does and that a step here does not know."""
-
-
-@dataclass(slots=True)
-class Bucket:
-    """Equal matrices of one group that are stepped together, and their stacked state."""
-
-    params: list[torch.nn.Parameter]
-    names: list[str]
-    view: MatrixView
-    prefix: str
-    stacked: State
-    counts: Tensor
-    keys: list[int]
-
-
-@dataclass(slots=True)
-class Layout:
-    """How the parameters of one group are stepped: matrices in buckets, the rest element by element."""
-
-    buckets: list[Bucket]
-    rest: list[torch.nn.Parameter]
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -118,11 +98,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Drops what can be recomputed."""
         self._layouts: list[Layout] | None = None
         self._seen: dict[Tensor, State] = {}
+        self._places: dict[Tensor, list[tuple[dict[str, Any], Bucket, int]]] = {}
+        self._max_norm: float | None = None
         self._rules: dict[tuple[Any, ...], tuple[MatrixRule | None, ElementwiseAdamW]] = {}
         self._clamped = False
         self.measure = False
         self.measured: dict[str, dict[str, float]] = {}
         self.axis: Axis = WHOLE
+        self._images = Images()
+        self._hooks: Hooks | None = None
+        self.accumulating = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -243,14 +228,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return loss
         probe = Probe() if self.measure else None
         for group, layout in zip(self.param_groups, self._assembled(), strict=True):
-            lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
             rule, element = self.rules(group)
             for bucket in layout.buckets:
                 assert rule is not None  # buckets are made for groups with a matrix rule only
-                self._step_bucket(bucket, rule, group, lr, weight_decay, probe)
+                if self._images:  # whoever has a gradient of its own beside them was given it by hand
+                    for param in bucket.params:
+                        self._take_image(param)
+                active = [i for i, p in enumerate(bucket.params) if p.grad is not None or p in self._images]
+                if active:
+                    self._step_bucket(bucket, active, rule, group, probe)
             rest = [p for p in layout.rest if p.grad is not None]
             if rest:
-                self._step_rest(rest, element, group["label"], lr, weight_decay, probe)
+                self._step_rest(rest, element, group, probe)
+        self._images.clear()
         if probe is not None:
             self.measured = {
                 **probe.matrices,
@@ -267,7 +257,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _is_dry_run(self) -> bool:
         # a distributed checkpoint takes one step with zero gradients at lr 0 before it loads: it must leave no trace
-        if any(float(group["lr"]) != 0.0 for group in self.param_groups):
+        if self._images or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
         grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
         return not any(bool(grad.any()) for grad in grads)
@@ -282,71 +272,52 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     )
 
     def _step_bucket(
-        self,
-        bucket: Bucket,
-        rule: MatrixRule,
-        group: Mapping[str, Any],
-        lr: float,
-        weight_decay: float,
-        probe: Probe | None,
+        self, bucket: Bucket, active: list[int], rule: MatrixRule, group: dict[str, Any], probe: Probe | None
     ) -> None:
-        active = [i for i, p in enumerate(bucket.params) if p.grad is not None]
-        if not active:
-            return
-        view, blocks = bucket.view, bucket.view.blocks
-        every = len(active) == len(bucket.params)
-        counts, keys, state, rows = bucket.counts.tolist(), bucket.keys, bucket.stacked, None
-        if not every:
-            rows = [i * blocks + b for i in active for b in range(blocks)]
-            counts, keys = [counts[i] for i in active], [keys[row] for row in rows]
-            state = {key: value[rows] for key, value in state.items()}
-        step = Step(
-            count=[int(c) for c in counts for _ in range(blocks)],
-            keys=keys,
-            seed=group["seed"],
-            axis=self.axis,
-            transposed=view.transposed,
-            record={} if probe is not None else None,
-        )
-        grads = local.bring([bucket.params[i].grad for i in active], view)  # type: ignore[misc]  (active ones have one)
-        update = rule.update(grads, state, step)
-        if rows is None:
-            bucket.counts += 1.0
+        """One update of the parameters at the places `active`, which all have a gradient or an image of one."""
+        view, params = bucket.view, [bucket.params[i] for i in active]
+        state = bucket.state(active)
+        step = bucket.step(active, group, self.axis, {} if probe is not None else None)
+        if params[0] in self._images:
+            assert isinstance(rule, LowRank)  # no other rule lets gradients become images
+            image = self._images.stacked(params, bucket.prefix)
+            update = rule.update_from(image, view.shape[1], state, step)
         else:
-            bucket.counts[active] += 1.0
-            for key, value in state.items():
-                bucket.stacked[key][rows] = value
+            update = rule.update(local.bring([p.grad for p in params if p.grad is not None], view), state, step)
+        bucket.counts[active] += 1.0
+        bucket.keep(active, state)
         if probe is not None:
             probe.saw(group["label"], update.materialise())
             for key, values in (step.record or {}).items():
-                measured = values.reshape(len(active), blocks).mean(-1).tolist()
+                measured = values.reshape(len(active), view.blocks).mean(-1).tolist()
                 names = [bucket.prefix + bucket.names[i] for i in active]
                 probe.measured(key, dict(zip(names, measured, strict=True)))
-        keep, gain = rule.decay.factors(lr, weight_decay)
-        local.give_back([bucket.params[i] for i in active], view, update, keep=keep, step=lr * rule.scale * gain)
+        lr = float(group["lr"])
+        keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
+        local.give_back(params, view, update, keep=keep, step=lr * rule.scale * gain)
 
     def _step_rest(
         self,
         params: list[torch.nn.Parameter],
         rule: ElementwiseAdamW,
-        label: str,
-        lr: float,
-        weight_decay: float,
+        group: dict[str, Any],
         probe: Probe | None,
     ) -> None:
+        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         before = [p.detach().clone() for p in params] if probe is not None and lr else []
         grads = [p.grad for p in params if p.grad is not None]
         rule.step_(params, grads, [self.state[p] for p in params], lr=lr, weight_decay=weight_decay)
         keep, _ = Decay().factors(lr, weight_decay)
         for old, new in zip(before, params, strict=bool(before)):
             assert probe is not None
-            probe.saw(label, (old * keep - new) / lr)
+            probe.saw(group["label"], (old * keep - new) / lr)
 
     def _assembled(self) -> list[Layout]:
         """The layout of every group, stacked anew where somebody has replaced states since the last step."""
         if self._layouts is None or not self._untouched():
             self._layouts = [self._assemble(index) for index in range(len(self.param_groups))]
             stepped = [p for layout in self._layouts for bucket in layout.buckets for p in bucket.params]
+            self._places = {}
             self._seen = {p: dict(self.state[p]) for p in stepped}
         return self._layouts
 
@@ -372,27 +343,120 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for (view, prefix, _, _), found in members.items():
             most = batch_size(view.blocks * view.shape[0] * view.shape[1], found[0][0].device)
             starts = range(0, len(found), most)
-            buckets.extend(self._stack(found[start : start + most], view, prefix) for start in starts)
+            for start in starts:
+                part = found[start : start + most]
+                buckets.append(Bucket.of(part, [self.state[param] for param, _ in part], view, prefix))
         return Layout(buckets, rest)
 
-    def _stack(self, members: list[tuple[torch.nn.Parameter, str]], view: MatrixView, prefix: str) -> Bucket:
-        params = [param for param, _ in members]
-        states = [self.state[p] for p in params]
-        keys = [k[len(prefix) :] for k in states[0] if k != "step" and k.startswith(prefix)]
-        stacked: State = {}
-        for key in keys:
-            parts = [state[prefix + key] for state in states]
-            stacked[key] = torch.cat(parts) if view.blocks > 1 else torch.stack(parts)
-            for i, state in enumerate(states):
-                state[prefix + key] = (
-                    stacked[key][i * view.blocks : (i + 1) * view.blocks] if view.blocks > 1 else stacked[key][i]
-                )
-        counts = torch.stack([state["step"].cpu() for state in states])
-        for i, state in enumerate(states):
-            state["step"] = counts[i]
-        names = [name for _, name in members]
-        numbers = [zlib.crc32(f"{prefix}{name}.{block}".encode()) for name in names for block in range(view.blocks)]
-        return Bucket(params, names, view, prefix, stacked, counts, numbers)
+    # --- in backward ------------------------------------------------------------------------------------------------
+
+    def in_backward(self, mode: str, *, max_norm: float | None = None) -> None:
+        """Takes every gradient the moment backward has finished it, so that few are ever alive together.
+
+        `project`: what is kept of a matrix's gradient are its coordinates in the subspace. They add up over
+        backward passes as gradients do, until `step`, `zero_grad` or `clip_grad_norm_`, so that accumulation and
+        clipping work; training loops stay as they are. The update is that of `off`, with one difference: with several
+        backward passes to a step, a renewal sees the first one's gradient and not their sum. Only for methods
+        whose update needs nothing else of a gradient. Other parameters keep their gradients.
+
+        `step`: every parameter is stepped inside of backward and its gradient freed, for any method. `step()` then has
+        nothing left to do. The gradient of each parameter is scaled to a norm of at most `max_norm` by itself,
+        since the norm of all is not known then. While `accumulating` is True, gradients are left to add up.
+
+        `off`: as torch does (the default).
+
+        It needs gradients that are complete after backward: one process, or replicas that meet in `axis`; not DDP,
+        which averages later.
+
+        Raises:
+            ValueError: for another mode, a method that `project` does not suit, or `max_norm` without `step`.
+        """
+        choice("mode", mode, MODES)
+        if max_norm is not None:
+            number("max_norm", max_norm, open_low=True)
+            if mode != "step":
+                raise ValueError(f"max_norm={max_norm:g} is for mode 'step', got {mode!r}: use clip_grad_norm_ instead")
+        if mode == "project":
+            for group in self.param_groups:
+                rule, _ = self.rules(group)
+                if rule is not None and not (isinstance(rule, LowRank) and rule.linear):
+                    raise ValueError(
+                        f"{type(self).__name__} needs whole gradients, with the settings of group {group['label']}, "
+                        "so mode 'project' cannot keep their coordinates alone: use mode 'step'"
+                    )
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+        self._images.clear()
+        self._max_norm = max_norm
+        if mode != "off":
+            params = [p for group in self.param_groups for p in group["params"]]
+            self._hooks = Hooks(params, self._take_image if mode == "project" else self._step_now)
+
+    @torch.no_grad()
+    def _take_image(self, param: Tensor) -> None:
+        if param.grad is None or param not in self._homes:
+            return
+        first = param not in self._images
+        for group, bucket, i in self._homes[param]:
+            rule, _ = self.rules(group)
+            assert isinstance(rule, LowRank)  # in_backward has looked
+            state = bucket.state([i])
+            grad = local.bring([param.grad], bucket.view)
+            self._images.add(
+                param, bucket.prefix, rule.image(grad, state, bucket.step([i], group, self.axis, None), renew=first)
+            )
+        param.grad = None
+
+    @torch.no_grad()
+    def _step_now(self, param: Tensor) -> None:
+        if self.accumulating or param.grad is None:
+            return
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_([param], self._max_norm, torch.linalg.vector_norm(param.grad))
+        for group, bucket, i in self._homes.get(param, []):
+            rule, _ = self.rules(group)
+            assert rule is not None  # buckets are made for groups with a matrix rule only
+            self._step_bucket(bucket, [i], rule, group, None)
+        if param not in self._homes:
+            group = next(group for group in self.param_groups if any(p is param for p in group["params"]))
+            self._step_rest([cast("torch.nn.Parameter", param)], self.rules(group)[1], group, None)
+        param.grad = None
+
+    @property
+    def _homes(self) -> dict[Tensor, list[tuple[dict[str, Any], Bucket, int]]]:
+        """Where the matrices of a parameter are stepped."""
+        layouts = self._assembled()
+        if not self._places:
+            for group, layout in zip(self.param_groups, layouts, strict=True):
+                for bucket in layout.buckets:
+                    for i, param in enumerate(bucket.params):
+                        self._places.setdefault(param, []).append((group, bucket, i))
+        return self._places
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; forgets what backward has left as coordinates, too."""
+        super().zero_grad(set_to_none)
+        self._images.clear()
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """Norm of all gradients of this optimizer's parameters (scalar); of the coordinates where those were kept."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.get_total_norm([*grads, *self._images.coordinates()])
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scales all gradients down together to a norm of at most `max_norm`; returns the norm before.
+
+        With `in_backward("project")` a matrix counts with the norm of its projected gradient.
+        """
+        norm = self.gradient_norm()
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        for tensor in (*grads, *self._images.tensors()):
+            tensor.mul_(factor.to(tensor.device))
+        return norm
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -435,9 +499,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for old, new in zip(saved, self.param_groups, strict=True):
             values = copy.deepcopy({key: value for key, value in old.items() if key != "params"})
             groups.append({**new, **values, "params": new["params"]})
-        axis = self.axis
+        axis, hooks = self.axis, self._hooks
         self.__setstate__({"state": self.state, "param_groups": groups})
-        self.axis = axis
+        self.axis, self._hooks = axis, hooks
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

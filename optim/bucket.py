@@ -1,0 +1,99 @@
+"""Equal matrices that are stepped together, and the states that belong to them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.axis import Axis
+from thinrank.optim.matrix import MatrixView
+from thinrank.optim.rule import State, Step
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Equal matrices of one group that are stepped together, and their stacked state.
+
+    Attributes:
+        params: the parameters; each has `view.blocks` matrices here.
+        names: of the parameters.
+        view: how the matrices lie in a parameter.
+        prefix: of this view's keys in a parameter's state.
+        stacked: the state, one row for each matrix; the parameters' own states are views of it.
+        counts: finished updates of each parameter.
+        keys: a stable number for each matrix.
+    """
+
+    params: list[torch.nn.Parameter]
+    names: list[str]
+    view: MatrixView
+    prefix: str
+    stacked: State
+    counts: Tensor
+    keys: list[int]
+
+    @classmethod
+    def of(
+        cls, members: Sequence[tuple[torch.nn.Parameter, str]], states: Sequence[State], view: MatrixView, prefix: str
+    ) -> Bucket:
+        """Stacks the states of `members` and puts views of the stack in their place."""
+        keys = [k[len(prefix) :] for k in states[0] if k != "step" and k.startswith(prefix)]
+        stacked: State = {}
+        for key in keys:
+            parts = [state[prefix + key] for state in states]
+            stacked[key] = torch.cat(parts) if view.blocks > 1 else torch.stack(parts)
+            for i, state in enumerate(states):
+                state[prefix + key] = (
+                    stacked[key][i * view.blocks : (i + 1) * view.blocks] if view.blocks > 1 else stacked[key][i]
+                )
+        counts = torch.stack([state["step"].cpu() for state in states])
+        for i, state in enumerate(states):
+            state["step"] = counts[i]
+        names = [name for _, name in members]
+        numbers = [zlib.crc32(f"{prefix}{name}.{block}".encode()) for name in names for block in range(view.blocks)]
+        return cls([param for param, _ in members], names, view, prefix, stacked, counts, numbers)
+
+    def rows(self, active: Sequence[int]) -> list[int] | slice:
+        """Rows of the stack that belong to the parameters at the places `active` (rising)."""
+        blocks = self.view.blocks
+        if active[-1] - active[0] == len(active) - 1:  # side by side: views, without a copy
+            return slice(active[0] * blocks, (active[-1] + 1) * blocks)
+        return [i * blocks + b for i in active for b in range(blocks)]
+
+    def state(self, active: Sequence[int]) -> State:
+        """The state of the parameters at `active`; to be handed to `keep` once it has changed."""
+        rows = self.rows(active)
+        return {key: value[rows] for key, value in self.stacked.items()}
+
+    def keep(self, active: Sequence[int], state: State) -> None:
+        """Writes back what `state` gave as copies."""
+        rows = self.rows(active)
+        if not isinstance(rows, slice):
+            for key, value in state.items():
+                self.stacked[key][rows] = value
+
+    def step(self, active: Sequence[int], group: dict[str, Any], axis: Axis, record: dict[str, Tensor] | None) -> Step:
+        """The circumstances of the next update of the parameters at `active`."""
+        blocks = self.view.blocks
+        counts = self.counts.tolist()
+        return Step(
+            count=[int(counts[i]) for i in active for _ in range(blocks)],
+            keys=[self.keys[i * blocks + b] for i in active for b in range(blocks)],
+            seed=group["seed"],
+            axis=axis,
+            transposed=self.view.transposed,
+            record=record,
+        )
+
+
+@dataclass(slots=True)
+class Layout:
+    """How the parameters of one group are stepped: matrices in buckets, the rest element by element."""
+
+    buckets: list[Bucket]
+    rest: list[torch.nn.Parameter]
