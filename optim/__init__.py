@@ -22,6 +22,7 @@ from thinrank.optim.methods import (
 )
 from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.optimizers import MFAC, OPTIMIZERS, AdamW, DCTAdamW, GaLore, LDAdam, SubspaceAdamW
+from thinrank.optim.ranks import allocated_ranks
 
 __all__ = [
     "METHODS",
@@ -47,6 +48,7 @@ __all__ = [
     "Routing",
     "SubspaceAdamW",
     "SubspaceAdamWConfig",
+    "allocated_ranks",
     "build",
     "matrix_views",
     "roles",

@@ -91,7 +91,8 @@ def test_at_full_rank_the_subspace_makes_no_difference(shape):
     """The inverse Fisher does not know in which coordinates it is written, also across renewals."""
     ends = []
     options: dict[str, Any] = {"lr": 0.1, "window": 5, "damping": 0.01, "weight_decay": 0.1}
-    for space in ({"space": "whole"}, {"rank": 1.0, "update_proj_gap": 3}):
+    spaces: list[dict[str, Any]] = [{"space": "whole"}, {"rank": 1.0, "update_proj_gap": 3}]
+    for space in spaces:
         weight = nn.Parameter(seeded(*shape))
         optimizer = MFAC([weight], **options, **space)
         for step in range(14):
@@ -126,6 +127,7 @@ def test_the_window_survives_a_gradient_of_no_or_huge_numbers(value):
     """NaN would stay in the window for as many steps; 1e30 stays, and holds the directions beside it short."""
     weight = nn.Parameter(seeded(6, 4))
     optimizer = MFAC([weight], window=3, space="whole")
+    before = weight.detach().clone()
     for step in range(8):
         before = weight.detach().clone()
         weight.grad = seeded(6, 4, seed=step)
