@@ -22,7 +22,7 @@ from thinrank.optim.methods import (
 )
 from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.optimizers import MFAC, OPTIMIZERS, AdamW, DCTAdamW, GaLore, LDAdam, SubspaceAdamW
-from thinrank.optim.ranks import allocated_ranks
+from thinrank.optim.ranks import allocated_ranks, reallocate
 
 __all__ = [
     "METHODS",
@@ -51,6 +51,7 @@ __all__ = [
     "allocated_ranks",
     "build",
     "matrix_views",
+    "reallocate",
     "roles",
     "route",
 ]

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from thinrank.optim.build import build
 from thinrank.optim.grouping import stepped_matrices
 from thinrank.optim.linalg.allocate import allocate_ranks, bounded_counts, global_threshold, relative, stretched
 from thinrank.optim.linalg.basis import random_columns, subspace_iteration
 from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import matrix_views
 from thinrank.optim.methods.config import RankedConfig, choice
+from thinrank.optim.optimizer import MatrixOptimizer
 
 OVERSAMPLE = 8
 """Random columns of a sketch beside the values that are asked for."""
@@ -110,3 +112,73 @@ def spectrum(x: Tensor, sketch: int | None, generator: torch.Generator) -> Tenso
     columns = min(sketch + OVERSAMPLE, *x.shape)
     basis = subspace_iteration(x, random_columns(x.shape[-1], columns, generator, x.device), sketch, iterations=2)
     return torch.linalg.vector_norm(x @ basis, dim=-2).cpu()
+
+
+@torch.no_grad()
+def reallocate(
+    optimizer: MatrixOptimizer,
+    model: nn.Module,
+    config: RankedConfig,
+    ranks: Mapping[str, int | None],
+    *,
+    seed: int = 0,
+    roles: Mapping[str, str] | None = None,
+) -> MatrixOptimizer:
+    """A new optimizer with other `ranks` that goes on where `optimizer` stands, with its learning rates.
+
+    A smaller rank keeps the first directions (the strongest, where the method orders them) with their moments; a larger
+    one adds directions orthogonal to them, or columns not yet chosen, with moments of zero. What else a matrix
+    remembers is kept; a matrix that changes between projected and element by element starts anew. The old optimizer is
+    left as it is. Learning-rate schedulers hold the optimizer they were made for: make them anew, too.
+
+    With one step count for the whole matrix, new directions take up to (1−β1)/sqrt(1−β2) learning rates at first.
+
+    Args:
+        ranks: of all matrices, as for `build`; `with_hysteresis` spares changes that are too small to pay.
+        seed, roles: as in `build`.
+    """
+    new = build(model, config, seed=seed, roles=roles, ranks=ranks)
+    new.axis = optimizer.axis
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for group in new.param_groups:
+        before = groups.get(group["params"][0], {})
+        group.update({key: before[key] for key in ("lr", "initial_lr") if key in before})
+    for parameter, state in new.state.items():
+        old = optimizer.state.get(parameter, {})
+        if set(old) != set(state):
+            continue
+        for key, value in state.items():
+            kind = key.rpartition(".")[2]
+            value.copy_(_RESIZED.get(kind, _common)(old[key], value))
+    return new
+
+
+def _common(old: Tensor, like: Tensor) -> Tensor:
+    """`like` with what `old` has of it."""
+    new = like.clone()
+    part = tuple(slice(min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
+    new[part] = old[part]
+    return new
+
+
+def _basis(old: Tensor, like: Tensor) -> Tensor:
+    """The first columns of the orthonormal `old`, or all of them and some of their complement."""
+    held, wanted = old.shape[-1], like.shape[-1]
+    if wanted <= held:
+        return old[..., :wanted]
+    return torch.cat([old, torch.linalg.qr(old, mode="complete").Q[..., held:wanted]], -1)
+
+
+def _columns(old: Tensor, like: Tensor) -> Tensor:
+    """The first of the chosen columns, or all of them and the lowest of the others."""
+    held, wanted = old.shape[-1], like.shape[-1]
+    if wanted <= held:
+        return old[..., :wanted]
+    most = int(old.max()) + 1 + wanted  # the lowest free ones lie below, and below the short side
+    member = torch.zeros(*old.shape[:-1], most, dtype=torch.bool, device=old.device).scatter_(-1, old.long(), True)
+    free = torch.sort(member.to(torch.uint8), dim=-1, stable=True).indices[..., : wanted - held]
+    return torch.cat([old, free.to(old.dtype)], -1)
+
+
+_RESIZED = {"basis": _basis, "basis_long": _basis, "columns": _columns}
+"""State that is not carried by copying what both sizes have."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from thinrank.optim.inner.adam import Adam
 from thinrank.optim.linalg.norms import frobenius, reciprocal_peak
 from thinrank.optim.linalg.woodbury import fisher_coefficients
-from thinrank.optim.rule import State, Step
+from thinrank.optim.rule import State, Step, beside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +58,14 @@ class MFAC:
         unit = reciprocal_peak(low, step.axis)
         scaled = low * unit
         norm = frobenius(scaled, step.axis)  # of entries near one, so that no square overflows
-        long_norm = norm / unit.flatten()
-        finite = torch.isfinite(long_norm) & (norm > 0)
+        size = norm / unit.flatten()
+        finite = torch.isfinite(size) & (norm > 0)
         scaled = torch.where(finite[:, None, None], scaled / norm[:, None, None], 0.0)
-        place = torch.tensor([count % self.window for count in step.count]).to(low.device)
-        filled = torch.tensor([min(count + 1, self.window) for count in step.count]).to(low.device)
+        place = beside([count % self.window for count in step.count], low.device)
+        filled = beside([min(count + 1, self.window) for count in step.count], low.device)
         number = torch.arange(low.shape[0], device=low.device)
         state["window"][number, place] = scaled
-        state["window_norm"][number, place] = torch.where(finite, long_norm, 0.0)
+        state["window_norm"][number, place] = torch.where(finite, size, 0.0)
         rows = state["window"].flatten(-2)  # (batch, window, long·width)
         gram = step.axis.sum(rows @ rows.mT)
         weights = fisher_coefficients(gram, state["window_norm"], place, damping=self.damping, divisor=filled)

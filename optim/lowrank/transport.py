@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from thinrank.optim.rule import State
+from thinrank.optim.rule import State, beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Rotate:
             value.copy_(wide.view(value.shape))
 
     def _second(self, m: Tensor, v: Tensor, back: Tensor, count: Sequence[int]) -> None:
-        k = torch.tensor(list(count), dtype=m.dtype).clamp(min=1.0).to(m.device)[:, None, None]
+        k = beside(count, m.device).to(m.dtype).clamp(min=1.0)[:, None, None]
         fix1, fix2 = 1.0 - self.betas[0] ** k, 1.0 - self.betas[1] ** k
         mean = m / fix1
         new_mean = mean @ back

@@ -40,7 +40,7 @@ from thinrank.optim.lowrank.feedback import FEEDBACKS, Feedback
 from thinrank.optim.lowrank.subspace import PowerIteration
 from thinrank.optim.lowrank.transport import Rotate, Rotation
 from thinrank.optim.methods.config import RankedConfig, choice, number
-from thinrank.optim.rule import Decay, State, Step
+from thinrank.optim.rule import Decay, State, Step, beside
 from thinrank.optim.update import Update
 
 
@@ -96,7 +96,7 @@ class LDAdamRule:
         basis = state["basis"]
         first = [i for i, count in enumerate(step.count) if count == 0]
         if len(first) < len(step.count):
-            count = torch.tensor(step.count, dtype=torch.float32).clamp(min=1.0).to(x.device)[:, None, None]
+            count = beside(step.count, x.device).float().clamp(min=1.0)[:, None, None]
             mean = state["exp_avg"] / (1.0 - self.inner.betas[0] ** count)
             warm = momentum_iteration(x, basis, mean, self.rho, axis=step.axis)
             if not first:

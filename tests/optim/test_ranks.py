@@ -1,5 +1,6 @@
 """A rank for each matrix: the laws of the allocation, and the way from a model to groups."""
 
+import copy
 import math
 from typing import Any
 
@@ -7,10 +8,20 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from laws import LAW, decaying, seeded
+from laws import LAW, decaying, eye_error, seeded
 from torch import Tensor, nn
 
-from thinrank.optim import AdamWConfig, DCTAdamWConfig, GaLoreConfig, LDAdamConfig, allocated_ranks, build, route
+from thinrank.optim import (
+    AdamWConfig,
+    DCTAdamWConfig,
+    GaLoreConfig,
+    LDAdamConfig,
+    MFACConfig,
+    allocated_ranks,
+    build,
+    reallocate,
+    route,
+)
 from thinrank.optim.linalg.allocate import (
     allocate_ranks,
     bounded_counts,
@@ -268,3 +279,70 @@ def test_ranks_of_something_else_are_refused():
         build(Model(), AdamWConfig(), ranks={"slow.weight": 4})
     with pytest.raises(ValueError, match=r"rank must be at least 1"):
         build(Model(), GaLoreConfig(), ranks={"slow.weight": 0})
+
+
+# --- other ranks on the way -------------------------------------------------------------------------------------------
+
+CONFIGS = [GaLoreConfig(rank=4), DCTAdamWConfig(rank=4), LDAdamConfig(rank=4), MFACConfig(rank=4, window=3)]
+each = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
+
+
+def go(model, optimizer, first, stop):
+    for step in range(first, stop):
+        for i, p in enumerate(model.parameters()):
+            p.grad = seeded(*p.shape, seed=100 * step + i)
+        optimizer.step()
+
+
+@each
+def test_with_the_same_ranks_the_run_goes_on_to_the_bit(config):
+    ranks = {"slow.weight": 6, "medium.weight": None}
+    model = Model()
+    twin = copy.deepcopy(model)
+    optimizer, other = (build(m, config, ranks=ranks, seed=2) for m in (model, twin))
+    go(model, optimizer, 0, 4)
+    go(twin, other, 0, 4)
+    for each_optimizer in (optimizer, other):
+        each_optimizer.param_groups[0]["lr"] = 0.5
+    optimizer = reallocate(optimizer, model, config, ranks, seed=2)
+    go(model, optimizer, 4, 8)
+    go(twin, other, 4, 8)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@each
+def test_moments_and_directions_are_cut_or_extended(config):
+    model = Model()
+    old = build(model, config)
+    go(model, old, 0, 4)
+    new = reallocate(old, model, config, {"slow.weight": 9, "medium.weight": 4, "fast.weight": 2})
+    for name, rank in zip(NAMES, (9, 4, 2), strict=True):
+        before, after = (o.state[model.get_parameter(name)] for o in (old, new))
+        both = min(rank, 4)
+        assert float(after["step"]) == 4.0
+        for key in ("exp_avg", "exp_avg_sq", "window", "age"):
+            if key in before:
+                assert after[key].shape[-1] == rank
+                assert torch.equal(after[key][..., :both], before[key][..., :both])
+                assert not after[key][..., both:].any()
+        if "error" in before:
+            assert torch.equal(after["error"], before["error"])
+        if "basis" in before:
+            assert eye_error(after["basis"]) < 1e-5
+            assert torch.equal(after["basis"][:, :both], before["basis"][:, :both])
+        else:
+            assert torch.equal(after["columns"][:both], before["columns"][:both])
+            assert len(set(after["columns"].tolist())) == rank
+            assert set(after["columns"].tolist()) <= set(range(16))
+    go(model, new, 4, 8)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_what_turns_dense_starts_anew():
+    model, config = Model(), GaLoreConfig(rank=4)
+    old = build(model, config)
+    go(model, old, 0, 4)
+    new = reallocate(old, model, config, {"slow.weight": None})
+    assert float(new.state[model.slow.weight]["step"]) == 0.0
+    assert float(new.state[model.fast.weight]["step"]) == 4.0
+    go(model, new, 4, 6)
