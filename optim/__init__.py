@@ -12,16 +12,21 @@ from thinrank.optim.methods import (
     AdamWConfig,
     DCTAdamWConfig,
     GaLoreConfig,
+    LDAdamConfig,
     LowRankConfig,
     MatrixConfig,
     MethodConfig,
+    MFACConfig,
+    RankedConfig,
     SubspaceAdamWConfig,
 )
 from thinrank.optim.optimizer import MatrixOptimizer
-from thinrank.optim.optimizers import OPTIMIZERS, AdamW, DCTAdamW, GaLore, SubspaceAdamW
+from thinrank.optim.optimizers import MFAC, OPTIMIZERS, AdamW, DCTAdamW, GaLore, LDAdam, SubspaceAdamW
+from thinrank.optim.ranks import allocated_ranks, reallocate
 
 __all__ = [
     "METHODS",
+    "MFAC",
     "OPTIMIZERS",
     "AdamW",
     "AdamWConfig",
@@ -30,17 +35,23 @@ __all__ = [
     "DCTAdamWConfig",
     "GaLore",
     "GaLoreConfig",
+    "LDAdam",
+    "LDAdamConfig",
     "LowRankConfig",
+    "MFACConfig",
     "MatrixConfig",
     "MatrixOptimizer",
     "MatrixView",
     "MethodConfig",
+    "RankedConfig",
     "Role",
     "Routing",
     "SubspaceAdamW",
     "SubspaceAdamWConfig",
+    "allocated_ranks",
     "build",
     "matrix_views",
+    "reallocate",
     "roles",
     "route",
 ]

@@ -13,18 +13,25 @@ from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.optimizers import OPTIMIZERS
 
 
-def route(model: nn.Module, config: MethodConfig, roles: Mapping[str, str] | None = None) -> Routing:
+def route(
+    model: nn.Module,
+    config: MethodConfig,
+    roles: Mapping[str, str] | None = None,
+    ranks: Mapping[str, int | None] | None = None,
+) -> Routing:
     """Which parameter of `model` is stepped by which rule under `config`, and what its state costs.
 
     The states are laid out on the meta device, so nothing is allocated; `model` may be there itself.
 
     Args:
         roles: regular expression on a parameter's name → role, where the role found by module type is wrong.
+        ranks: name of a matrix → its own rank in the place of `config.rank` (None: stepped element by element), such
+            as `allocated_ranks` gives.
 
     Raises:
-        ValueError: when a target, an exclusion or a role pattern matches nothing.
+        ValueError: when a target, an exclusion or a role pattern matches nothing, or a rank is of no projected matrix.
     """
-    routing = group_parameters(model, config, roles)
+    routing = group_parameters(model, config, roles, ranks)
     stand_ins = [
         {**group, "params": [(name, nn.Parameter(p.detach().to("meta"))) for name, p in group["params"]]}
         for group in routing.groups
@@ -49,18 +56,23 @@ def route(model: nn.Module, config: MethodConfig, roles: Mapping[str, str] | Non
 
 
 def build(
-    model: nn.Module, config: MethodConfig, *, seed: int = 0, roles: Mapping[str, str] | None = None
+    model: nn.Module,
+    config: MethodConfig,
+    *,
+    seed: int = 0,
+    roles: Mapping[str, str] | None = None,
+    ranks: Mapping[str, int | None] | None = None,
 ) -> MatrixOptimizer:
     """The optimizer of `config` for `model`: groups by role, projected matrices by `config.targets`.
 
     Args:
         seed: of every random choice of the method; two runs with one seed choose alike.
-        roles: as in `route`.
+        roles, ranks: as in `route`.
 
     Raises:
-        ValueError: when a target, an exclusion or a role pattern matches nothing.
+        ValueError: when a target, an exclusion or a role pattern matches nothing, or a rank is of no projected matrix.
     """
-    return _optimizer(group_parameters(model, config, roles).groups, config, seed=seed)
+    return _optimizer(group_parameters(model, config, roles, ranks).groups, config, seed=seed)
 
 
 def _optimizer(groups: list[dict[str, Any]], config: MethodConfig, *, seed: int) -> MatrixOptimizer:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig
+from thinrank.optim.methods.config import MatrixConfig, MethodConfig, RankedConfig
 
 
 class Role(str, Enum):
@@ -179,34 +179,68 @@ def targeted(
     return chosen
 
 
-def group_parameters(model: nn.Module, config: MethodConfig, overrides: Mapping[str, str] | None = None) -> Routing:
-    """Parameter groups for `model` under `config`: by role and rule, every trainable parameter in exactly one."""
+def stepped_matrices(
+    model: nn.Module, config: MethodConfig, overrides: Mapping[str, str] | None = None
+) -> dict[str, nn.Parameter]:
+    """The trainable parameters of `model` that the matrix rule of `config` steps, by name, in the model's order.
+
+    Raises:
+        ValueError: when nothing is trainable, or a target, an exclusion or a role pattern matches nothing.
+    """
+    role = roles(model, overrides)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no trainable parameter: set requires_grad on some")
+    if not isinstance(config, MatrixConfig) or (isinstance(config, RankedConfig) and config.rank is None):
+        return {}
+    chosen = targeted(trainable, role, {name: tuple(p.shape) for name, p in trainable.items()}, config)
+    return {name: p for name, p in trainable.items() if name in chosen}
+
+
+def group_parameters(
+    model: nn.Module,
+    config: MethodConfig,
+    overrides: Mapping[str, str] | None = None,
+    ranks: Mapping[str, int | None] | None = None,
+) -> Routing:
+    """Parameter groups for `model` under `config`: by role, rule and rank, every trainable parameter in exactly one.
+
+    Args:
+        ranks: name of a matrix → its own rank, or None where it is to be stepped element by element.
+
+    Raises:
+        ValueError: for a rank of something that the method does not project, and as in `stepped_matrices`.
+    """
     role = roles(model, overrides)
     parameters = dict(model.named_parameters())
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
     names = [name for name, p in parameters.items() if p.requires_grad]
-    if not names:
-        raise ValueError("the model has no trainable parameter: set requires_grad on some")
-    chosen: set[str] = set()
-    if isinstance(config, MatrixConfig) and not (isinstance(config, LowRankConfig) and config.rank is None):
-        shapes = {name: tuple(parameters[name].shape) for name in names}
-        chosen = targeted(names, role, shapes, config)
+    chosen = set(stepped_matrices(model, config, overrides))
+    ranks = ranks or {}
+    if ranks and not isinstance(config, RankedConfig):
+        raise ValueError(f"ranks: {config.name or type(config).__name__} projects nothing: leave them out")
+    for name in ranks:
+        if name not in chosen:
+            raise ValueError(f"ranks: {name!r} is no matrix that {config.name} projects here: remove it or target it")
+    chosen -= {name for name, rank in ranks.items() if rank is None}
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     vector_lr = embedding_lr if config.vector_lr is None else config.vector_lr
     rate = {Role.MATRIX: config.lr, Role.EMBEDDING: embedding_lr, Role.HEAD: embedding_lr, Role.VECTOR: vector_lr}
-    groups: dict[tuple[Role, bool], dict[str, Any]] = {}
+    groups: dict[tuple[Role, bool, int | None], dict[str, Any]] = {}
     for name in names:
         own = name in chosen
-        key = (role[name], own)
+        rank = ranks.get(name)
+        key = (role[name], own, rank)
         if key not in groups:
             group = config.group()
-            if "rank" in group and not own:
-                group["rank"] = None
+            if "rank" in group and (rank is not None or not own):
+                group["rank"] = rank
+            rule = config.name if rank is None else f"{config.name}@{rank}"
             group |= {
                 "params": [],
                 "elementwise": not own,
                 "role": key[0].value,
-                "label": f"{key[0].value}/{config.name if own else 'adamw'}",
+                "label": f"{key[0].value}/{rule if own else 'adamw'}",
                 "lr": config.lr if own else rate[key[0]],
                 "weight_decay": 0.0 if key[0] is Role.VECTOR else config.weight_decay,
             }

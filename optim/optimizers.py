@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from thinrank.optim.methods import AdamWConfig, DCTAdamWConfig, GaLoreConfig, SubspaceAdamWConfig
+from thinrank.optim.methods import (
+    AdamWConfig,
+    DCTAdamWConfig,
+    GaLoreConfig,
+    LDAdamConfig,
+    MFACConfig,
+    SubspaceAdamWConfig,
+)
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 
@@ -49,6 +56,18 @@ class DCTAdamW(MatrixOptimizer):
     Config = DCTAdamWConfig
 
 
+class LDAdam(MatrixOptimizer):
+    """LDAdam: Adam in a subspace learned anew at every step. See `thinrank.optim.methods.ldadam`."""
+
+    Config = LDAdamConfig
+
+
+class MFAC(MatrixOptimizer):
+    """M-FAC: the inverse of a Fisher matrix of the last gradients, in a subspace. See `thinrank.optim.methods.mfac`."""
+
+    Config = MFACConfig
+
+
 class SubspaceAdamW(MatrixOptimizer):
     """AdamW in a warm-started dominant subspace plus a scaled residual. See `thinrank.optim.methods.subspace_adamw`."""
 
@@ -56,6 +75,6 @@ class SubspaceAdamW(MatrixOptimizer):
 
 
 OPTIMIZERS: dict[type[MethodConfig], type[MatrixOptimizer]] = {
-    cls.Config: cls for cls in (AdamW, GaLore, DCTAdamW, SubspaceAdamW)
+    cls.Config: cls for cls in (AdamW, GaLore, DCTAdamW, LDAdam, MFAC, SubspaceAdamW)
 }
 """Which class a configuration builds."""

@@ -17,6 +17,14 @@ State = dict[str, Tensor]
 """Named tensors, created at construction, with the same keys and shapes ever after; first dimension = the batch."""
 
 
+def beside(values: Sequence[int], device: torch.device) -> Tensor:
+    """`values` as (batch,) int64 on `device`, without making the host wait for it."""
+    if len(set(values)) == 1:
+        return torch.full((len(values),), values[0], dtype=torch.int64, device=device)
+    host = torch.tensor(list(values), dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """The circumstances of one update of a batch of equal matrices.

@@ -7,18 +7,17 @@ leaves the factorisation's own signs, which is what GaLore does.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from thinrank.optim.axis import WHOLE, Axis
+from thinrank.optim.linalg.norms import peak, reciprocal_peak
 
 
 def fix_signs(basis: Tensor) -> Tensor:
     """Flips columns of `basis` (..., short, r) so that each one's entry of largest magnitude is positive."""
-    peak = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))
-    return basis * torch.where(peak < 0, -1.0, 1.0).to(basis.dtype)
+    strongest = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))
+    return basis * torch.where(strongest < 0, -1.0, 1.0).to(basis.dtype)
 
 
 def svd_basis(x: Tensor, rank: int, *, transposed: bool = False, signs: str = "fixed") -> Tensor:
@@ -66,12 +65,46 @@ def subspace_iteration(x: Tensor, start: Tensor, rank: int, *, iterations: int =
         (..., short, rank), orthonormal, signs fixed.
     """
     q = torch.linalg.qr(start).Q
-    unit = _unit(x, axis)  # products with xᵀx overflow float32 for entries of 1e19, and vanish for 1e-19
+    unit = reciprocal_peak(x, axis)  # products with xᵀx overflow float32 for entries of 1e19, and vanish for 1e-19
     for _ in range(iterations):
         q = torch.linalg.qr(axis.sum(x.mT @ (x @ q).mul_(unit)).mul_(unit)).Q
     image = (x @ q).mul_(unit)  # (..., long, l)
     _, vectors = torch.linalg.eigh(axis.sum(image.mT @ image))  # rising eigenvalues
     return fix_signs(q @ vectors.flip(-1)[..., :rank])
+
+
+def positive_qr(x: Tensor) -> Tensor:
+    """Q of the QR decomposition of `x` (..., n, r) whose R has a diagonal ≥ 0: for independent columns there is one.
+
+    Without a fixed sign a column may turn over from one step to the next where `x` hardly changed.
+    """
+    q, r = torch.linalg.qr(x)
+    return q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
+
+
+def momentum_iteration(x: Tensor, old: Tensor, momentum: Tensor, rho: float, *, axis: Axis = WHOLE) -> Tensor:
+    """One block power iteration, warm from `old`, on `b = ρ · momentum oldᵀ + (1−ρ) x`: `qr(bᵀ b old)`.
+
+    (LDAdam, Robert et al. 2024, alg. 2.) `b` is never formed. Where replicas hold other data, their mean is met in the
+    two small products, so no gradient travels.
+
+    Args:
+        x: (batch, long, short); its rows may be spread along `axis`.
+        old: (batch, short, r), orthonormal.
+        momentum: (batch, long, r), coordinates in `old`.
+        rho: the share of the momentum, in [0, 1].
+
+    Returns:
+        (batch, short, r), orthonormal; `old` again where `b` is zero or no number.
+    """
+    image = axis.mean(x @ old).mul_(1.0 - rho).add_(momentum, alpha=rho)  # b old: (batch, long, r)
+    image = image * reciprocal_peak(image, axis)  # bᵀ b overflows float32 for entries of 1e19, and vanishes for 1e-19
+    back = axis.sum(torch.cat([axis.mean(x.mT @ image), momentum.mT @ image], -2))
+    short = x.shape[-1]
+    product = (1.0 - rho) * back[:, :short] + rho * old @ back[:, short:]
+    size = peak(product)
+    usable = torch.isfinite(size) & (size > 0)
+    return positive_qr(torch.where(usable, product / size, old))
 
 
 def random_columns(short: int, width: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -81,17 +114,7 @@ def random_columns(short: int, width: int, generator: torch.Generator, device: t
 
 def captured_energy(x: Tensor, low: Tensor, axis: Axis = WHOLE) -> Tensor:
     """`‖low‖² / ‖x‖²` in [0, 1] for each matrix: what an orthonormal projection kept (0 for a zero matrix)."""
-    unit = _unit(x, axis)
+    unit = reciprocal_peak(x, axis)
     parts = [(part.float() * unit).square().sum((-2, -1)) for part in (low, x)]
     kept, total = axis.sum(torch.stack(parts))
     return torch.where(total > 0, kept / total, torch.zeros_like(total)).clamp_(0.0, 1.0)
-
-
-def _unit(x: Tensor, axis: Axis) -> Tensor:
-    """What to multiply each matrix of `x` by to have its entries near one: (..., 1, 1)."""
-    empty = x.shape[-2] == 0  # a rank without rows; a maximum of nothing is refused by torch
-    own = (
-        x.new_zeros(*x.shape[:-2], 1, 1) if empty else torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
-    )
-    peak = axis.sum(own)
-    return peak.clamp(min=torch.finfo(peak.dtype).tiny).reciprocal()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,22 @@ from thinrank.optim.axis import WHOLE, Axis
 def frobenius(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     """Frobenius norm of each matrix of the batch, over all ranks that hold rows of it: (...,)."""
     return axis.sum(x.square().sum((-2, -1))).sqrt()
+
+
+def peak(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """The largest magnitude of each matrix of `x` (..., 1, 1): where rows are shared, the sum of the ranks' largest,
+    which is as good a measure of size. No number where `x` holds something that is none.
+    """
+    empty = x.shape[-2] == 0  # a rank without rows; a maximum of nothing is refused by torch
+    if empty:
+        return axis.sum(x.new_zeros(*x.shape[:-2], 1, 1))
+    return axis.sum(torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True))
+
+
+def reciprocal_peak(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """What to multiply each matrix of `x` by to have its entries near one: (..., 1, 1)."""
+    size = peak(x, axis)
+    return size.clamp(min=torch.finfo(size.dtype).tiny).reciprocal()
 
 
 def growth_limit(norm: Tensor, previous: Tensor, limit: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from thinrank.optim.rule import State
+from thinrank.optim.rule import State, beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +73,47 @@ class Rotate:
     The paper takes the absolute value of the sum instead of cutting the variance off at zero. The estimate of the
     variance is often negative (β1 ≠ β2), the sum then passes through zero where the mean does not, and the next step is
     up to 60 learning rates long; with `v̂ ≥ m̂²` it stays within Adam's own bound.
+
+    Attributes:
+        betas: of the moments.
+        negative: `zero` (the variance is cut off) or `absolute` (the paper's absolute value of the sum).
+        also: what else is rotated as the first moment is: coordinates in its last dimension, the batch in its first.
     """
 
     betas: tuple[float, float]
+    negative: str = "zero"
+    also: tuple[str, ...] = ()
 
     def carry(self, state: State, change: Change, count: Sequence[int]) -> None:
-        m, v = state["exp_avg"], state["exp_avg_sq"]
+        linear = [state[key] for key in ("exp_avg", *self.also)]
         if isinstance(change, Slots):
             new = ~change.kept  # filled and not multiplied: zero times a second moment that overflowed is no number
-            m.masked_fill_(new.unsqueeze(-2), 0.0)
-            v.masked_fill_(new.unsqueeze(-2), 0.0)
+            squares = [state["exp_avg_sq"]] if "exp_avg_sq" in state else []
+            for value in (*linear, *squares):
+                value.masked_fill_(_broadcast(new, value), 0.0)
             if "age" in state:
                 state["age"].masked_fill_(new, 0.0)
             return
         back = change.matrix.mT  # (batch, r_old, r_new)
-        k = torch.tensor(list(count), dtype=m.dtype).clamp(min=1.0).to(m.device)[:, None, None]
+        if "exp_avg_sq" in state:
+            self._second(state["exp_avg"], state["exp_avg_sq"], back, count)
+        for value in linear:
+            wide = value.flatten(1, -2) @ back
+            value.copy_(wide.view(value.shape))
+
+    def _second(self, m: Tensor, v: Tensor, back: Tensor, count: Sequence[int]) -> None:
+        k = beside(count, m.device).to(m.dtype).clamp(min=1.0)[:, None, None]
         fix1, fix2 = 1.0 - self.betas[0] ** k, 1.0 - self.betas[1] ** k
         mean = m / fix1
         new_mean = mean @ back
         # after a gradient of 1e20 both squares are infinite, and their difference no number
-        variance = ((v / fix2 - mean.square()).nan_to_num_() @ back.square()).clamp_(min=0.0)
-        m.copy_(new_mean * fix1)
-        v.copy_((variance + new_mean.square()) * fix2)
+        variance = (v / fix2 - mean.square()).nan_to_num_() @ back.square()
+        if self.negative == "zero":
+            variance = variance.clamp_(min=0.0)
+        total = variance.add_(new_mean.square()).abs_()
+        v.copy_(total.nan_to_num_(nan=torch.inf, posinf=torch.inf).mul_(fix2))
+
+
+def _broadcast(mask: Tensor, value: Tensor) -> Tensor:
+    """`mask` (batch, r) beside `value` (batch, ..., r)."""
+    return mask.view(mask.shape[0], *[1] * (value.ndim - 2), mask.shape[1])

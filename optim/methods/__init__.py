@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from thinrank.optim.methods.adamw import AdamWConfig
-from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig
+from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig, RankedConfig
 from thinrank.optim.methods.dct_adamw import DCTAdamWConfig
 from thinrank.optim.methods.galore import GaLoreConfig
+from thinrank.optim.methods.ldadam import LDAdamConfig
+from thinrank.optim.methods.mfac import MFACConfig
 from thinrank.optim.methods.subspace_adamw import SubspaceAdamWConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
     "adamw": AdamWConfig,
     "galore": GaLoreConfig,
     "dct_adamw": DCTAdamWConfig,
+    "ldadam": LDAdamConfig,
+    "mfac": MFACConfig,
     "subspace_adamw": SubspaceAdamWConfig,
 }
 """Every method by the name a configuration file uses; the tests' battery runs over it."""
@@ -21,8 +25,11 @@ __all__ = [
     "AdamWConfig",
     "DCTAdamWConfig",
     "GaLoreConfig",
+    "LDAdamConfig",
     "LowRankConfig",
+    "MFACConfig",
     "MatrixConfig",
     "MethodConfig",
+    "RankedConfig",
     "SubspaceAdamWConfig",
 ]

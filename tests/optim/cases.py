@@ -11,7 +11,8 @@ import torch
 from laws import seeded
 from torch import Tensor, nn
 
-from thinrank.optim import METHODS, OPTIMIZERS, LowRankConfig, MatrixOptimizer, MethodConfig
+from thinrank.optim import METHODS, OPTIMIZERS, LowRankConfig, MatrixOptimizer, MethodConfig, RankedConfig
+from thinrank.optim.inner.base import Whole
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "galore/power": ("galore", {"svd": "power"}),
@@ -25,6 +26,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct_adamw/hadamard": ("dct_adamw", {"basis": "hadamard", "transport": "reset"}),
     "dct_adamw/residual": ("dct_adamw", {"residual": "full"}),
     "dct_adamw/sign": ("dct_adamw", {"residual": "sign", "update_proj_gap": 1}),
+    "ldadam/8bit": ("ldadam", {"error_feedback": "8bit", "svd": "power"}),
+    "ldadam/off": ("ldadam", {"error_feedback": "off", "negative_variance": "absolute"}),
+    "ldadam/bfloat16": ("ldadam", {"projection_dtype": "bfloat16"}),
+    "mfac/adam": ("mfac", {"finish": "adam", "window": 4}),
+    "mfac/whole": ("mfac", {"space": "whole", "window": 4}),
     "subspace_adamw/sign": ("subspace_adamw", {"residual": "sign", "transport": "reset"}),
     "dct_adamw/bfloat16": ("dct_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/bfloat16": ("subspace_adamw", {"projection_dtype": "bfloat16"}),
@@ -33,7 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-SMALL: dict[str, dict[str, Any]] = {"galore": {"scale": 1.0}}
+SMALL: dict[str, dict[str, Any]] = {"galore": {"scale": 1.0}, "mfac": {"scale": 3.0}}
 """What a method needs to learn something small."""
 
 
@@ -41,7 +47,9 @@ def small(name: str, **values: Any) -> MethodConfig:
     """The configuration of method `name` with `values` and, where they are fields, rank 3 and gap 3."""
     cls = METHODS[name]
     if issubclass(cls, LowRankConfig):
-        values = {"rank": 3, "update_proj_gap": 3, **values}
+        values = {"update_proj_gap": 3, **values}
+    if issubclass(cls, RankedConfig):
+        values = {"rank": 3, **values}
     return cls(**{"lr": 0.02, "weight_decay": 0.01, **SMALL.get(name, {}), **values})
 
 
@@ -49,7 +57,14 @@ CONFIGS: dict[str, MethodConfig] = {
     **{name: small(name) for name in METHODS},
     **{label: small(name, **values) for label, (name, values) in VARIANTS.items()},
 }
-LOW_RANK = {name: config for name, config in CONFIGS.items() if isinstance(config, LowRankConfig)}
+
+
+def projects(config: MethodConfig) -> bool:
+    """True when a method steps its matrices in a subspace."""
+    return isinstance(config, RankedConfig) and not isinstance(config.matrix_rule(), Whole)
+
+
+LOW_RANK = {name: config for name, config in CONFIGS.items() if projects(config)}
 
 
 def make(config: MethodConfig, params: Any, **options: Any) -> MatrixOptimizer:

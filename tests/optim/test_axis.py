@@ -7,6 +7,7 @@ from laws import decaying, seeded
 
 from thinrank.optim.axis import WHOLE, Axis
 from thinrank.optim.inner.adam import Adam
+from thinrank.optim.inner.mfac import MFAC
 from thinrank.optim.linalg.basis import captured_energy, subspace_iteration
 from thinrank.optim.linalg.fixed import column_norms
 from thinrank.optim.linalg.norms import frobenius
@@ -15,12 +16,13 @@ from thinrank.optim.lowrank.lift import Residual
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import FixedColumns, PowerIteration, Svd, TwoSidedSvd
 from thinrank.optim.lowrank.transport import Rotate
-from thinrank.optim.rule import Step
+from thinrank.optim.methods.ldadam import LDAdamConfig, LDAdamRule
+from thinrank.optim.rule import MatrixRule, Step
 
 LONG, SHORT, RANK, STEPS = 11, 8, 3, 7
 SPLITS = {"uneven": (7, 4), "narrower than the rank": (9, 2), "empty": (11, 0)}
 BETAS = (0.9, 0.99)
-RULES = {
+RULES: dict[str, MatrixRule] = {
     "power": LowRank(
         subspace=PowerIteration(rank=RANK, every=3), transport=Rotate(BETAS), inner=Adam(betas=BETAS, eps=1e-3)
     ),
@@ -42,6 +44,19 @@ RULES = {
     "columns with 8-bit feedback": LowRank(
         subspace=FixedColumns(rank=RANK, basis="random"), inner=Adam(betas=BETAS, eps=1e-3), feedback=ErrorFeedback8()
     ),
+    "ldadam": LDAdamRule(
+        subspace=PowerIteration(rank=RANK),
+        inner=Adam(betas=BETAS, eps=1e-3),
+        transport=Rotate(BETAS),
+        feedback=ErrorFeedback(),
+        rho=0.9,
+        exact=False,
+    ),
+    "mfac": LowRank(
+        subspace=PowerIteration(rank=RANK, every=3),
+        transport=Rotate(BETAS, also=("window",)),
+        inner=MFAC(window=4, damping=0.01),
+    ),
 }
 
 
@@ -60,12 +75,21 @@ def run(rule, grads, state, axis=WHOLE):
     return torch.stack(updates), torch.stack(energies)
 
 
+def share(value, mine):
+    """The rows `mine` of a state tensor, wherever it has rows."""
+    return (
+        value.movedim(value.shape.index(LONG), 0)[mine].movedim(0, value.shape.index(LONG))
+        if LONG in value.shape
+        else value
+    )
+
+
 def sharded(name, split):
     rank = dist.get_rank()
     start = sum(split[:rank])
     mine = slice(start, start + split[rank])
     whole = RULES[name].init((2, LONG, SHORT), torch.device("cpu"))
-    state = {key: value[:, mine] if value.shape[1:2] == (LONG,) else value for key, value in whole.items()}
+    state = {key: share(value, mine) for key, value in whole.items()}
     axis = Axis(rows=dist.group.WORLD)
     assert not axis.whole
     return *run(RULES[name], [grad[:, mine] for grad in gradients()], state, axis), state
@@ -81,7 +105,7 @@ def test_sharded_rows_equal_the_whole_matrix(ranks, name, split):
     torch.testing.assert_close(together, updates, rtol=1e-3, atol=1e-4)
     for _, energy, own in parts:
         torch.testing.assert_close(energy, energies, rtol=1e-4, atol=1e-5)
-        for key in ("columns", "basis", "residual_norm", "age"):
+        for key in ("columns", "basis", "residual_norm", "age", "window_norm"):
             if key in state:  # what is shared is the same on every rank, an empty one included
                 torch.testing.assert_close(own[key], state[key], rtol=1e-3, atol=1e-4)
 
@@ -91,7 +115,7 @@ def averaged(name):
     return run(RULES[name], gradients(dist.get_rank()), state, Axis(replicas=dist.group.WORLD))[0], state
 
 
-@pytest.mark.parametrize("name", ["power", "columns", "columns by l2 with feedback"])
+@pytest.mark.parametrize("name", ["power", "columns", "columns by l2 with feedback", "ldadam", "mfac"])
 def test_a_mean_after_projection_equals_projecting_the_mean(ranks, name):
     """Every rank has a gradient of its own; only the projection and, at a renewal, the gradient travel."""
     state = RULES[name].init((2, LONG, SHORT), torch.device("cpu"))
@@ -164,8 +188,10 @@ def test_the_functions_agree_in_float64(ranks, split):
 
 def refusals():
     sentences = []
-    for subspace in (Svd(rank=2), TwoSidedSvd(rank=2)):
-        rule = LowRank(subspace=subspace, inner=Adam())
+    rules: list[MatrixRule] = [LowRank(subspace=each, inner=Adam()) for each in (Svd(rank=2), TwoSidedSvd(rank=2))]
+    exact = LDAdamConfig(rank=2).matrix_rule()
+    assert exact is not None
+    for rule in (*rules, exact):
         state = rule.init((1, 4, 3), torch.device("cpu"))
         try:
             rule.update(torch.ones(1, 4, 3), state, Step(count=[0], axis=Axis(rows=dist.group.WORLD)))
@@ -176,6 +202,7 @@ def refusals():
 
 def test_a_factorisation_of_the_whole_refuses_rows(ranks):
     for sentences in ranks(2).run(refusals):
-        assert len(sentences) == 2
+        assert len(sentences) == 3
         assert "svd='power'" in sentences[0]
         assert "'std'" in sentences[1]
+        assert "svd='power'" in sentences[2]

@@ -249,11 +249,15 @@ def test_what_is_written_into_the_state_counts(config):
         state["exp_avg"].zero_()
     run(optimizer, params, 2, 3)
     beta = config.betas[0]
-    for p in params:
+    others = weights()
+    without = make(config, others, betas=(0.0, config.betas[1]))  # whose first moment is what entered it last
+    run(without, others, 0, 3)
+    for p, q in zip(params, others, strict=True):
         grad, m = p.grad, optimizer.state[p]["exp_avg"]
         assert grad is not None
+        entered = max(float(grad.norm()), float(without.state[q]["exp_avg"].norm()))
         room = 3.0 if any("error" in key for key in optimizer.state[p]) else 1.01  # an error enters with the gradient
-        assert float(m.norm()) <= (1 - beta) * float(grad.norm()) * room
+        assert float(m.norm()) <= (1 - beta) * entered * room
 
 
 def test_lightnings_move_to_a_device_is_survived():

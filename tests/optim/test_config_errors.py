@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from thinrank.optim import OPTIMIZERS, AdamWConfig, DCTAdamWConfig, GaLore, GaLoreConfig, SubspaceAdamWConfig, build
+from thinrank.optim import (
+    OPTIMIZERS,
+    AdamWConfig,
+    DCTAdamWConfig,
+    GaLore,
+    GaLoreConfig,
+    LDAdamConfig,
+    MFACConfig,
+    SubspaceAdamWConfig,
+    build,
+)
 
 BAD: list[tuple[type, dict[str, Any], str]] = [
     (AdamWConfig, {"lr": -1.0}, r"lr must be a number at least 0, got -1"),
@@ -41,6 +51,16 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
         {"residual": "sign", "error_feedback": "full"},
         r"error_feedback='full' keeps for later what resid",
     ),
+    (LDAdamConfig, {"rank": 0}, r"rank must be at least 1 .* or a fraction .*, got 0"),
+    (LDAdamConfig, {"rho": 1.5}, r"rho must be a number at least 0 and at most 1, got 1\.5"),
+    (LDAdamConfig, {"error_feedback": "ful"}, r"error_feedback must be one of .*did you mean 'full'"),
+    (LDAdamConfig, {"svd": "exakt"}, r"svd must be one of .*did you mean 'exact'"),
+    (LDAdamConfig, {"negative_variance": "abs"}, r"negative_variance must be one of zero, absolute"),
+    (MFACConfig, {"window": 0}, r"window must be at least 1 gradient, got 0"),
+    (MFACConfig, {"window": 2.5}, r"window must be at least 1 gradient, got 2\.5"),
+    (MFACConfig, {"damping": 0.0}, r"damping must be a number above 0, got 0\.0"),
+    (MFACConfig, {"finish": "momentun"}, r"finish must be one of .*did you mean 'momentum'"),
+    (MFACConfig, {"space": "hole"}, r"space must be one of .*did you mean 'whole'"),
     (SubspaceAdamWConfig, {"residual": "ful"}, r"residual must be one of .*did you mean 'full'"),
     (SubspaceAdamWConfig, {"residual_limit": 0.5}, r"residual_limit must be a number at least 1"),
     (SubspaceAdamWConfig, {"transport": "rotat"}, r"transport must be one of .*did you mean 'rotate'"),

@@ -33,6 +33,15 @@ FORMULAS = {
     "dct_adamw/sign": 4 * (2 * LONG * R + R + R + 1) + 4,
     # a byte an entry and a float32 scale for every 256 entries of a row
     "dct_adamw/8bit": 4 * (2 * LONG * R + R + R) + LONG * SHORT + 4 * LONG * -(-SHORT // BLOCK) + 4,
+    # basis, moments and error, like a dense Adam once the rank is high
+    "ldadam": 4 * (2 * LONG * R + SHORT * R + LONG * SHORT) + 4,
+    "ldadam/bfloat16": 4 * (2 * LONG * R + SHORT * R + LONG * SHORT) + 4,
+    "ldadam/8bit": 4 * (2 * LONG * R + SHORT * R) + LONG * SHORT + 4 * LONG * -(-SHORT // BLOCK) + 4,
+    "ldadam/off": 4 * (2 * LONG * R + SHORT * R) + 4,
+    # one moment (or Adam's two), a basis, and a window of projections with their norms
+    "mfac": 4 * (LONG * R + SHORT * R + 32 * (LONG * R + 1)) + 4,
+    "mfac/adam": 4 * (2 * LONG * R + SHORT * R + 4 * (LONG * R + 1)) + 4,
+    "mfac/whole": 4 * (LONG * SHORT + 4 * (LONG * SHORT + 1)) + 4,
     # the residual's last norm
     "subspace_adamw": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/bfloat16": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
