@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,8 @@ def peak(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     empty = x.shape[-2] == 0  # a rank without rows; a maximum of nothing is refused by torch
     if empty:
         return axis.sum(x.new_zeros(*x.shape[:-2], 1, 1))
-    return axis.sum(torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True))
+    # torch's norm of order infinity takes a CPU ten times longer than these two passes
+    return axis.sum(x.abs().amax((-2, -1), keepdim=True))
 
 
 def reciprocal_peak(x: Tensor, axis: Axis = WHOLE) -> Tensor:
