@@ -10,7 +10,10 @@ from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods import (
     METHODS,
     AdamWConfig,
+    ApolloConfig,
+    ApolloMiniConfig,
     DCTAdamWConfig,
+    FiraConfig,
     GaLoreConfig,
     LowRankConfig,
     MatrixConfig,
@@ -18,16 +21,22 @@ from thinrank.optim.methods import (
     SubspaceAdamWConfig,
 )
 from thinrank.optim.optimizer import MatrixOptimizer
-from thinrank.optim.optimizers import OPTIMIZERS, AdamW, DCTAdamW, GaLore, SubspaceAdamW
+from thinrank.optim.optimizers import OPTIMIZERS, AdamW, Apollo, ApolloMini, DCTAdamW, Fira, GaLore, SubspaceAdamW
 
 __all__ = [
     "METHODS",
     "OPTIMIZERS",
     "AdamW",
     "AdamWConfig",
+    "Apollo",
+    "ApolloConfig",
+    "ApolloMini",
+    "ApolloMiniConfig",
     "Axis",
     "DCTAdamW",
     "DCTAdamWConfig",
+    "Fira",
+    "FiraConfig",
     "GaLore",
     "GaLoreConfig",
     "LowRankConfig",

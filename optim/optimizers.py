@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from thinrank.optim.methods import AdamWConfig, DCTAdamWConfig, GaLoreConfig, SubspaceAdamWConfig
+from thinrank.optim.methods import (
+    AdamWConfig,
+    ApolloConfig,
+    ApolloMiniConfig,
+    DCTAdamWConfig,
+    FiraConfig,
+    GaLoreConfig,
+    SubspaceAdamWConfig,
+)
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 
@@ -43,6 +51,25 @@ class GaLore(RankedGroups):
     Config = GaLoreConfig
 
 
+class Fira(RankedGroups):
+    """Fira; accepts the fira package's parameter groups unchanged. See `thinrank.optim.methods.fira`."""
+
+    Config = FiraConfig
+    ALIASES: ClassVar[dict[str, str]] = {"alpha": "scale"}
+
+
+class Apollo(RankedGroups):
+    """APOLLO; accepts apollo-torch's parameter groups unchanged. See `thinrank.optim.methods.apollo`."""
+
+    Config = ApolloConfig
+
+
+class ApolloMini(Apollo):
+    """APOLLO with the defaults of APOLLO-Mini, for groups with `rank=1`. See `thinrank.optim.methods.apollo`."""
+
+    Config = ApolloMiniConfig
+
+
 class DCTAdamW(MatrixOptimizer):
     """DCT-AdamW: AdamW on the strongest columns of a fixed basis. See `thinrank.optim.methods.dct_adamw`."""
 
@@ -56,6 +83,6 @@ class SubspaceAdamW(MatrixOptimizer):
 
 
 OPTIMIZERS: dict[type[MethodConfig], type[MatrixOptimizer]] = {
-    cls.Config: cls for cls in (AdamW, GaLore, DCTAdamW, SubspaceAdamW)
+    cls.Config: cls for cls in (AdamW, GaLore, DCTAdamW, SubspaceAdamW, Fira, Apollo, ApolloMini)
 }
 """Which class a configuration builds."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from thinrank.optim.methods.adamw import AdamWConfig
+from thinrank.optim.methods.apollo import ApolloConfig, ApolloMiniConfig
 from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig
 from thinrank.optim.methods.dct_adamw import DCTAdamWConfig
+from thinrank.optim.methods.fira import FiraConfig
 from thinrank.optim.methods.galore import GaLoreConfig
 from thinrank.optim.methods.subspace_adamw import SubspaceAdamWConfig
 
@@ -13,13 +15,19 @@ METHODS: dict[str, type[MethodConfig]] = {
     "galore": GaLoreConfig,
     "dct_adamw": DCTAdamWConfig,
     "subspace_adamw": SubspaceAdamWConfig,
+    "fira": FiraConfig,
+    "apollo": ApolloConfig,
+    "apollo_mini": ApolloMiniConfig,
 }
 """Every method by the name a configuration file uses; the tests' battery runs over it."""
 
 __all__ = [
     "METHODS",
     "AdamWConfig",
+    "ApolloConfig",
+    "ApolloMiniConfig",
     "DCTAdamWConfig",
+    "FiraConfig",
     "GaLoreConfig",
     "LowRankConfig",
     "MatrixConfig",
