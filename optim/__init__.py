@@ -10,7 +10,10 @@ from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods import (
     METHODS,
     AdamWConfig,
+    ApolloConfig,
+    ApolloMiniConfig,
     DCTAdamWConfig,
+    FiraConfig,
     GaLoreConfig,
     LDAdamConfig,
     LowRankConfig,
@@ -21,7 +24,18 @@ from thinrank.optim.methods import (
     SubspaceAdamWConfig,
 )
 from thinrank.optim.optimizer import MatrixOptimizer
-from thinrank.optim.optimizers import MFAC, OPTIMIZERS, AdamW, DCTAdamW, GaLore, LDAdam, SubspaceAdamW
+from thinrank.optim.optimizers import (
+    MFAC,
+    OPTIMIZERS,
+    AdamW,
+    Apollo,
+    ApolloMini,
+    DCTAdamW,
+    Fira,
+    GaLore,
+    LDAdam,
+    SubspaceAdamW,
+)
 from thinrank.optim.ranks import allocated_ranks, reallocate
 
 __all__ = [
@@ -30,9 +44,15 @@ __all__ = [
     "OPTIMIZERS",
     "AdamW",
     "AdamWConfig",
+    "Apollo",
+    "ApolloConfig",
+    "ApolloMini",
+    "ApolloMiniConfig",
     "Axis",
     "DCTAdamW",
     "DCTAdamWConfig",
+    "Fira",
+    "FiraConfig",
     "GaLore",
     "GaLoreConfig",
     "LDAdam",

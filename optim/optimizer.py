@@ -76,6 +76,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     Config: ClassVar[type[MethodConfig]]
     OWN_DEFAULTS: ClassVar[dict[str, Any]] = {}
     """Where the class's defaults differ from the configuration's."""
+    ALIASES: ClassVar[dict[str, str]] = {}
+    """Other names for keys of a parameter group, as the authors' package has them."""
 
     __signature__: ClassVar[inspect.Signature]
 
@@ -120,6 +122,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch, and creates its state; refuses bad values before anything is changed."""
+        for other, key in self.ALIASES.items():
+            if other in param_group:
+                if key in param_group:
+                    raise ValueError(f"{type(self).__name__}: {other} is another name for {key}: give one of the two")
+                param_group = {(key if name == other else name): value for name, value in param_group.items()}
         for key in ABSENT:
             if param_group.get(key):
                 raise ValueError(f"{type(self).__name__} has no {key}: leave it out of the parameter group")

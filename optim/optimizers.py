@@ -6,7 +6,10 @@ from typing import Any, ClassVar
 
 from thinrank.optim.methods import (
     AdamWConfig,
+    ApolloConfig,
+    ApolloMiniConfig,
     DCTAdamWConfig,
+    FiraConfig,
     GaLoreConfig,
     LDAdamConfig,
     MFACConfig,
@@ -50,6 +53,25 @@ class GaLore(RankedGroups):
     Config = GaLoreConfig
 
 
+class Fira(RankedGroups):
+    """Fira; accepts the fira package's parameter groups unchanged. See `thinrank.optim.methods.fira`."""
+
+    Config = FiraConfig
+    ALIASES: ClassVar[dict[str, str]] = {"alpha": "scale"}
+
+
+class Apollo(RankedGroups):
+    """APOLLO; accepts apollo-torch's parameter groups unchanged. See `thinrank.optim.methods.apollo`."""
+
+    Config = ApolloConfig
+
+
+class ApolloMini(Apollo):
+    """APOLLO with the defaults of APOLLO-Mini, for groups with `rank=1`. See `thinrank.optim.methods.apollo`."""
+
+    Config = ApolloMiniConfig
+
+
 class DCTAdamW(MatrixOptimizer):
     """DCT-AdamW: AdamW on the strongest columns of a fixed basis. See `thinrank.optim.methods.dct_adamw`."""
 
@@ -75,6 +97,6 @@ class SubspaceAdamW(MatrixOptimizer):
 
 
 OPTIMIZERS: dict[type[MethodConfig], type[MatrixOptimizer]] = {
-    cls.Config: cls for cls in (AdamW, GaLore, DCTAdamW, LDAdam, MFAC, SubspaceAdamW)
+    cls.Config: cls for cls in (AdamW, GaLore, Fira, Apollo, ApolloMini, DCTAdamW, LDAdam, MFAC, SubspaceAdamW)
 }
 """Which class a configuration builds."""

@@ -43,6 +43,16 @@ def adam_direction(
     return (exp_avg / fix1).div_((exp_avg_sq.sqrt() / fix2).add_(floor))
 
 
+def bias_factor(count: Sequence[int], betas: tuple[float, float], device: torch.device) -> Tensor:
+    """`sqrt(1−β2^t) / (1−β1^t)` for `count` = t updates of each matrix, (batch,) float32: with `eps_raw`, the direction
+    is this times `m / (sqrt(v) + eps)`, which is how GaLore and its family keep the correction in the step size.
+    """
+    factors = [(1.0 - betas[1] ** t) ** 0.5 / (1.0 - betas[0] ** t) for t in count]
+    if len(set(count)) == 1:  # filled on the device: a copy from the host would make it wait
+        return torch.full((len(factors),), factors[0], dtype=torch.float32, device=device)
+    return torch.tensor(factors, dtype=torch.float32).to(device)
+
+
 def one_layout(*tensors: Tensor) -> bool:
     """True when all of `tensors` are dense in the same order, which torch's fused kernels need.
 

@@ -8,10 +8,14 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from thinrank.optim.linalg.adam import bias_factor
 from thinrank.optim.linalg.norms import frobenius, growth_limit
 from thinrank.optim.lowrank.subspace import Subspace
 from thinrank.optim.rule import State, Step
 from thinrank.optim.update import Update
+
+FLOOR = 1e-8
+"""Keeps a ratio to the norm of a row of zeros finite (Fira's and APOLLO's value)."""
 
 
 class Lift(Protocol):
@@ -56,21 +60,53 @@ class Project:
         return subspace.up(direction, state, short)
 
 
+def limited_rows(
+    rows: Tensor,
+    norms: Tensor,
+    previous: Tensor,
+    limit: float,
+    step: Step,
+    betas: tuple[float, float] | None = None,
+) -> Tensor:
+    """`rows`, scaled down so that `‖rows ∘ rest‖` grows by no more than `limit` since the last step (Fira's limiter).
+
+    Args:
+        rows: (batch, long, 1) or (batch, 1, 1), what each row of the rest is multiplied by.
+        norms: (batch, long, 1), the norm of each of these rows.
+        previous: (batch,), the norm that was let through last; overwritten.
+        betas: compare norms without Adam's bias correction by these; None: as they are.
+    """
+    # a row so long that its norm overflows has a ratio of 0, and zero times infinity is no number
+    norm = frobenius((rows * norms).nan_to_num_(nan=0.0), step.axis)
+    if betas is not None:
+        norm = norm / bias_factor([count + 1 for count in step.count], betas, norm.device)
+    factor, norm = growth_limit(norm, previous, limit)
+    previous.copy_(norm)
+    return rows * factor[:, None, None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residual:
     """Back through the basis, plus what the subspace missed, scaled row by row as Adam scaled what it held.
 
-    Row j of the residual `x − up(low)` is multiplied by `φ_j = ‖direction_j‖ / ‖low_j‖` and the whole is kept from
-    growing by more than `limit` a step (Fira, Chen et al. 2024, eq. 4 and its limiter).
+    Row j of the residual `x − alpha·up(low)` is multiplied by `φ_j = ‖direction_j‖ / ‖low_j‖` and the whole is kept
+    from growing by more than `limit` a step (Fira, Chen et al. 2024, eq. 4 and its limiter); the update is
+    `alpha·up(direction)` plus that.
 
     Attributes:
         limit: largest ratio of two consecutive residual norms.
         signs: keep only the signs and one scale a row (the row's mean magnitude, the best one for them): what a message
             of one bit a weight could carry. Ours; not in the paper.
+        alpha: multiplies whatever comes back through the basis. Other values than 1 leave a share of `1 − alpha` of
+            what the subspace held in the residual, as the authors' code does.
+        betas: of the Adam before this, whose bias correction the limiter then leaves out, and 1e-8 is added to
+            `‖low_j‖` instead of being its lower bound: the authors' arithmetic. None: norms as they are.
     """
 
     limit: float = 1.01
     signs: bool = False
+    alpha: float = 1.0
+    betas: tuple[float, float] | None = None
 
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
         return {"residual_norm": torch.zeros(shape[0], dtype=torch.float32, device=device)}
@@ -78,27 +114,68 @@ class Residual:
     def __call__(
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
     ) -> Update:
+        short = x.shape[-1]
+        x = step.axis.mean(x)  # the residual is as large as the gradient: replicas cannot meet in the subspace alone
         low_norm = torch.linalg.vector_norm(low, dim=-1, keepdim=True)
-        phi = torch.linalg.vector_norm(direction, dim=-1, keepdim=True) / low_norm.clamp(min=1e-8)  # (batch, long, 1)
+        floored = low_norm.clamp(min=FLOOR) if self.betas is None else low_norm + FLOOR
+        phi = torch.linalg.vector_norm(direction, dim=-1, keepdim=True) / floored  # (batch, long, 1)
         if self.signs:
-            held = subspace.up(low, state, x.shape[-1])
+            held = subspace.up(self._times_alpha(low), state, short)
             rest = (x - held.materialise()).float()
             phi = phi * rest.abs().mean(-1, keepdim=True)
             rest = rest.sign_()
             norms = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
         else:
-            # N Bᵀ + φ∘(x − L Bᵀ) = (N − φ∘L) Bᵀ + φ∘x : the residual costs no product and is never stored. Its norms
-            # follow from those of x and L, because B is orthonormal.
+            # α N Bᵀ + φ∘(x − α L Bᵀ) = α (N − φ∘L) Bᵀ + φ∘x : the residual costs no product and is never stored. Its
+            # norms follow from those of x and L, because B is orthonormal: ‖x‖² − 2α‖L‖² + α²‖L‖².
             rest = x
             total = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-            norms = (total.square() - low_norm.square()).clamp_(min=0.0).sqrt_()
-        # a row so long that its norm overflows has φ = 0, and zero times infinity is no number
-        norm = frobenius((phi * norms).nan_to_num_(nan=0.0), step.axis)
-        factor, norm = growth_limit(norm, state["residual_norm"], self.limit)
-        state["residual_norm"].copy_(norm)
-        phi = phi * factor[:, None, None]
-        update = subspace.up(direction if self.signs else direction - phi * low, state, x.shape[-1])
+            held_energy = self.alpha * (2.0 - self.alpha) * low_norm.square()
+            norms = (total.square() - held_energy).clamp_(min=0.0).sqrt_()
+        phi = limited_rows(phi, norms, state["residual_norm"], self.limit, step, self.betas)
+        image = direction if self.signs else direction - phi * low
+        update = subspace.up(self._times_alpha(image), state, short)
         return Update(update.direction, update.basis, rest, phi)
+
+    def _times_alpha(self, low: Tensor) -> Tensor:
+        return low if self.alpha == 1.0 else low * self.alpha
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledGradient:
+    """The gradient itself, row by row as much longer or shorter as Adam made its projection (APOLLO, Zhu et al. 2024).
+
+    `s_j = ‖direction_j‖ / ‖low_j‖` for each row j of the long side, or one such ratio for the matrix; the update is
+    `s ∘ x`, kept from growing by more than `limit` a step. Nothing goes back through the basis.
+
+    Attributes:
+        betas: of the Adam before this, whose bias correction the limiter leaves out.
+        per: `channel` (a ratio for each row) or `tensor` (one for the matrix).
+        limit: largest ratio of two consecutive norms of the update; None: whatever comes.
+    """
+
+    betas: tuple[float, float]
+    per: str = "channel"
+    limit: float | None = 1.01
+
+    def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
+        if self.limit is None:
+            return {}
+        return {"update_norm": torch.zeros(shape[0], dtype=torch.float32, device=device)}
+
+    def __call__(
+        self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
+    ) -> Update:
+        x = step.axis.mean(x)  # the update is as large as the gradient: replicas cannot meet in the subspace
+        if self.per == "channel":
+            after, before = (torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in (direction, low))
+        else:
+            after, before = (frobenius(part, step.axis)[:, None, None] for part in (direction, low))
+        rows = after / (before + FLOOR)
+        if self.limit is not None:
+            norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            rows = limited_rows(rows, norms, state["update_norm"], self.limit, step, self.betas)
+        return Update(rest=x, rows=rows)
 
 
 RESIDUALS = ("full", "sign", "off")

@@ -57,7 +57,7 @@ class LowRank:
         low = self.coordinates(x, state, step)
         if self.feedback.listens:
             self.feedback.sent(x, self.subspace.up(low, state, x.shape[-1]).materialise(), state)
-        if step.record is not None:
+        if step.record is not None and self.subspace.orthonormal:
             step.record["captured_energy"] = captured_energy(x, low, step.axis)
         direction = self.inner.direction(low, state, step)
         return self.lift(x, low, direction, self.subspace, state, step)
@@ -108,13 +108,14 @@ class LowRank:
             strange = step.axis.sum((~torch.isfinite(shared)).sum((-2, -1)).float()).tolist()
             due = [i for i in due if not strange[i]]
         overlap = torch.full((len(step.count),), math.nan)
+        compare = step.record is not None and self.subspace.orthonormal
         if step.record is not None:
             step.record["subspace_overlap"] = overlap
         first = [i for i in due if step.count[i] == 0]
         if len(due) == len(step.count) and len(first) in (0, len(due)):
             change, low = self.subspace.renew(shared, state, step)
             self.transport.carry(state, change, step.count)
-            if step.record is not None and not first:
+            if compare and not first:
                 overlap.copy_(change.overlap())
             return low
         found: list[tuple[list[int], Tensor]] = []
@@ -126,13 +127,16 @@ class LowRank:
                 if low is not None:
                     found.append((which, low))
                 self.transport.carry(some, change, part.count)
-                if step.record is not None and which is not first:
+                if compare and which is not first:
                     overlap[which] = change.overlap().to(overlap)
                 for key, value in some.items():
                     state[key][which] = value
         if not found:
             return None
-        low = step.axis.mean(self.subspace.down(x, state))
+        if sum(len(which) for which, _ in found) == len(step.count):
+            low = found[0][1].new_empty(self.subspace.small((x.shape[0], x.shape[1], x.shape[2])))
+        else:
+            low = step.axis.mean(self.subspace.down(x, state))
         for which, part_low in found:  # a matrix is given the same numbers, whoever else is due
             low[which] = part_low
         return low

@@ -27,6 +27,11 @@ class Subspace(Protocol):
         ...
 
     @property
+    def orthonormal(self) -> bool:
+        """True when the directions are orthonormal, so that squared coordinates are shares of a matrix's energy."""
+        ...
+
+    @property
     def factorises(self) -> bool:
         """True when a renewal fails on numbers that are not finite, so that somebody must look first."""
         ...
@@ -79,6 +84,7 @@ class Svd:
     signs: str = "lapack"
     dtype: torch.dtype = torch.float32
     factorises: bool = True
+    orthonormal: bool = True
 
     def small(self, shape: Shape3) -> Shape3:
         return (shape[0], shape[1], width(self.rank, shape))
@@ -110,6 +116,7 @@ class TwoSidedSvd:
     every: int = 200
     dtype: torch.dtype = torch.float32
     factorises: bool = True
+    orthonormal: bool = True
 
     def small(self, shape: Shape3) -> Shape3:
         r = width(self.rank, shape)
@@ -153,6 +160,7 @@ class PowerIteration:
     warm: int = 1
     dtype: torch.dtype = torch.float32
     factorises: bool = True
+    orthonormal: bool = True
 
     def small(self, shape: Shape3) -> Shape3:
         return (shape[0], shape[1], width(self.rank, shape))
@@ -204,6 +212,7 @@ class FixedColumns:
     engine: str = "auto"
     dtype: torch.dtype = torch.float32
     factorises: bool = False
+    orthonormal: bool = True
 
     def small(self, shape: Shape3) -> Shape3:
         return (shape[0], shape[1], width(self.rank, shape))
@@ -242,3 +251,84 @@ class FixedColumns:
 
     def up(self, low: Tensor, state: State, short: int) -> Update:
         return Update(low.to(self.dtype), self.atoms(state, short))
+
+
+GAUSSIANS_KEPT = 2
+"""Projections remembered for each size and seed: this period's, and one more for matrices whose counts differ."""
+
+
+@lru_cache(maxsize=64)
+def _kept_gaussians(
+    short: int, r: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> dict[int, Tensor]:  # by epoch; a pure function of the arguments and the epoch, so it is not state
+    return {}
+
+
+def gaussian_projection(
+    short: int, r: int, *, seed: int, epoch: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(short, r) independent normal numbers of variance 1/r: with G of any length, `E‖G P‖² = ‖G‖²`, row by row.
+
+    The same on every device, and the same tensor until the epoch changes: it must not be written to.
+    """
+    kept = _kept_gaussians(short, r, seed, dtype, device)
+    if epoch not in kept:
+        while len(kept) >= GAUSSIANS_KEPT:
+            kept.pop(next(iter(kept)))
+        mixed = seed * 0x9E3779B1 + short * 0x85EBCA6B + r * 0xC2B2AE35 + epoch * 0x27D4EB2F
+        generator = torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+        kept[epoch] = random_columns(short, r, generator, device).mul_(r**-0.5).to(dtype)
+    return kept[epoch]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gaussian:
+    """A random projection that is never state: seeds are kept, not matrices (APOLLO, Zhu et al. 2024, §4.1).
+
+    The matrix is a function of the user's seed, its size and the period the step lies in, `count // gap`, and all
+    matrices of one size share it; one for each size in use is remembered between steps, so that a step draws no random
+    numbers. The paper draws one for each parameter, from a seed that moves on every `gap` steps.
+
+    The columns are independent, not orthonormal: norms are kept in the mean only, and there is no way back up. Where
+    there are as many columns as directions, nothing is to be estimated and the projection is the identity (ours: one
+    number in the place of a one-wide matrix is often near zero, and its inverse then a very long step). Since only a
+    renewal is told the step, every step is one; the columns change their meaning every `gap` steps.
+    """
+
+    rank: int | float
+    gap: int = 200
+    dtype: torch.dtype = torch.float32
+    every: int = 1
+    factorises: bool = False
+    orthonormal: bool = False
+
+    def small(self, shape: Shape3) -> Shape3:
+        batch, long, short = shape
+        return (batch, long, width(self.rank, (batch, short, short)))  # independent of how many rows are here
+
+    def init(self, shape: Shape3, device: torch.device) -> State:
+        return {}
+
+    def renew(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None]:
+        batch, long, short = x.shape
+        r = self.small((batch, long, short))[-1]
+        if r == short:
+            return Slots(torch.ones(batch, r, dtype=torch.bool, device=x.device)), x.float()
+        epochs = [count // self.gap for count in step.count]
+        projections = {
+            epoch: gaussian_projection(short, r, seed=step.seed, epoch=epoch, dtype=self.dtype, device=x.device)
+            for epoch in dict.fromkeys(epochs)
+        }
+        one = projections[epochs[0]] if len(projections) == 1 else torch.stack([projections[epoch] for epoch in epochs])
+        stayed = [count % self.gap > 0 for count in step.count]
+        if len(set(stayed)) == 1:  # filled on the device: a copy from the host would make it wait
+            kept = torch.full((batch, r), stayed[0], device=x.device)
+        else:
+            kept = torch.tensor(stayed).to(x.device).unsqueeze(-1).expand(-1, r)
+        return Slots(kept), (x.to(self.dtype) @ one).float()
+
+    def down(self, x: Tensor, state: State) -> Tensor:
+        raise RuntimeError("a Gaussian projection projects in its renewals, at every step: leave every=1")
+
+    def up(self, low: Tensor, state: State, short: int) -> Update:
+        raise RuntimeError("a Gaussian projection has no way back: use lift=ScaledGradient(…) and no error feedback")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from thinrank.optim.methods.adamw import AdamWConfig
+from thinrank.optim.methods.apollo import ApolloConfig, ApolloMiniConfig
 from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig, RankedConfig
 from thinrank.optim.methods.dct_adamw import DCTAdamWConfig
+from thinrank.optim.methods.fira import FiraConfig
 from thinrank.optim.methods.galore import GaLoreConfig
 from thinrank.optim.methods.ldadam import LDAdamConfig
 from thinrank.optim.methods.mfac import MFACConfig
@@ -17,13 +19,19 @@ METHODS: dict[str, type[MethodConfig]] = {
     "ldadam": LDAdamConfig,
     "mfac": MFACConfig,
     "subspace_adamw": SubspaceAdamWConfig,
+    "fira": FiraConfig,
+    "apollo": ApolloConfig,
+    "apollo_mini": ApolloMiniConfig,
 }
 """Every method by the name a configuration file uses; the tests' battery runs over it."""
 
 __all__ = [
     "METHODS",
     "AdamWConfig",
+    "ApolloConfig",
+    "ApolloMiniConfig",
     "DCTAdamWConfig",
+    "FiraConfig",
     "GaLoreConfig",
     "LDAdamConfig",
     "LowRankConfig",

@@ -28,6 +28,12 @@ from thinrank.optim.methods.config import LowRankConfig, choice
 from thinrank.optim.rule import Decay
 
 
+def family_adamw(betas: tuple[float, float], eps: float) -> ElementwiseAdamW:
+    """The AdamW of everything else in the codes of GaLore, Fira and APOLLO: eps before the bias correction, decay after
+    the update."""
+    return ElementwiseAdamW(betas=betas, eps=eps, eps_raw=True, decay=Decay(after=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GaLoreConfig(LowRankConfig):
     """GaLore as published; the defaults are those of the authors' pre-training recipes and their AdamW."""
@@ -72,4 +78,4 @@ class GaLoreConfig(LowRankConfig):
         )
 
     def element_rule(self) -> ElementwiseAdamW:
-        return ElementwiseAdamW(betas=self.betas, eps=self.eps, eps_raw=True, decay=Decay(after=True))
+        return family_adamw(self.betas, self.eps)

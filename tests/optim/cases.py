@@ -35,11 +35,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct_adamw/bfloat16": ("dct_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/bfloat16": ("subspace_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/stagger": ("subspace_adamw", {"stagger": True}),
+    "fira/power": ("fira", {"svd": "power", "transport": "rotate"}),
+    "apollo/svd": ("apollo", {"proj": "svd"}),
+    "apollo_mini/one": ("apollo_mini", {"rank": 1, "disable_nl": True}),
     "subspace_adamw/off": ("subspace_adamw", {"residual": "off", "transport": "keep"}),
 }
 
 
 SMALL: dict[str, dict[str, Any]] = {"galore": {"scale": 1.0}, "mfac": {"scale": 3.0}}
+SMALL: dict[str, dict[str, Any]] = {"galore": {"scale": 1.0}, "apollo_mini": {"scale": 1.0}}
 """What a method needs to learn something small."""
 
 
@@ -65,6 +69,15 @@ def projects(config: MethodConfig) -> bool:
 
 
 LOW_RANK = {name: config for name, config in CONFIGS.items() if projects(config)}
+
+
+def captures(config: MethodConfig) -> bool:
+    """True when a share of the gradient's energy can be said to be held: not by a random projection."""
+    subspace = getattr(config.matrix_rule(), "subspace", None)
+    return isinstance(config, LowRankConfig) and getattr(subspace, "orthonormal", True)
+
+
+CAPTURING = {name: config for name, config in CONFIGS.items() if captures(config)}
 
 
 def make(config: MethodConfig, params: Any, **options: Any) -> MatrixOptimizer:

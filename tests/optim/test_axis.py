@@ -12,9 +12,9 @@ from thinrank.optim.linalg.basis import captured_energy, subspace_iteration
 from thinrank.optim.linalg.fixed import column_norms
 from thinrank.optim.linalg.norms import frobenius
 from thinrank.optim.lowrank.feedback import ErrorFeedback, ErrorFeedback8
-from thinrank.optim.lowrank.lift import Residual
+from thinrank.optim.lowrank.lift import Residual, ScaledGradient
 from thinrank.optim.lowrank.rule import LowRank
-from thinrank.optim.lowrank.subspace import FixedColumns, PowerIteration, Svd, TwoSidedSvd
+from thinrank.optim.lowrank.subspace import FixedColumns, Gaussian, PowerIteration, Svd, TwoSidedSvd
 from thinrank.optim.lowrank.transport import Rotate
 from thinrank.optim.methods.ldadam import LDAdamConfig, LDAdamRule
 from thinrank.optim.rule import MatrixRule, Step
@@ -28,6 +28,21 @@ RULES: dict[str, MatrixRule] = {
     ),
     "power, residual": LowRank(
         subspace=PowerIteration(rank=RANK, every=3), inner=Adam(betas=BETAS, eps=1e-3), lift=Residual(limit=1.01)
+    ),
+    "power, Fira's residual": LowRank(
+        subspace=PowerIteration(rank=RANK, every=3),
+        inner=Adam(betas=BETAS, eps=1e-3, eps_raw=True),
+        lift=Residual(alpha=0.25, betas=BETAS),
+    ),
+    "random, by channel": LowRank(
+        subspace=Gaussian(rank=RANK, gap=3),
+        inner=Adam(betas=BETAS, eps=1e-3, eps_raw=True),
+        lift=ScaledGradient(betas=BETAS),
+    ),
+    "random, by tensor": LowRank(
+        subspace=Gaussian(rank=RANK, gap=3),
+        inner=Adam(betas=BETAS, eps=1e-3, eps_raw=True),
+        lift=ScaledGradient(betas=BETAS, per="tensor"),
     ),
     "power, signs": LowRank(
         subspace=PowerIteration(rank=RANK, every=3), inner=Adam(betas=BETAS, eps=1e-3), lift=Residual(signs=True)
@@ -71,7 +86,7 @@ def run(rule, grads, state, axis=WHOLE):
         record: dict[str, torch.Tensor] = {}
         step = Step(count=[count, count], keys=[5, 6], seed=3, axis=axis, record=record)
         updates.append(rule.update(grad, state, step).materialise())
-        energies.append(record["captured_energy"])
+        energies.append(record.get("captured_energy", torch.zeros(2)))  # a random projection has none
     return torch.stack(updates), torch.stack(energies)
 
 
@@ -105,7 +120,7 @@ def test_sharded_rows_equal_the_whole_matrix(ranks, name, split):
     torch.testing.assert_close(together, updates, rtol=1e-3, atol=1e-4)
     for _, energy, own in parts:
         torch.testing.assert_close(energy, energies, rtol=1e-4, atol=1e-5)
-        for key in ("columns", "basis", "residual_norm", "age", "window_norm"):
+        for key in ("columns", "basis", "residual_norm", "update_norm", "age", "window_norm"):
             if key in state:  # what is shared is the same on every rank, an empty one included
                 torch.testing.assert_close(own[key], state[key], rtol=1e-3, atol=1e-4)
 
@@ -115,9 +130,26 @@ def averaged(name):
     return run(RULES[name], gradients(dist.get_rank()), state, Axis(replicas=dist.group.WORLD))[0], state
 
 
-@pytest.mark.parametrize("name", ["power", "columns", "columns by l2 with feedback", "ldadam", "mfac"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "power",
+        "power, residual",
+        "power, Fira's residual",
+        "power, signs",
+        "random, by channel",
+        "random, by tensor",
+        "columns",
+        "columns by l2 with feedback",
+        "ldadam",
+        "mfac",
+    ],
+)
 def test_a_mean_after_projection_equals_projecting_the_mean(ranks, name):
-    """Every rank has a gradient of its own; only the projection and, at a renewal, the gradient travel."""
+    """Every rank has a gradient of its own; only the projection and, at a renewal, the gradient travel.
+
+    With lifts that need the whole gradient, it travels in every step.
+    """
     state = RULES[name].init((2, LONG, SHORT), torch.device("cpu"))
     mean = [torch.stack(pair).mean(0) for pair in zip(gradients(0), gradients(1), strict=True)]
     if "error" not in state:

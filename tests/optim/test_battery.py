@@ -4,7 +4,21 @@ from typing import cast
 
 import pytest
 import torch
-from cases import CONFIGS, LOW_RANK, SHAPES, copies, equal, give, make, projects, run, small, snapshot, weights
+from cases import (
+    CAPTURING,
+    CONFIGS,
+    LOW_RANK,
+    SHAPES,
+    captures,
+    copies,
+    equal,
+    give,
+    make,
+    run,
+    small,
+    snapshot,
+    weights,
+)
 from laws import decaying, eye_error, seeded
 from torch import nn
 
@@ -238,7 +252,7 @@ def test_measuring_changes_nothing_and_tells_the_truth(config):
     measured = optimizer.measured
     assert set(measured) == {"captured_energy", "subspace_overlap", "update_rms", "effective_lr"}
     assert set(measured["update_rms"]) == labels == set(measured["effective_lr"])
-    projected = {"layers.0.weight", "layers.2.weight"} if projects(config) else set()
+    projected = {"layers.0.weight", "layers.2.weight"} if captures(config) else set()
     assert set(measured["captured_energy"]) == projected
     assert all(0.0 < value <= 1.0 for value in measured["captured_energy"].values())
     assert set(measured["subspace_overlap"]) <= projected  # this step is a renewal where the gap is 1 or 3
@@ -256,7 +270,7 @@ def test_measuring_changes_nothing_and_tells_the_truth(config):
     assert optimizer.scale(group) * group["lr"] == measured["effective_lr"][group["label"]]
 
 
-@low_rank
+@pytest.mark.parametrize("config", CAPTURING.values(), ids=CAPTURING)
 def test_full_rank_captures_everything(config):
     params = [nn.Parameter(decaying(8, 5))]
     optimizer = make(config, [("weight", params[0])], rank=1.0)

@@ -10,7 +10,10 @@ from torch import nn
 from thinrank.optim import (
     OPTIMIZERS,
     AdamWConfig,
+    ApolloConfig,
+    ApolloMiniConfig,
     DCTAdamWConfig,
+    FiraConfig,
     GaLore,
     GaLoreConfig,
     LDAdamConfig,
@@ -18,6 +21,7 @@ from thinrank.optim import (
     SubspaceAdamWConfig,
     build,
 )
+from thinrank.optim.optimizers import RankedGroups
 
 BAD: list[tuple[type, dict[str, Any], str]] = [
     (AdamWConfig, {"lr": -1.0}, r"lr must be a number at least 0, got -1"),
@@ -61,6 +65,18 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (MFACConfig, {"damping": 0.0}, r"damping must be a number above 0, got 0\.0"),
     (MFACConfig, {"finish": "momentun"}, r"finish must be one of .*did you mean 'momentum'"),
     (MFACConfig, {"space": "hole"}, r"space must be one of .*did you mean 'whole'"),
+    (FiraConfig, {"proj_type": "full"}, r"proj_type='full' leaves no rows .*: choose std, left or right"),
+    (FiraConfig, {"transport": "rotat"}, r"transport must be one of .*did you mean 'rotate'"),
+    (FiraConfig, {"residual_limit": 0.99}, r"residual_limit must be a number at least 1"),
+    (ApolloConfig, {"proj": "randon"}, r"proj must be one of random, svd, .*did you mean 'random'"),
+    (ApolloConfig, {"proj_type": "full"}, r"proj_type must be one of std, reverse_std, left, right, got 'full'"),
+    (ApolloConfig, {"scale_type": "chanel"}, r"scale_type must be one of .*did you mean 'channel'"),
+    (ApolloConfig, {"scale": -1.0}, r"scale must be a number at least 0"),
+    (ApolloConfig, {"update_limit": 0.5}, r"update_limit must be a number at least 1"),
+    (ApolloConfig, {"disable_nl": 1}, r"disable_nl must be true or false, got 1"),
+    (ApolloConfig, {"scale_front": "yes"}, r"scale_front must be true or false, got 'yes'"),
+    (ApolloConfig, {"stagger": True}, r"stagger spreads factorisations, got proj='random'.*: use stagger=False"),
+    (ApolloMiniConfig, {"rank": 0}, r"rank must be at least 1 .*, got 0"),
     (SubspaceAdamWConfig, {"residual": "ful"}, r"residual must be one of .*did you mean 'full'"),
     (SubspaceAdamWConfig, {"residual_limit": 0.5}, r"residual_limit must be a number at least 1"),
     (SubspaceAdamWConfig, {"transport": "rotat"}, r"transport must be one of .*did you mean 'rotate'"),
@@ -80,7 +96,7 @@ def test_configurations_refuse(config: type, values: dict[str, Any], sentence: s
 )
 def test_classes_refuse_the_same_by_name(config: type, values: dict[str, Any], sentence: str):
     cls: Any = OPTIMIZERS[config]
-    arguments = {"rank": 4} | values if config is GaLoreConfig else values
+    arguments = {"rank": 4} | values if issubclass(cls, RankedGroups) else values
     with pytest.raises(ValueError, match=f"{cls.__name__}: .*{sentence}"):
         cls([nn.Parameter(torch.ones(8, 8))], **arguments)
 

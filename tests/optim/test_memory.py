@@ -47,6 +47,14 @@ FORMULAS = {
     "subspace_adamw/bfloat16": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/stagger": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/sign": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
+    # GaLore's state and the residual's last norm
+    "fira": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
+    "fira/power": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
+    # no basis: it comes from a seed. The update's last norm, except without a limiter
+    "apollo": 4 * (2 * LONG * R + 1) + 4,
+    "apollo_mini": 4 * (2 * LONG * R + 1) + 4,
+    "apollo_mini/one": 4 * (2 * LONG) + 4,
+    "apollo/svd": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/off": 4 * (2 * LONG * R + SHORT * R) + 4,
 }
 
