@@ -6,19 +6,21 @@ if __name__ != "thinrank.optim":
 from thinrank.optim.axis import Axis
 from thinrank.optim.build import build, route
 from thinrank.optim.grouping import Role, Routing, roles
+from thinrank.optim.heads import HeadLayout, attention_layouts
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods import (
     METHODS,
     AdamWConfig,
     DCTAdamWConfig,
     GaLoreConfig,
+    GaLorePlusConfig,
     LowRankConfig,
     MatrixConfig,
     MethodConfig,
     SubspaceAdamWConfig,
 )
 from thinrank.optim.optimizer import MatrixOptimizer
-from thinrank.optim.optimizers import OPTIMIZERS, AdamW, DCTAdamW, GaLore, SubspaceAdamW
+from thinrank.optim.optimizers import OPTIMIZERS, AdamW, DCTAdamW, GaLore, GaLorePlus, SubspaceAdamW
 
 __all__ = [
     "METHODS",
@@ -30,6 +32,9 @@ __all__ = [
     "DCTAdamWConfig",
     "GaLore",
     "GaLoreConfig",
+    "GaLorePlus",
+    "GaLorePlusConfig",
+    "HeadLayout",
     "LowRankConfig",
     "MatrixConfig",
     "MatrixOptimizer",
@@ -39,6 +44,7 @@ __all__ = [
     "Routing",
     "SubspaceAdamW",
     "SubspaceAdamWConfig",
+    "attention_layouts",
     "build",
     "matrix_views",
     "roles",

@@ -8,23 +8,32 @@ from typing import Any, cast
 from torch import nn
 
 from thinrank.optim.grouping import Routing, Row, group_parameters
+from thinrank.optim.heads import HeadLayout
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.optimizers import OPTIMIZERS
 
 
-def route(model: nn.Module, config: MethodConfig, roles: Mapping[str, str] | None = None) -> Routing:
+def route(
+    model: nn.Module,
+    config: MethodConfig,
+    roles: Mapping[str, str] | None = None,
+    heads: Mapping[str, HeadLayout] | None = None,
+) -> Routing:
     """Which parameter of `model` is stepped by which rule under `config`, and what its state costs.
 
     The states are laid out on the meta device, so nothing is allocated; `model` may be there itself.
 
     Args:
         roles: regular expression on a parameter's name → role, where the role found by module type is wrong.
+        heads: regular expression on an attention weight's name → where its heads lie, for methods that share a basis
+            among heads (`cross_heads`) and models whose weights are not known.
 
     Raises:
-        ValueError: when a target, an exclusion or a role pattern matches nothing.
+        ValueError: when a target, an exclusion, a role or a heads pattern matches nothing, and when the heads of an
+            attention weight cannot be told apart.
     """
-    routing = group_parameters(model, config, roles)
+    routing = group_parameters(model, config, roles, heads)
     stand_ins = [
         {**group, "params": [(name, nn.Parameter(p.detach().to("meta"))) for name, p in group["params"]]}
         for group in routing.groups
@@ -49,18 +58,23 @@ def route(model: nn.Module, config: MethodConfig, roles: Mapping[str, str] | Non
 
 
 def build(
-    model: nn.Module, config: MethodConfig, *, seed: int = 0, roles: Mapping[str, str] | None = None
+    model: nn.Module,
+    config: MethodConfig,
+    *,
+    seed: int = 0,
+    roles: Mapping[str, str] | None = None,
+    heads: Mapping[str, HeadLayout] | None = None,
 ) -> MatrixOptimizer:
     """The optimizer of `config` for `model`: groups by role, projected matrices by `config.targets`.
 
     Args:
         seed: of every random choice of the method; two runs with one seed choose alike.
-        roles: as in `route`.
+        roles, heads: as in `route`.
 
     Raises:
-        ValueError: when a target, an exclusion or a role pattern matches nothing.
+        ValueError: as `route` does.
     """
-    return _optimizer(group_parameters(model, config, roles).groups, config, seed=seed)
+    return _optimizer(group_parameters(model, config, roles, heads).groups, config, seed=seed)
 
 
 def _optimizer(groups: list[dict[str, Any]], config: MethodConfig, *, seed: int) -> MatrixOptimizer:

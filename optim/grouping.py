@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thinrank.optim.heads import HeadLayout, attention_layouts
 from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig
 
 
@@ -179,8 +180,32 @@ def targeted(
     return chosen
 
 
-def group_parameters(model: nn.Module, config: MethodConfig, overrides: Mapping[str, str] | None = None) -> Routing:
-    """Parameter groups for `model` under `config`: by role and rule, every trainable parameter in exactly one."""
+def head_groups(
+    model: nn.Module, config: MethodConfig, names: list[str], heads: Mapping[str, HeadLayout] | None
+) -> dict[str, dict[str, Any]]:
+    """What groups say of the attention weights among `names` whose heads share a basis, by name."""
+    shared = getattr(config, "cross_heads", None)
+    if heads and not shared:
+        none = "has no heads to share" if shared is None else "has cross_heads=[]"
+        raise ValueError(f"heads is given, but {config.name} {none}: leave it out")
+    if not shared:
+        return {}
+    layouts = attention_layouts(model, names, roles=shared, given=heads)
+    groups = {name: layout.group(name, shared) for name, layout in layouts.items()}
+    return {name: group for name, group in groups.items() if group is not None}
+
+
+def group_parameters(
+    model: nn.Module,
+    config: MethodConfig,
+    overrides: Mapping[str, str] | None = None,
+    heads: Mapping[str, HeadLayout] | None = None,
+) -> Routing:
+    """Parameter groups for `model` under `config`: by role and rule, every trainable parameter in exactly one.
+
+    Methods with `cross_heads` have groups of their own for the attention weights of one layout, which `heads` (regular
+    expression on the name → layout) gives where it cannot be found.
+    """
     role = roles(model, overrides)
     parameters = dict(model.named_parameters())
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
@@ -191,13 +216,14 @@ def group_parameters(model: nn.Module, config: MethodConfig, overrides: Mapping[
     if isinstance(config, MatrixConfig) and not (isinstance(config, LowRankConfig) and config.rank is None):
         shapes = {name: tuple(parameters[name].shape) for name in names}
         chosen = targeted(names, role, shapes, config)
+    layouts = head_groups(model, config, [name for name in names if name in chosen], heads)
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     vector_lr = embedding_lr if config.vector_lr is None else config.vector_lr
     rate = {Role.MATRIX: config.lr, Role.EMBEDDING: embedding_lr, Role.HEAD: embedding_lr, Role.VECTOR: vector_lr}
-    groups: dict[tuple[Role, bool], dict[str, Any]] = {}
+    groups: dict[tuple[Role, bool, str], dict[str, Any]] = {}
     for name in names:
         own = name in chosen
-        key = (role[name], own)
+        key = (role[name], own, repr(layouts.get(name)))
         if key not in groups:
             group = config.group()
             if "rank" in group and not own:
@@ -209,6 +235,7 @@ def group_parameters(model: nn.Module, config: MethodConfig, overrides: Mapping[
                 "label": f"{key[0].value}/{config.name if own else 'adamw'}",
                 "lr": config.lr if own else rate[key[0]],
                 "weight_decay": 0.0 if key[0] is Role.VECTOR else config.weight_decay,
+                **layouts.get(name, {}),
             }
             groups[key] = group
         groups[key]["params"].append((name, parameters[name]))

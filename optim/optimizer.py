@@ -36,7 +36,7 @@ def batch_size(elements: int, device: torch.device) -> int:
 
 
 GROUP_EXTRAS: dict[str, Any] = {
-    "elementwise": False, "role": "", "label": "", "sections": None, "blocks": 1, "seed": 0,
+    "elementwise": False, "role": "", "label": "", "sections": None, "sections_along": "rows", "blocks": 1, "seed": 0,
 }  # fmt: skip
 
 POSITIONAL = ("lr", "betas", "eps", "weight_decay")
@@ -57,6 +57,7 @@ class Bucket:
     stacked: State
     counts: Tensor
     keys: list[int]
+    section: int
 
 
 @dataclass(slots=True)
@@ -76,8 +77,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     construction on.
 
     Group keys beside the method's own: `elementwise`, `sections` (row counts of a fused weight whose parts are their
-    own matrices), `blocks` (equal parts of each section, such as heads), `seed` (of every random choice), `role` and
-    `label` (for reports).
+    own matrices; column counts with `sections_along="columns"`), `blocks` (equal parts of each section, such as heads),
+    `seed` (of every random choice), `role` and `label` (for reports).
 
     Args:
         params: parameters, pairs of name and parameter, or groups, as in torch.
@@ -146,13 +147,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         index = len(self.param_groups) - 1
-        rules = self.rules(group)
         if not group["label"]:
             group["label"] = f"group{index}"
         try:
             for name, param in zip(self.names(index), group["params"], strict=True):
                 self._refuse(name, param)
-                self.state[param] = self._initial_state(name, param, group, *rules)
+                self.state[param] = self._initial_state(name, param, group)
         except Exception:
             self.param_groups.pop()
             for param in group["params"]:
@@ -176,13 +176,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} steps floating-point parameters; {name} is {param.dtype}: freeze it"
             )
 
-    def rules(self, group: Mapping[str, Any]) -> tuple[MatrixRule | None, ElementwiseAdamW]:
-        """The rule for matrices (None: like everything else) and the one for everything else, by `group`'s values."""
-        values = (group["elementwise"], *(repr(group[key]) for key in self.Config.GROUP))
+    def rules(self, group: Mapping[str, Any], section: int = 0) -> tuple[MatrixRule | None, ElementwiseAdamW]:
+        """The rule for matrices (None: like everything else) and the one for everything else, by `group`'s values.
+
+        Args:
+            section: of a fused weight, where the method treats its sections differently.
+        """
+        values = (group["elementwise"], section, *(repr(group[key]) for key in self.Config.GROUP))
         if values not in self._rules:
-            if len(self._rules) > len(self.param_groups):
+            if len(self._rules) > sum(len(g["sections"] or (0,)) for g in self.param_groups):
                 self._rules.clear()  # a schedule that moves betas asks for a new rule at every step
-            config = self.Config.of_group({**group, "lr": 0.0, "weight_decay": 0.0})
+            config = self.Config.of_group({**group, "lr": 0.0, "weight_decay": 0.0}).of_section(section)
             self._rules[values] = (None if group["elementwise"] else config.matrix_rule(), config.element_rule())
         return self._rules[values]
 
@@ -194,17 +198,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
             group.get("proj_type", "std"),
             sections=group["sections"],
             blocks=group["blocks"],
+            along=group["sections_along"],
         )
 
-    def _initial_state(
-        self, name: str, param: Tensor, group: Mapping[str, Any], rule: MatrixRule | None, element: ElementwiseAdamW
-    ) -> State:
+    def _initial_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> State:
+        rule, element = self.rules(group)
         views = self._views(param, group, rule)
         if rule is None or not views:
             return element.init(param)
         self._warn_if_clamped(name, views, group)
         state: State = {"step": torch.zeros((), dtype=torch.float32, device="meta" if param.is_meta else "cpu")}
         for i, view in enumerate(views):
+            rule, _ = self.rules(group, i)
+            assert rule is not None  # the sections of a group have rules of one kind
             for key, value in rule.init((view.blocks, *view.shape), param.device).items():
                 state[_prefix(views, i) + key] = value if view.blocks > 1 else value[0]
         return state
@@ -244,8 +250,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         probe = Probe() if self.measure else None
         for group, layout in zip(self.param_groups, self._assembled(), strict=True):
             lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-            rule, element = self.rules(group)
+            _, element = self.rules(group)
             for bucket in layout.buckets:
+                rule, _ = self.rules(group, bucket.section)
                 assert rule is not None  # buckets are made for groups with a matrix rule only
                 self._step_bucket(bucket, rule, group, lr, weight_decay, probe)
             rest = [p for p in layout.rest if p.grad is not None]
@@ -360,22 +367,24 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _assemble(self, index: int) -> Layout:
         group = self.param_groups[index]
         rule, _ = self.rules(group)
-        members: dict[tuple[Any, ...], list[tuple[torch.nn.Parameter, str]]] = {}
+        members: dict[tuple[MatrixView, int, str, Any, Any], list[tuple[torch.nn.Parameter, str]]] = {}
         rest = []
         for name, param in zip(self.names(index), group["params"], strict=True):
             views = self._views(param, group, rule)
             if not views:
                 rest.append(param)
             for i, view in enumerate(views):
-                members.setdefault((view, _prefix(views, i), param.dtype, param.device), []).append((param, name))
+                members.setdefault((view, i, _prefix(views, i), param.dtype, param.device), []).append((param, name))
         buckets = []
-        for (view, prefix, _, _), found in members.items():
+        for (view, section, prefix, _, _), found in members.items():
             most = batch_size(view.blocks * view.shape[0] * view.shape[1], found[0][0].device)
             starts = range(0, len(found), most)
-            buckets.extend(self._stack(found[start : start + most], view, prefix) for start in starts)
+            buckets.extend(self._stack(found[start : start + most], view, prefix, section) for start in starts)
         return Layout(buckets, rest)
 
-    def _stack(self, members: list[tuple[torch.nn.Parameter, str]], view: MatrixView, prefix: str) -> Bucket:
+    def _stack(
+        self, members: list[tuple[torch.nn.Parameter, str]], view: MatrixView, prefix: str, section: int
+    ) -> Bucket:
         params = [param for param, _ in members]
         states = [self.state[p] for p in params]
         keys = [k[len(prefix) :] for k in states[0] if k != "step" and k.startswith(prefix)]
@@ -392,7 +401,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             state["step"] = counts[i]
         names = [name for _, name in members]
         numbers = [zlib.crc32(f"{prefix}{name}.{block}".encode()) for name in names for block in range(view.blocks)]
-        return Bucket(params, names, view, prefix, stacked, counts, numbers)
+        return Bucket(params, names, view, prefix, stacked, counts, numbers, section)
 
     # --- state ------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from thinrank.optim.methods import AdamWConfig, DCTAdamWConfig, GaLoreConfig, SubspaceAdamWConfig
+from thinrank.optim.methods import AdamWConfig, DCTAdamWConfig, GaLoreConfig, GaLorePlusConfig, SubspaceAdamWConfig
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 
@@ -43,6 +43,17 @@ class GaLore(RankedGroups):
     Config = GaLoreConfig
 
 
+class GaLorePlus(RankedGroups):
+    """GaLore+: shared heads, fast subspaces, sparse residuals. See `thinrank.optim.methods.galore_plus`.
+
+    Accepts galore-torch's parameter groups. A group of attention weights says `proj_type="right"` and `heads` (its
+    heads are rows: q, k, v) or `"left"` (columns: o) to have its heads share a basis; with `sections`, the parts of a
+    fused weight, `heads` may be one number for each.
+    """
+
+    Config = GaLorePlusConfig
+
+
 class DCTAdamW(MatrixOptimizer):
     """DCT-AdamW: AdamW on the strongest columns of a fixed basis. See `thinrank.optim.methods.dct_adamw`."""
 
@@ -56,6 +67,6 @@ class SubspaceAdamW(MatrixOptimizer):
 
 
 OPTIMIZERS: dict[type[MethodConfig], type[MatrixOptimizer]] = {
-    cls.Config: cls for cls in (AdamW, GaLore, DCTAdamW, SubspaceAdamW)
+    cls.Config: cls for cls in (AdamW, GaLore, DCTAdamW, SubspaceAdamW, GaLorePlus)
 }
 """Which class a configuration builds."""

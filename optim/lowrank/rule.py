@@ -55,7 +55,7 @@ class LowRank:
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
         x = self.feedback.enter(grad, state)
         every = self.subspace.every
-        due = [i for i, count in enumerate(step.count) if count == 0 or (count + self.lead(step, i)) % every == 0]
+        due = [i for i in range(len(step.count)) if step.renews(i, every, stagger=self.stagger)]
         low = self.renew(x, state, step, due) if due else None
         if low is None:
             low = step.axis.mean(self.subspace.down(x, state))  # (batch, long, r): where replicas meet
@@ -65,10 +65,6 @@ class LowRank:
             step.record["captured_energy"] = captured_energy(x, low, step.axis)
         direction = self.inner.direction(low, state, step)
         return self.lift(x, low, direction, self.subspace, state, step)
-
-    def lead(self, step: Step, index: int) -> int:
-        """How many steps earlier than the others a matrix renews; its first update always does."""
-        return step.keys[index] * self.subspace.every >> 32 if self.stagger and step.keys else 0
 
     def renew(self, x: Tensor, state: State, step: Step, due: Sequence[int]) -> Tensor | None:
         """Renews the subspaces of the matrices `due` and carries their moments over.

@@ -6,6 +6,7 @@ from thinrank.optim.methods.adamw import AdamWConfig
 from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig
 from thinrank.optim.methods.dct_adamw import DCTAdamWConfig
 from thinrank.optim.methods.galore import GaLoreConfig
+from thinrank.optim.methods.galore_plus import GaLorePlusConfig
 from thinrank.optim.methods.subspace_adamw import SubspaceAdamWConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -13,6 +14,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "galore": GaLoreConfig,
     "dct_adamw": DCTAdamWConfig,
     "subspace_adamw": SubspaceAdamWConfig,
+    "galore_plus": GaLorePlusConfig,
 }
 """Every method by the name a configuration file uses; the tests' battery runs over it."""
 
@@ -21,6 +23,7 @@ __all__ = [
     "AdamWConfig",
     "DCTAdamWConfig",
     "GaLoreConfig",
+    "GaLorePlusConfig",
     "LowRankConfig",
     "MatrixConfig",
     "MethodConfig",

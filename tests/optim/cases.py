@@ -27,11 +27,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct_adamw/bfloat16": ("dct_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/bfloat16": ("subspace_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/stagger": ("subspace_adamw", {"stagger": True}),
+    "galore_plus/dense": ("galore_plus", {"density": 1.0, "warmup": 0}),
+    "galore_plus/warmup": ("galore_plus", {"density": 0.2, "warmup": 4, "head_select": "random", "stagger": True}),
+    "galore_plus/reselect": ("galore_plus", {"density": 0.2, "reselect": "renewal", "transport": "reset"}),
+    "galore_plus/no_entries": ("galore_plus", {"density": 0.0, "svd": "exact", "transport": "keep"}),
     "subspace_adamw/off": ("subspace_adamw", {"residual": "off", "transport": "keep"}),
 }
 
 
-SMALL: dict[str, dict[str, Any]] = {"galore": {"scale": 1.0}}
+SMALL: dict[str, dict[str, Any]] = {
+    "galore": {"scale": 1.0},
+    "galore_plus": {"scale": 1.0, "warmup": 2},
+}
 """What a method needs to learn something small."""
 
 
