@@ -203,7 +203,7 @@ class _Weight:
         if self.model_type == "falcon":
             return self._falcon()
         if not packed and not (self.layer == "query_key_value" and self.model_type in INTERLEAVED):
-            kind = f"models of type {self.model_type!r}" if self.model_type else "this model"
+            kind = f"a model of type {self.model_type!r}" if self.model_type else "this model"
             raise self.refusal(f"how {kind} packs q, k and v into one is not known here")
         heads, kv, size = self.counts()
         return self._packed(heads, kv, size) if packed else self._interleaved(heads, 3 * size)

@@ -20,7 +20,7 @@ def largest_entries(score: Tensor, k: int) -> Tensor:
     """
     n = score.shape[-1]
     if k == n:
-        return torch.arange(n, device=score.device).expand(score.shape[0], -1)
+        return torch.arange(n, device=score.device).repeat(score.shape[0], 1)
     least = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, equal = score > least, score == least
     room = k - above.sum(-1, keepdim=True)
