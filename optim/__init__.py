@@ -6,6 +6,7 @@ if __name__ != "thinrank.optim":
 from thinrank.optim.axis import Axis
 from thinrank.optim.build import build, route
 from thinrank.optim.grouping import Role, Routing, roles
+from thinrank.optim.heads import HeadLayout, attention_layouts
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods import (
     METHODS,
@@ -15,6 +16,7 @@ from thinrank.optim.methods import (
     DCTAdamWConfig,
     FiraConfig,
     GaLoreConfig,
+    GaLorePlusConfig,
     LDAdamConfig,
     LowRankConfig,
     MatrixConfig,
@@ -33,6 +35,7 @@ from thinrank.optim.optimizers import (
     DCTAdamW,
     Fira,
     GaLore,
+    GaLorePlus,
     LDAdam,
     SubspaceAdamW,
 )
@@ -55,6 +58,9 @@ __all__ = [
     "FiraConfig",
     "GaLore",
     "GaLoreConfig",
+    "GaLorePlus",
+    "GaLorePlusConfig",
+    "HeadLayout",
     "LDAdam",
     "LDAdamConfig",
     "LowRankConfig",
@@ -69,6 +75,7 @@ __all__ = [
     "SubspaceAdamW",
     "SubspaceAdamWConfig",
     "allocated_ranks",
+    "attention_layouts",
     "build",
     "matrix_views",
     "reallocate",

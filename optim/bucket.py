@@ -27,6 +27,7 @@ class Bucket:
         stacked: the state, one row for each matrix; the parameters' own states are views of it.
         counts: finished updates of each parameter.
         keys: a stable number for each matrix.
+        section: of a fused weight, which part of it the view shows.
     """
 
     params: list[torch.nn.Parameter]
@@ -36,10 +37,16 @@ class Bucket:
     stacked: State
     counts: Tensor
     keys: list[int]
+    section: int
 
     @classmethod
     def of(
-        cls, members: Sequence[tuple[torch.nn.Parameter, str]], states: Sequence[State], view: MatrixView, prefix: str
+        cls,
+        members: Sequence[tuple[torch.nn.Parameter, str]],
+        states: Sequence[State],
+        view: MatrixView,
+        prefix: str,
+        section: int,
     ) -> Bucket:
         """Stacks the states of `members` and puts views of the stack in their place."""
         keys = [k[len(prefix) :] for k in states[0] if k != "step" and k.startswith(prefix)]
@@ -56,7 +63,7 @@ class Bucket:
             state["step"] = counts[i]
         names = [name for _, name in members]
         numbers = [zlib.crc32(f"{prefix}{name}.{block}".encode()) for name in names for block in range(view.blocks)]
-        return cls([param for param, _ in members], names, view, prefix, stacked, counts, numbers)
+        return cls([param for param, _ in members], names, view, prefix, stacked, counts, numbers, section)
 
     def rows(self, active: Sequence[int]) -> list[int] | slice:
         """Rows of the stack that belong to the parameters at the places `active` (rising)."""

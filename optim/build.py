@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from thinrank.optim.grouping import Routing, Row, group_parameters
+from thinrank.optim.heads import HeadLayout
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.optimizers import OPTIMIZERS
@@ -18,6 +19,7 @@ def route(
     config: MethodConfig,
     roles: Mapping[str, str] | None = None,
     ranks: Mapping[str, int | None] | None = None,
+    heads: Mapping[str, HeadLayout] | None = None,
 ) -> Routing:
     """Which parameter of `model` is stepped by which rule under `config`, and what its state costs.
 
@@ -27,11 +29,14 @@ def route(
         roles: regular expression on a parameter's name → role, where the role found by module type is wrong.
         ranks: name of a matrix → its own rank in the place of `config.rank` (None: stepped element by element), such
             as `allocated_ranks` gives.
+        heads: regular expression on an attention weight's name → where its heads lie, for methods that share a basis
+            among heads (`cross_heads`) and models whose weights are not known.
 
     Raises:
-        ValueError: when a target, an exclusion or a role pattern matches nothing, or a rank is of no projected matrix.
+        ValueError: when a target, an exclusion, a role or a heads pattern matches nothing, when a rank is of no
+            projected matrix, and when the heads of an attention weight cannot be told apart.
     """
-    routing = group_parameters(model, config, roles, ranks)
+    routing = group_parameters(model, config, roles, ranks, heads)
     stand_ins = [
         {**group, "params": [(name, nn.Parameter(p.detach().to("meta"))) for name, p in group["params"]]}
         for group in routing.groups
@@ -62,17 +67,18 @@ def build(
     seed: int = 0,
     roles: Mapping[str, str] | None = None,
     ranks: Mapping[str, int | None] | None = None,
+    heads: Mapping[str, HeadLayout] | None = None,
 ) -> MatrixOptimizer:
     """The optimizer of `config` for `model`: groups by role, projected matrices by `config.targets`.
 
     Args:
         seed: of every random choice of the method; two runs with one seed choose alike.
-        roles, ranks: as in `route`.
+        roles, ranks, heads: as in `route`.
 
     Raises:
-        ValueError: when a target, an exclusion or a role pattern matches nothing, or a rank is of no projected matrix.
+        ValueError: as `route` does.
     """
-    return _optimizer(group_parameters(model, config, roles, ranks).groups, config, seed=seed)
+    return _optimizer(group_parameters(model, config, roles, ranks, heads).groups, config, seed=seed)
 
 
 def _optimizer(groups: list[dict[str, Any]], config: MethodConfig, *, seed: int) -> MatrixOptimizer:

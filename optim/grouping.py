@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thinrank.optim.heads import HeadLayout, attention_layouts
 from thinrank.optim.methods.config import MatrixConfig, MethodConfig, RankedConfig
 
 
@@ -197,16 +198,35 @@ def stepped_matrices(
     return {name: p for name, p in trainable.items() if name in chosen}
 
 
+def head_groups(
+    model: nn.Module, config: MethodConfig, names: list[str], heads: Mapping[str, HeadLayout] | None
+) -> dict[str, dict[str, Any]]:
+    """What groups say of the attention weights among `names` whose heads share a basis, by name."""
+    shared = getattr(config, "cross_heads", None)
+    if heads and not shared:
+        none = "has no heads to share" if shared is None else "has cross_heads=[]"
+        raise ValueError(f"heads is given, but {config.name} {none}: leave it out")
+    if not shared:
+        return {}
+    layouts = attention_layouts(model, names, roles=shared, given=heads)
+    groups = {name: layout.group(name, shared) for name, layout in layouts.items()}
+    return {name: group for name, group in groups.items() if group is not None}
+
+
 def group_parameters(
     model: nn.Module,
     config: MethodConfig,
     overrides: Mapping[str, str] | None = None,
     ranks: Mapping[str, int | None] | None = None,
+    heads: Mapping[str, HeadLayout] | None = None,
 ) -> Routing:
     """Parameter groups for `model` under `config`: by role, rule and rank, every trainable parameter in exactly one.
 
+    Methods with `cross_heads` have groups of their own for the attention weights of one layout.
+
     Args:
         ranks: name of a matrix → its own rank, or None where it is to be stepped element by element.
+        heads: regular expression on a name → the layout of its heads, where that cannot be found.
 
     Raises:
         ValueError: for a rank of something that the method does not project, and as in `stepped_matrices`.
@@ -223,14 +243,15 @@ def group_parameters(
         if name not in chosen:
             raise ValueError(f"ranks: {name!r} is no matrix that {config.name} projects here: remove it or target it")
     chosen -= {name for name, rank in ranks.items() if rank is None}
+    layouts = head_groups(model, config, [name for name in names if name in chosen], heads)
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     vector_lr = embedding_lr if config.vector_lr is None else config.vector_lr
     rate = {Role.MATRIX: config.lr, Role.EMBEDDING: embedding_lr, Role.HEAD: embedding_lr, Role.VECTOR: vector_lr}
-    groups: dict[tuple[Role, bool, int | None], dict[str, Any]] = {}
+    groups: dict[tuple[Role, bool, int | None, str], dict[str, Any]] = {}
     for name in names:
         own = name in chosen
         rank = ranks.get(name)
-        key = (role[name], own, rank)
+        key = (role[name], own, rank, repr(layouts.get(name)))
         if key not in groups:
             group = config.group()
             if "rank" in group and (rank is not None or not own):
@@ -243,6 +264,7 @@ def group_parameters(
                 "label": f"{key[0].value}/{rule if own else 'adamw'}",
                 "lr": config.lr if own else rate[key[0]],
                 "weight_decay": 0.0 if key[0] is Role.VECTOR else config.weight_decay,
+                **layouts.get(name, {}),
             }
             groups[key] = group
         groups[key]["params"].append((name, parameters[name]))

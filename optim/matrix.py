@@ -24,6 +24,7 @@ class MatrixView:
         blocks: equal parts these rows are cut into.
         columns: columns of the flattened parameter.
         transposed: True when the kept ("long") side is the columns.
+        first: the first of these columns; not 0 where a fused weight lies transposed, as GPT-2's do.
     """
 
     start: int
@@ -31,6 +32,7 @@ class MatrixView:
     blocks: int
     columns: int
     transposed: bool
+    first: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,10 +47,10 @@ class MatrixView:
 
     def of(self, tensor: Tensor) -> Tensor:
         """`(blocks, long, short)` of `tensor`; a view of it wherever its strides allow one, else a copy."""
-        if self.blocks == 1 and tensor.ndim == 2 and self.stop - self.start == tensor.shape[0]:
+        if self.blocks == 1 and tensor.shape == self.stored:
             parts = tensor.unsqueeze(0)  # the plain matrix, which is nearly always what comes
         else:
-            flat = tensor.reshape(tensor.shape[0], -1)[self.start : self.stop]
+            flat = tensor.reshape(tensor.shape[0], -1)[self.start : self.stop, self.first : self.first + self.columns]
             parts = flat.unflatten(0, (self.blocks, -1))
         return parts.mT if self.transposed else parts
 
@@ -66,7 +68,12 @@ def writable(tensor: Tensor) -> bool:
 
 
 def matrix_views(
-    shape: tuple[int, ...], side: str = "std", *, sections: Sequence[int] | None = None, blocks: int = 1
+    shape: tuple[int, ...],
+    side: str = "std",
+    *,
+    sections: Sequence[int] | None = None,
+    blocks: int = 1,
+    along: str = "rows",
 ) -> tuple[MatrixView, ...]:
     """The views of a parameter of `shape`, one for each section of a fused weight.
 
@@ -75,7 +82,8 @@ def matrix_views(
         side: which side is compressed, in GaLore's words: `std` the shorter one (columns when square), `reverse_std`
             the longer one, `right` the columns, `left` the rows, `full` both (kept as for `std`).
         sections: row counts of a fused weight (q, k, v of unequal size), each its own matrix.
-        blocks: equal parts (heads) every section is cut into.
+        blocks: equal parts (heads) every section's rows are cut into.
+        along: `rows`, or `columns` where the sections are column counts: a fused weight that is stored transposed.
 
     Raises:
         ValueError: when the sections do not add up to the rows or the blocks do not divide them.
@@ -87,15 +95,18 @@ def matrix_views(
     rows, columns = shape[0], math.prod(shape[1:])
     if not isinstance(sections, (tuple, list, type(None))):
         raise ValueError(f"sections must be a list of row counts, got {sections!r}")
-    parts = (rows,) if sections is None else tuple(sections)
-    if sum(parts) != rows or min(parts) < 1:
-        raise ValueError(f"sections must be positive and add up to the {rows} rows of the weight, got {parts}")
+    if along not in ("rows", "columns"):
+        raise ValueError(f"sections_along must be rows or columns, got {along!r}")
+    whole = rows if along == "rows" else columns
+    parts = (whole,) if sections is None else tuple(sections)
+    if sum(parts) != whole or min(parts) < 1:
+        raise ValueError(f"sections must be positive and add up to the {whole} {along} of the weight, got {parts}")
     views, start = [], 0
     for part in parts:
-        if blocks < 1 or part % blocks:
-            raise ValueError(f"blocks must divide the {part} rows of its section, got {blocks}")
-        height = part // blocks
-        short_is_columns = height >= columns
+        height, width = (part, columns) if along == "rows" else (rows, part)
+        if blocks < 1 or height % blocks:
+            raise ValueError(f"blocks must divide the {height} rows of its section, got {blocks}")
+        short_is_columns = height // blocks >= width
         compress_columns = {
             "std": short_is_columns,
             "full": short_is_columns,
@@ -103,6 +114,7 @@ def matrix_views(
             "right": True,
             "left": False,
         }[side]
-        views.append(MatrixView(start, start + part, blocks, columns, transposed=not compress_columns))
+        top, left = (start, 0) if along == "rows" else (0, start)
+        views.append(MatrixView(top, top + height, blocks, width, transposed=not compress_columns, first=left))
         start += part
     return tuple(views)

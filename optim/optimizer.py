@@ -37,7 +37,7 @@ def batch_size(elements: int, device: torch.device) -> int:
 
 
 GROUP_EXTRAS: dict[str, Any] = {
-    "elementwise": False, "role": "", "label": "", "sections": None, "blocks": 1, "seed": 0,
+    "elementwise": False, "role": "", "label": "", "sections": None, "sections_along": "rows", "blocks": 1, "seed": 0,
 }  # fmt: skip
 
 POSITIONAL = ("lr", "betas", "eps", "weight_decay")
@@ -56,8 +56,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     construction on.
 
     Group keys beside the method's own: `elementwise`, `sections` (row counts of a fused weight whose parts are their
-    own matrices), `blocks` (equal parts of each section, such as heads), `seed` (of every random choice), `role` and
-    `label` (for reports).
+    own matrices; column counts with `sections_along="columns"`), `blocks` (equal parts of each section, such as heads),
+    `seed` (of every random choice), `role` and `label` (for reports).
 
     Args:
         params: parameters, pairs of name and parameter, or groups, as in torch.
@@ -138,13 +138,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         index = len(self.param_groups) - 1
-        rules = self.rules(group)
         if not group["label"]:
             group["label"] = f"group{index}"
         try:
             for name, param in zip(self.names(index), group["params"], strict=True):
                 self._refuse(name, param)
-                self.state[param] = self._initial_state(name, param, group, *rules)
+                self.state[param] = self._initial_state(name, param, group)
         except Exception:
             self.param_groups.pop()
             for param in group["params"]:
@@ -168,13 +167,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} steps floating-point parameters; {name} is {param.dtype}: freeze it"
             )
 
-    def rules(self, group: Mapping[str, Any]) -> tuple[MatrixRule | None, ElementwiseAdamW]:
-        """The rule for matrices (None: like everything else) and the one for everything else, by `group`'s values."""
-        values = (group["elementwise"], *(repr(group[key]) for key in self.Config.GROUP))
+    def rules(self, group: Mapping[str, Any], section: int = 0) -> tuple[MatrixRule | None, ElementwiseAdamW]:
+        """The rule for matrices (None: like everything else) and the one for everything else, by `group`'s values.
+
+        Args:
+            section: of a fused weight, where the method treats its sections differently.
+        """
+        values = (group["elementwise"], section, *(repr(group[key]) for key in self.Config.GROUP))
         if values not in self._rules:
-            if len(self._rules) > len(self.param_groups):
+            if len(self._rules) > sum(len(g["sections"] or (0,)) for g in self.param_groups):
                 self._rules.clear()  # a schedule that moves betas asks for a new rule at every step
-            config = self.Config.of_group({**group, "lr": 0.0, "weight_decay": 0.0})
+            config = self.Config.of_group({**group, "lr": 0.0, "weight_decay": 0.0}).of_section(section)
             self._rules[values] = (None if group["elementwise"] else config.matrix_rule(), config.element_rule())
         return self._rules[values]
 
@@ -186,17 +189,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
             group.get("proj_type", "std"),
             sections=group["sections"],
             blocks=group["blocks"],
+            along=group["sections_along"],
         )
 
-    def _initial_state(
-        self, name: str, param: Tensor, group: Mapping[str, Any], rule: MatrixRule | None, element: ElementwiseAdamW
-    ) -> State:
+    def _initial_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> State:
+        rule, element = self.rules(group)
         views = self._views(param, group, rule)
         if rule is None or not views:
             return element.init(param)
         self._warn_if_clamped(name, views, group)
         state: State = {"step": torch.zeros((), dtype=torch.float32, device="meta" if param.is_meta else "cpu")}
         for i, view in enumerate(views):
+            rule, _ = self.rules(group, i)
+            assert rule is not None  # the sections of a group have rules of one kind
             for key, value in rule.init((view.blocks, *view.shape), param.device).items():
                 state[_prefix(views, i) + key] = value if view.blocks > 1 else value[0]
         return state
@@ -235,8 +240,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return loss
         probe = Probe() if self.measure else None
         for group, layout in zip(self.param_groups, self._assembled(), strict=True):
-            rule, element = self.rules(group)
+            _, element = self.rules(group)
             for bucket in layout.buckets:
+                rule, _ = self.rules(group, bucket.section)
                 assert rule is not None  # buckets are made for groups with a matrix rule only
                 if self._images:  # whoever has a gradient of its own beside them was given it by hand
                     for param in bucket.params:
@@ -338,21 +344,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _assemble(self, index: int) -> Layout:
         group = self.param_groups[index]
         rule, _ = self.rules(group)
-        members: dict[tuple[Any, ...], list[tuple[torch.nn.Parameter, str]]] = {}
+        members: dict[tuple[MatrixView, int, str, Any, Any], list[tuple[torch.nn.Parameter, str]]] = {}
         rest = []
         for name, param in zip(self.names(index), group["params"], strict=True):
             views = self._views(param, group, rule)
             if not views:
                 rest.append(param)
             for i, view in enumerate(views):
-                members.setdefault((view, _prefix(views, i), param.dtype, param.device), []).append((param, name))
+                members.setdefault((view, i, _prefix(views, i), param.dtype, param.device), []).append((param, name))
         buckets = []
-        for (view, prefix, _, _), found in members.items():
+        for (view, section, prefix, _, _), found in members.items():
             most = batch_size(view.blocks * view.shape[0] * view.shape[1], found[0][0].device)
             starts = range(0, len(found), most)
             for start in starts:
                 part = found[start : start + most]
-                buckets.append(Bucket.of(part, [self.state[param] for param, _ in part], view, prefix))
+                buckets.append(Bucket.of(part, [self.state[param] for param, _ in part], view, prefix, section))
         return Layout(buckets, rest)
 
     # --- in backward ------------------------------------------------------------------------------------------------
@@ -406,7 +412,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return
         first = param not in self._images
         for group, bucket, i in self._homes[param]:
-            rule, _ = self.rules(group)
+            rule, _ = self.rules(group, bucket.section)
             assert isinstance(rule, LowRank)  # in_backward has looked
             state = bucket.state([i])
             grad = local.bring([param.grad], bucket.view)
@@ -422,7 +428,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_([param], self._max_norm, torch.linalg.vector_norm(param.grad))
         for group, bucket, i in self._homes.get(param, []):
-            rule, _ = self.rules(group)
+            rule, _ = self.rules(group, bucket.section)
             assert rule is not None  # buckets are made for groups with a matrix rule only
             self._step_bucket(bucket, [i], rule, group, None)
         if param not in self._homes:

@@ -11,6 +11,7 @@ from thinrank.optim.methods import (
     DCTAdamWConfig,
     FiraConfig,
     GaLoreConfig,
+    GaLorePlusConfig,
     LDAdamConfig,
     MFACConfig,
     SubspaceAdamWConfig,
@@ -72,6 +73,17 @@ class ApolloMini(Apollo):
     Config = ApolloMiniConfig
 
 
+class GaLorePlus(RankedGroups):
+    """GaLore+: shared heads, fast subspaces, sparse residuals. See `thinrank.optim.methods.galore_plus`.
+
+    Accepts galore-torch's parameter groups. A group of attention weights says `proj_type="right"` and `heads` (its
+    heads are rows: q, k, v) or `"left"` (columns: o) to have its heads share a basis; with `sections`, the parts of a
+    fused weight, `heads` may be one number for each.
+    """
+
+    Config = GaLorePlusConfig
+
+
 class DCTAdamW(MatrixOptimizer):
     """DCT-AdamW: AdamW on the strongest columns of a fixed basis. See `thinrank.optim.methods.dct_adamw`."""
 
@@ -97,6 +109,7 @@ class SubspaceAdamW(MatrixOptimizer):
 
 
 OPTIMIZERS: dict[type[MethodConfig], type[MatrixOptimizer]] = {
-    cls.Config: cls for cls in (AdamW, GaLore, Fira, Apollo, ApolloMini, DCTAdamW, LDAdam, MFAC, SubspaceAdamW)
+    cls.Config: cls
+    for cls in (AdamW, GaLore, Fira, Apollo, ApolloMini, GaLorePlus, DCTAdamW, LDAdam, MFAC, SubspaceAdamW)
 }
 """Which class a configuration builds."""

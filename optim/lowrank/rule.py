@@ -65,7 +65,7 @@ class LowRank:
     def coordinates(self, x: Tensor, state: State, step: Step) -> Tensor:
         """(batch, long, r) coordinates of `x`, after the subspaces that are due have been renewed from it."""
         every = self.subspace.every
-        due = [i for i, count in enumerate(step.count) if count == 0 or (count + self.lead(step, i)) % every == 0]
+        due = [i for i in range(len(step.count)) if step.renews(i, every, stagger=self.stagger)]
         low = self.renew(x, state, step, due) if due else None
         return step.axis.mean(self.subspace.down(x, state)) if low is None else low  # where replicas meet
 
@@ -91,10 +91,6 @@ class LowRank:
         assert isinstance(self.lift, LinearLift)
         direction = self.inner.direction(image["low"], state, step)
         return self.lift.lift(image, direction, short, self.subspace, state, step)
-
-    def lead(self, step: Step, index: int) -> int:
-        """How many steps earlier than the others a matrix renews; its first update always does."""
-        return step.keys[index] * self.subspace.every >> 32 if self.stagger and step.keys else 0
 
     def renew(self, x: Tensor, state: State, step: Step, due: Sequence[int]) -> Tensor | None:
         """Renews the subspaces of the matrices `due` and carries their moments over.

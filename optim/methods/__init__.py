@@ -8,6 +8,7 @@ from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodCon
 from thinrank.optim.methods.dct_adamw import DCTAdamWConfig
 from thinrank.optim.methods.fira import FiraConfig
 from thinrank.optim.methods.galore import GaLoreConfig
+from thinrank.optim.methods.galore_plus import GaLorePlusConfig
 from thinrank.optim.methods.ldadam import LDAdamConfig
 from thinrank.optim.methods.mfac import MFACConfig
 from thinrank.optim.methods.subspace_adamw import SubspaceAdamWConfig
@@ -22,6 +23,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "fira": FiraConfig,
     "apollo": ApolloConfig,
     "apollo_mini": ApolloMiniConfig,
+    "galore_plus": GaLorePlusConfig,
 }
 """Every method by the name a configuration file uses; the tests' battery runs over it."""
 
@@ -33,6 +35,7 @@ __all__ = [
     "DCTAdamWConfig",
     "FiraConfig",
     "GaLoreConfig",
+    "GaLorePlusConfig",
     "LDAdamConfig",
     "LowRankConfig",
     "MFACConfig",

@@ -86,6 +86,10 @@ class MethodConfig:
         """The values that a parameter group of matrices carries."""
         return {key: getattr(self, key) for key in self.GROUP}
 
+    def of_section(self, index: int) -> MethodConfig:
+        """What this configuration is for one section of a fused weight; most methods make no difference."""
+        return self
+
     def matrix_rule(self) -> MatrixRule | None:
         """The rule for matrices, or None when they are stepped like everything else."""
         return None

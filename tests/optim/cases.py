@@ -38,12 +38,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fira/power": ("fira", {"svd": "power", "transport": "rotate"}),
     "apollo/svd": ("apollo", {"proj": "svd"}),
     "apollo_mini/one": ("apollo_mini", {"rank": 1, "disable_nl": True}),
+    "galore_plus/dense": ("galore_plus", {"density": 1.0, "warmup": 0}),
+    "galore_plus/warmup": ("galore_plus", {"density": 0.2, "warmup": 4, "head_select": "random", "stagger": True}),
+    "galore_plus/reselect": ("galore_plus", {"density": 0.2, "reselect": "renewal", "transport": "reset"}),
+    "galore_plus/no_entries": ("galore_plus", {"density": 0.0, "svd": "exact", "transport": "keep"}),
     "subspace_adamw/off": ("subspace_adamw", {"residual": "off", "transport": "keep"}),
 }
 
 
 SMALL: dict[str, dict[str, Any]] = {"galore": {"scale": 1.0}, "mfac": {"scale": 3.0}}
 SMALL: dict[str, dict[str, Any]] = {"galore": {"scale": 1.0}, "apollo_mini": {"scale": 1.0}}
+SMALL: dict[str, dict[str, Any]] = {
+    "galore": {"scale": 1.0},
+    "galore_plus": {"scale": 1.0, "warmup": 2},
+}
 """What a method needs to learn something small."""
 
 

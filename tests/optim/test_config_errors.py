@@ -16,6 +16,7 @@ from thinrank.optim import (
     FiraConfig,
     GaLore,
     GaLoreConfig,
+    GaLorePlusConfig,
     LDAdamConfig,
     MFACConfig,
     SubspaceAdamWConfig,
@@ -80,6 +81,19 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (SubspaceAdamWConfig, {"residual": "ful"}, r"residual must be one of .*did you mean 'full'"),
     (SubspaceAdamWConfig, {"residual_limit": 0.5}, r"residual_limit must be a number at least 1"),
     (SubspaceAdamWConfig, {"transport": "rotat"}, r"transport must be one of .*did you mean 'rotate'"),
+    (GaLorePlusConfig, {"density": 1.5}, r"density must be a number at least 0 and at most 1, got 1\.5"),
+    (GaLorePlusConfig, {"density": -0.1}, r"density must be a number at least 0"),
+    (GaLorePlusConfig, {"warmup": -1}, r"warmup must be a whole number of at least 0 steps, got -1"),
+    (GaLorePlusConfig, {"warmup": 2.5}, r"warmup must be a whole number of at least 0 steps, got 2\.5"),
+    (GaLorePlusConfig, {"reselect": "renewel"}, r"reselect must be one of never, renewal.*did you mean 'renewal'"),
+    (GaLorePlusConfig, {"heads": 0, "proj_type": "right"}, r"heads must be at least 1"),
+    (GaLorePlusConfig, {"heads": 4}, r"heads need proj_type='right'.*got 'std'"),
+    (GaLorePlusConfig, {"head_select": "max"}, r"head_select must be one of max_norm, random, round_robin"),
+    (GaLorePlusConfig, {"proj_type": "full"}, r"proj_type must be one of std, reverse_std, left, right, got 'full'"),
+    (GaLorePlusConfig, {"svd": "powr"}, r"svd must be one of .*did you mean 'power'"),
+    (GaLorePlusConfig, {"convention": "torch"}, r"convention must be one of adamw, galore"),
+    (GaLorePlusConfig, {"cross_heads": ["q", "w"]}, r"cross_heads must be one of q, k, v, o, got 'w'"),
+    (GaLorePlusConfig, {"cross_heads": "qk"}, r"cross_heads must be a list of q, k, v, o, got 'qk'"),
 ]
 
 
@@ -91,7 +105,7 @@ def test_configurations_refuse(config: type, values: dict[str, Any], sentence: s
 
 @pytest.mark.parametrize(
     ("config", "values", "sentence"),
-    [row for row in BAD if "embedding_lr" not in row[1]],
+    [row for row in BAD if not {"embedding_lr", "cross_heads"} & set(row[1])],
     ids=lambda x: str(x)[:40],
 )
 def test_classes_refuse_the_same_by_name(config: type, values: dict[str, Any], sentence: str):

@@ -55,6 +55,13 @@ FORMULAS = {
     "apollo_mini": 4 * (2 * LONG * R + 1) + 4,
     "apollo_mini/one": 4 * (2 * LONG) + 4,
     "apollo/svd": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
+    # as GaLore, and for each of the entries (rounded up) an int32 place and two moments
+    "galore_plus": 4 * (2 * LONG * R + SHORT * R + 3 * 3) + 4,
+    "galore_plus/dense": 4 * (2 * LONG * R + SHORT * R + 3 * LONG * SHORT) + 4,
+    "galore_plus/warmup": 4 * (2 * LONG * R + SHORT * R + 3 * 48) + 4,
+    # an age an entry and one a column
+    "galore_plus/reselect": 4 * (2 * LONG * R + SHORT * R + R + 4 * 48) + 4,
+    "galore_plus/no_entries": 4 * (2 * LONG * R + SHORT * R) + 4,
     "subspace_adamw/off": 4 * (2 * LONG * R + SHORT * R) + 4,
 }
 

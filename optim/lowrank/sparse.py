@@ -1,0 +1,123 @@
+"""Sparsely coded residuals: the exact Adam on the entries that a subspace serves worst."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.linalg.adam import adam_direction
+from thinrank.optim.linalg.entries import carry_entries, largest_entries, take_entries
+from thinrank.optim.lowrank.subspace import Subspace
+from thinrank.optim.rule import State, Step
+from thinrank.optim.update import Entries, Update
+
+RESELECT = ("never", "renewal")
+MOMENTS = ("entry_avg", "entry_avg_sq", "entry_age")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseResidual:
+    """Back through the basis, with the few entries that it misses most replaced by what AdamW would do there.
+
+    GaLore+ (Liao et al. 2024) corrects both moments and the update by residuals on a sparse set S of entries, which a
+    warm-up finds. How is our reconstruction. The residual of the first moment, `M − P M̃`, obeys a recursion of its own
+    while P is fixed, but it is of use only together with the low-rank moment: on S, `(P M̃)_S + (M − P M̃)_S = M_S`, the
+    moment of the raw gradient's entries; likewise for the second moment with any surrogate. Keeping `M_S` and `V_S`
+    themselves is the same numbers, needs no expansion of the low-rank moments, and does not notice a change of P.
+
+    For K = `warmup` steps the entries are only looked for: candidates add up what the subspace misses of them,
+    `|G − P Pᵀ G|`, and each step the k best of candidates and newcomers stay. A newcomer starts with this step's score,
+    so that k numbers do in the place of a full matrix of sums; they lie where the first moments will be. With K = 0 the
+    first step's scores decide. Then the moments start from zero, with a clock of their own.
+
+    Entries are multiplied by the method's `scale` like everything else. Equal scores are resolved by the lower place in
+    the matrix as it is seen, (long, short).
+
+    Attributes:
+        density: share of the entries that are in S, rounded up.
+        warmup: K, steps.
+        reselect: `never`, or `renewal`: S is chosen anew from one step's residual whenever the basis is renewed after
+            the warm-up; entries that stay keep their moments and age, others start from zero.
+        every, stagger: when the subspace renews.
+        betas, eps, eps_raw: as Adam's.
+    """
+
+    density: float
+    warmup: int = 0
+    reselect: str = "never"
+    every: int = 200
+    stagger: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    eps_raw: bool = False
+
+    def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
+        """`entries` (batch, k) int32 (int64 from 2³¹ places on), their two moments and, where S changes, their ages."""
+        batch, size = shape[0], shape[1] * shape[2]
+        k = min(size, math.ceil(round(self.density * size, 6)))
+        places = torch.arange(k, dtype=torch.int32 if size < 2**31 else torch.int64, device=device)
+        keys = MOMENTS[:2] if self.reselect == "never" else MOMENTS
+        return {
+            "entries": places.expand(batch, -1).clone(),
+            **{key: torch.zeros(batch, k, dtype=torch.float32, device=device) for key in keys},
+        }
+
+    def __call__(
+        self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
+    ) -> Update:
+        if not step.axis.whole:
+            raise RuntimeError("sparsely coded residuals need whole matrices: use density=0 where rows are sharded")
+        update = subspace.up(direction, state, x.shape[-1])
+        searching = [i for i, count in enumerate(step.count) if count < max(self.warmup, 1)]
+        again = [i for i, count in enumerate(step.count) if count > self.warmup and self._renews(step, i)]
+        if searching or again:
+            missed = (step.axis.mean(x.float()) - subspace.up(low, state, x.shape[-1]).materialise()).abs_().flatten(1)
+            fine = missed.isfinite().all(-1, keepdim=True)  # a gradient that is no number has no say
+            missed = torch.where(fine, missed, 0.0)
+            if searching:
+                self._search(missed[searching], state, searching, [step.count[i] for i in searching])
+            if again:
+                self._reselect(missed[again], fine[again], state, again)
+        active = [i for i, count in enumerate(step.count) if count >= self.warmup]
+        if not active:
+            return update
+        if len(active) == len(step.count):
+            return replace(update, entries=Entries(index=state["entries"], values=self._values(x, state, step)))
+        values = take_entries(update.materialise(), state["entries"])  # those that still search are given what they had
+        some = {key: state[key][active] for key in ("entries", *MOMENTS) if key in state}
+        values[active] = self._values(x[active], some, step.only(active))
+        for key, value in some.items():
+            state[key][active] = value
+        return replace(update, entries=Entries(index=state["entries"], values=values))
+
+    def _renews(self, step: Step, index: int) -> bool:
+        return self.reselect == "renewal" and step.renews(index, self.every, stagger=self.stagger)
+
+    def _values(self, x: Tensor, state: State, step: Step) -> Tensor:
+        """Adam's direction for the entries of `x`, by the raw gradient's own moments."""
+        grad = step.axis.mean(take_entries(x, state["entries"]).float())
+        count: Tensor | list[int] = [c - self.warmup + 1 for c in step.count]
+        if "entry_age" in state:
+            count = state["entry_age"].add_(1.0)
+        return adam_direction(
+            grad, state["entry_avg"], state["entry_avg_sq"], count, betas=self.betas, eps=self.eps, eps_raw=self.eps_raw
+        )
+
+    def _search(self, missed: Tensor, state: State, which: Sequence[int], count: Sequence[int]) -> None:
+        held = state["entries"][which].long()
+        sums = missed.scatter(-1, held, state["entry_avg"][which] + missed.gather(-1, held))
+        best = largest_entries(sums, held.shape[-1])
+        goes_on = torch.tensor([[c + 1.0 < self.warmup] for c in count]).to(sums.device)
+        state["entries"][which] = best.to(state["entries"].dtype)
+        state["entry_avg"][which] = torch.where(goes_on, sums.gather(-1, best), 0.0)
+
+    def _reselect(self, missed: Tensor, fine: Tensor, state: State, which: Sequence[int]) -> None:
+        old = state["entries"][which].long()
+        new = torch.where(fine, largest_entries(missed, old.shape[-1]), old)
+        state["entries"][which] = new.to(state["entries"].dtype)
+        for key in MOMENTS:
+            state[key][which] = carry_entries(old, new, state[key][which])
