@@ -10,21 +10,25 @@ from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods import (
     METHODS,
     AdamWConfig,
+    AuONConfig,
     DCTAdamWConfig,
     GaLoreConfig,
     LowRankConfig,
     MatrixConfig,
     MethodConfig,
+    MuonConfig,
     SubspaceAdamWConfig,
 )
 from thinrank.optim.optimizer import MatrixOptimizer
-from thinrank.optim.optimizers import OPTIMIZERS, AdamW, DCTAdamW, GaLore, SubspaceAdamW
+from thinrank.optim.optimizers import OPTIMIZERS, AdamW, AuON, DCTAdamW, GaLore, Muon, SubspaceAdamW
 
 __all__ = [
     "METHODS",
     "OPTIMIZERS",
     "AdamW",
     "AdamWConfig",
+    "AuON",
+    "AuONConfig",
     "Axis",
     "DCTAdamW",
     "DCTAdamWConfig",
@@ -35,6 +39,8 @@ __all__ = [
     "MatrixOptimizer",
     "MatrixView",
     "MethodConfig",
+    "Muon",
+    "MuonConfig",
     "Role",
     "Routing",
     "SubspaceAdamW",

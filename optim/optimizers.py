@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from thinrank.optim.methods import AdamWConfig, DCTAdamWConfig, GaLoreConfig, SubspaceAdamWConfig
+from thinrank.optim.methods import (
+    AdamWConfig,
+    AuONConfig,
+    DCTAdamWConfig,
+    GaLoreConfig,
+    MuonConfig,
+    SubspaceAdamWConfig,
+)
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 
@@ -55,7 +62,26 @@ class SubspaceAdamW(MatrixOptimizer):
     Config = SubspaceAdamWConfig
 
 
+class Muon(MatrixOptimizer):
+    """Muon: momentum with all singular values at one, for matrices. See `thinrank.optim.methods.muon`.
+
+    Everything else is AdamW's, and wants a far smaller learning rate: give embeddings and the head (with
+    `elementwise=True`) and vectors a group of their own, as `build` does.
+    """
+
+    Config = MuonConfig
+
+
+class AuON(MatrixOptimizer):
+    """AuON, or Hybrid-AuON with `newton_schulz_steps` above zero. See `thinrank.optim.methods.auon`.
+
+    Groups are as for `Muon`.
+    """
+
+    Config = AuONConfig
+
+
 OPTIMIZERS: dict[type[MethodConfig], type[MatrixOptimizer]] = {
-    cls.Config: cls for cls in (AdamW, GaLore, DCTAdamW, SubspaceAdamW)
+    cls.Config: cls for cls in (AdamW, GaLore, DCTAdamW, SubspaceAdamW, Muon, AuON)
 }
 """Which class a configuration builds."""
