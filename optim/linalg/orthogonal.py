@@ -68,6 +68,8 @@ SETS = {"jordan": JORDAN, "you": YOU, "polar_express": POLAR_EXPRESS}
 DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """What `newton_schulz` computes its products in, by the name that a configuration uses."""
 
+FORMS = ("auto", "plain", "gram")
+
 GRAM_FROM = 2.0
 """long/short from which `auto` takes the Gram form. Counted in products the forms are even at 1.5 (8 s² l + 28 s³
 against 20 s² l + 10 s³). Measured in float32 on a two-core AMD EPYC, short 128 and 768, least CPU time of several: Gram
@@ -101,13 +103,15 @@ def newton_schulz(
     Returns:
         (..., long, short), float32, or float64 where `dtype` is.
     """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if dtype is None:
         dtype = torch.bfloat16 if x.is_cuda else torch.float32
     tall = not axis.whole or x.shape[-2] >= x.shape[-1]
     gram = form == "gram" or (form == "auto" and _gram_pays(x, dtype)) or not axis.whole
     precise = torch.promote_types(dtype, torch.float32)
     if gram:
-        dtype = precise  # squared singular values need the digits: bfloat16 makes some of them negative, and they grow
+        dtype = precise  # its squares need the digits: in bfloat16 its error is up to six times the plain form's
     y = x.to(precise).flatten(0, -3) if x.ndim > 2 else x.to(precise).unsqueeze(0)
     y = y / largest_entry(y, axis)
     y.div_((coefficients.safety * frobenius(y, axis) + coefficients.eps)[:, None, None])

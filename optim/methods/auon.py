@@ -37,7 +37,7 @@ class AuONConfig(MatrixConfig):
     name: str = field(default="auon", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=0.055, metadata={"help": "learning rate: a matrix moves by this in Frobenius norm"})
     embedding_lr: float | None = field(
-        default=3e-3,  # Adam's entries are about 1, X's 1/sqrt(N): the matrices' rate is none for Adam
+        default=3e-3,  # as in the room `muon`, for the same reason
         metadata={"help": "learning rate of embeddings and output head, which AdamW steps; null: as lr"},
     )
     betas: tuple[float, float] = field(

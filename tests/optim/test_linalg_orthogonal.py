@@ -111,10 +111,12 @@ def test_the_faster_form_is_chosen_by_the_ratio_of_the_sides():
         other = "gram" if form == "plain" else "plain"
         assert torch.equal(newton_schulz(x), newton_schulz(x, form=form))
         assert not torch.equal(newton_schulz(x), newton_schulz(x, form=other))
+    with pytest.raises(ValueError, match=r"form must be one of auto, plain, gram, got 'gramm'"):
+        newton_schulz(seeded(3, 3), form="gramm")
 
 
 def test_bfloat16_is_taken_by_the_plain_form_alone():
-    """Squared singular values below its 8 bits become negative and grow: the Gram form computes in float32."""
+    """The Gram form squares singular values before it moves them, and computes in float32 at least."""
     x = decaying(64, 8, ratio=0.3)
     half = newton_schulz(x, POLAR_EXPRESS, dtype=torch.bfloat16)
     assert half.dtype is torch.float32
