@@ -8,12 +8,14 @@ from thinrank.optim.methods import (
     AdamWConfig,
     ApolloConfig,
     ApolloMiniConfig,
+    AuONConfig,
     DCTAdamWConfig,
     FiraConfig,
     GaLoreConfig,
     GaLorePlusConfig,
     LDAdamConfig,
     MFACConfig,
+    MuonConfig,
     SubspaceAdamWConfig,
 )
 from thinrank.optim.methods.config import MethodConfig
@@ -108,8 +110,27 @@ class SubspaceAdamW(MatrixOptimizer):
     Config = SubspaceAdamWConfig
 
 
+class Muon(MatrixOptimizer):
+    """Muon: momentum with all singular values at one, for matrices. See `thinrank.optim.methods.muon`.
+
+    Everything else is AdamW's, and wants a far smaller learning rate: give embeddings and the head (with
+    `elementwise=True`) and vectors a group of their own, as `build` does.
+    """
+
+    Config = MuonConfig
+
+
+class AuON(MatrixOptimizer):
+    """AuON, or Hybrid-AuON with `newton_schulz_steps` above zero. See `thinrank.optim.methods.auon`.
+
+    Groups are as for `Muon`.
+    """
+
+    Config = AuONConfig
+
+
 OPTIMIZERS: dict[type[MethodConfig], type[MatrixOptimizer]] = {
     cls.Config: cls
-    for cls in (AdamW, GaLore, Fira, Apollo, ApolloMini, GaLorePlus, DCTAdamW, LDAdam, MFAC, SubspaceAdamW)
+    for cls in (AdamW, GaLore, Fira, Apollo, ApolloMini, GaLorePlus, DCTAdamW, LDAdam, MFAC, SubspaceAdamW, Muon, AuON)
 }
 """Which class a configuration builds."""

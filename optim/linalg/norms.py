@@ -43,3 +43,28 @@ def growth_limit(norm: Tensor, previous: Tensor, limit: float) -> tuple[Tensor, 
     allowed = torch.where(previous > 0, torch.minimum(norm, limit * previous), norm)
     factor = torch.where(norm > 0, allowed / norm.clamp(min=torch.finfo(norm.dtype).tiny), torch.ones_like(norm))
     return factor, allowed
+
+
+def largest_entry(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """What each matrix of the batch may be divided by so that squares of its entries neither overflow nor vanish.
+
+    Returns:
+        (..., 1, 1): the largest magnitude of an entry (with rows on several ranks, of each rank's, summed, which is as
+        good), at least the smallest normal number.
+    """
+    if x.shape[-2] == 0 or x.shape[-1] == 0:
+        own = x.new_zeros((*x.shape[:-2], 1, 1))
+    else:
+        own = x.abs().amax((-2, -1), keepdim=True)
+    return axis.sum(own).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def cosh_rms(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """sqrt(mean(cosh²(x))) of each matrix of the batch, over all ranks that hold rows of it: (...,), at least one.
+
+    Computed as 1 + sinh², which keeps the digits of what is above one. Entries beyond 30, whose squares overflow, count
+    as 30.
+    """
+    count = axis.sum(x.new_full((), float(x.shape[-2] * x.shape[-1])))
+    total = axis.sum(x.clamp(-30.0, 30.0).sinh().square().sum((-2, -1)))
+    return (1.0 + total / count).sqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from thinrank.optim.methods.adamw import AdamWConfig
 from thinrank.optim.methods.apollo import ApolloConfig, ApolloMiniConfig
+from thinrank.optim.methods.auon import AuONConfig
 from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig, RankedConfig
 from thinrank.optim.methods.dct_adamw import DCTAdamWConfig
 from thinrank.optim.methods.fira import FiraConfig
@@ -11,6 +12,7 @@ from thinrank.optim.methods.galore import GaLoreConfig
 from thinrank.optim.methods.galore_plus import GaLorePlusConfig
 from thinrank.optim.methods.ldadam import LDAdamConfig
 from thinrank.optim.methods.mfac import MFACConfig
+from thinrank.optim.methods.muon import MuonConfig
 from thinrank.optim.methods.subspace_adamw import SubspaceAdamWConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -24,6 +26,8 @@ METHODS: dict[str, type[MethodConfig]] = {
     "apollo": ApolloConfig,
     "apollo_mini": ApolloMiniConfig,
     "galore_plus": GaLorePlusConfig,
+    "muon": MuonConfig,
+    "auon": AuONConfig,
 }
 """Every method by the name a configuration file uses; the tests' battery runs over it."""
 
@@ -32,6 +36,7 @@ __all__ = [
     "AdamWConfig",
     "ApolloConfig",
     "ApolloMiniConfig",
+    "AuONConfig",
     "DCTAdamWConfig",
     "FiraConfig",
     "GaLoreConfig",
@@ -41,6 +46,7 @@ __all__ = [
     "MFACConfig",
     "MatrixConfig",
     "MethodConfig",
+    "MuonConfig",
     "RankedConfig",
     "SubspaceAdamWConfig",
 ]

@@ -31,6 +31,13 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, o
         raise ValueError(f"{name} must be a number {above}{below}, got {value!r}")
 
 
+def decay_rate(name: str, value: Any) -> None:
+    """Refuses what is not a number from 0 to below 1."""
+    number(name, value)
+    if value >= 1.0:
+        raise ValueError(f"{name} must be below 1, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Fields of every optimizer; a learning rate for each role, because matrices and embeddings want different ones."""
@@ -61,9 +68,7 @@ class MethodConfig:
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {self.betas!r}")
         for beta in self.betas:
-            number("betas", beta)
-            if beta >= 1.0:
-                raise ValueError(f"betas must be below 1, got {self.betas!r}")
+            decay_rate("betas", beta)
         number("eps", self.eps)
         number("weight_decay", self.weight_decay)
 

@@ -43,14 +43,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "galore_plus/reselect": ("galore_plus", {"density": 0.2, "reselect": "renewal", "transport": "reset"}),
     "galore_plus/no_entries": ("galore_plus", {"density": 0.0, "svd": "exact", "transport": "keep"}),
     "subspace_adamw/off": ("subspace_adamw", {"residual": "off", "transport": "keep"}),
+    "muon/you": ("muon", {"orthogonalizer": "you", "nesterov": False, "adjust_lr": "match_rms_adamw"}),
+    "muon/polar_express": ("muon", {"orthogonalizer": "polar_express", "adjust_lr": "spectral"}),
+    "muon/bfloat16": ("muon", {"ns_dtype": "bfloat16", "adjust_lr": "none"}),
+    "auon/code": ("auon", {"normalize_update": False}),
+    "auon/hybrid": ("auon", {"newton_schulz_steps": 1}),
+    "auon/hybrid code": ("auon", {"newton_schulz_steps": 5, "normalize_update": False}),
 }
 
 
-SMALL: dict[str, dict[str, Any]] = {"galore": {"scale": 1.0}, "mfac": {"scale": 3.0}}
-SMALL: dict[str, dict[str, Any]] = {"galore": {"scale": 1.0}, "apollo_mini": {"scale": 1.0}}
 SMALL: dict[str, dict[str, Any]] = {
     "galore": {"scale": 1.0},
+    "mfac": {"scale": 3.0},
+    "apollo_mini": {"scale": 1.0},
     "galore_plus": {"scale": 1.0, "warmup": 2},
+    "muon": {"embedding_lr": 0.02},
+    "auon": {"lr": 0.3, "embedding_lr": 0.02},
 }
 """What a method needs to learn something small."""
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_state_exists_whole_from_construction_on(config):
     before = layout(optimizer, params)
     run(optimizer, params, 0, 5)
     assert layout(optimizer, params) == before
-    assert all("step" in each and "exp_avg" in each for each in before)
+    assert all("step" in each and {"exp_avg", "momentum"} & each.keys() for each in before)
 
 
 class Net(nn.Module):
@@ -246,18 +247,20 @@ def test_what_is_written_into_the_state_counts(config):
     optimizer = make(config, params)
     run(optimizer, params, 0, 2)
     for state in optimizer.state.values():
-        state["exp_avg"].zero_()
+        state["exp_avg" if "exp_avg" in state else "momentum"].zero_()
     run(optimizer, params, 2, 3)
-    beta = config.betas[0]
     others = weights()
-    without = make(config, others, betas=(0.0, config.betas[1]))  # whose first moment is what entered it last
+    decay = {"exp_avg": config.betas[0], "momentum": config.group().get("momentum", 0.0)}
+    free: dict[str, Any] = {"betas": (0.0, config.betas[1])} | ({"momentum": 0.0} if decay["momentum"] else {})
+    without = make(config, others, **free)  # whose first moment is what entered it last
     run(without, others, 0, 3)
     for p, q in zip(params, others, strict=True):
-        grad, m = p.grad, optimizer.state[p]["exp_avg"]
+        key = "exp_avg" if "exp_avg" in optimizer.state[p] else "momentum"
+        grad, m = p.grad, optimizer.state[p][key]
         assert grad is not None
-        entered = max(float(grad.norm()), float(without.state[q]["exp_avg"].norm()))
+        entered = max(float(grad.norm()), float(without.state[q][key].norm()))
         room = 3.0 if any("error" in key for key in optimizer.state[p]) else 1.01  # an error enters with the gradient
-        assert float(m.norm()) <= (1 - beta) * entered * room
+        assert float(m.norm()) <= (1 - decay[key]) * entered * room
 
 
 def test_lightnings_move_to_a_device_is_survived():

@@ -12,6 +12,7 @@ from thinrank.optim import (
     AdamWConfig,
     ApolloConfig,
     ApolloMiniConfig,
+    AuONConfig,
     DCTAdamWConfig,
     FiraConfig,
     GaLore,
@@ -19,6 +20,7 @@ from thinrank.optim import (
     GaLorePlusConfig,
     LDAdamConfig,
     MFACConfig,
+    MuonConfig,
     SubspaceAdamWConfig,
     build,
 )
@@ -94,6 +96,17 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (GaLorePlusConfig, {"convention": "torch"}, r"convention must be one of adamw, galore"),
     (GaLorePlusConfig, {"cross_heads": ["q", "w"]}, r"cross_heads must be one of q, k, v, o, got 'w'"),
     (GaLorePlusConfig, {"cross_heads": "qk"}, r"cross_heads must be a list of q, k, v, o, got 'qk'"),
+    (MuonConfig, {"momentum": 1.0}, r"momentum must be below 1, got 1"),
+    (MuonConfig, {"momentum": -0.1}, r"momentum must be a number at least 0"),
+    (MuonConfig, {"nesterov": 1}, r"nesterov must be true or false, got 1"),
+    (MuonConfig, {"orthogonalizer": "jordon"}, r"orthogonalizer must be one of .*did you mean 'jordan'"),
+    (MuonConfig, {"ns_dtype": "float16"}, r"ns_dtype must be one of auto, float32, bfloat16, got 'float16'"),
+    (MuonConfig, {"adjust_lr": "match_rms"}, r"adjust_lr must be one of .*did you mean 'match_rms_adamw'"),
+    (AuONConfig, {"newton_schulz_steps": 6}, r"newton_schulz_steps must be a whole number from 0 to 5, got 6"),
+    (AuONConfig, {"newton_schulz_steps": True}, r"newton_schulz_steps must be a whole number .*, got True"),
+    (AuONConfig, {"normalize_update": "paper"}, r"normalize_update must be true or false, got 'paper'"),
+    (AuONConfig, {"gamma": 31.0}, r"gamma must be a number at least 0 and at most 30, got 31"),
+    (AuONConfig, {"momentum": "0.9"}, r"momentum must be a number at least 0"),
 ]
 
 
