@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cases import CONFIGS, copies, equal, give, make, run, small, snapshot, unchanged, weights
+from cases import CONFIGS, captures, copies, equal, give, make, run, small, snapshot, unchanged, weights
 from laws import seeded
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from thinrank.optim import AdamW, DCTAdamW, build
+from thinrank.optim import AdamW, DCTAdamW, LowRankConfig, build
 
 pytestmark = pytest.mark.filterwarnings("ignore:rank 3 is above the 1 directions")
 every = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -252,7 +252,9 @@ def test_what_is_written_into_the_state_counts(config):
     for p in params:
         grad, m = p.grad, optimizer.state[p]["exp_avg"]
         assert grad is not None
-        room = 3.0 if any("error" in key for key in optimizer.state[p]) else 1.01  # an error enters with the gradient
+        # an error enters with the gradient; a random projection keeps lengths in the mean only
+        longer = isinstance(config, LowRankConfig) and not captures(config)
+        room = 3.0 if longer or any("error" in key for key in optimizer.state[p]) else 1.01
         assert float(m.norm()) <= (1 - beta) * float(grad.norm()) * room
 
 
