@@ -76,8 +76,9 @@ def limited_rows(
         previous: (batch,), the norm that was let through last; overwritten.
         betas: compare norms without Adam's bias correction by these; None: as they are.
     """
-    # a row so long that its norm overflows has a ratio of 0, and zero times infinity is no number
-    norm = frobenius((rows * norms).nan_to_num_(nan=0.0), step.axis)
+    # A row so long that its norm overflows: its ratio is 0, and zero times infinity no number; or, from 1e19 on, its
+    # ratio is not yet 0, and the infinite norm would make the whole matrix's factor no number.
+    norm = frobenius((rows * norms).nan_to_num_(nan=0.0, posinf=0.0), step.axis)
     if betas is not None:
         norm = norm / bias_factor([count + 1 for count in step.count], betas, norm.device)
     factor, norm = growth_limit(norm, previous, limit)

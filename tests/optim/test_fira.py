@@ -8,7 +8,7 @@ from laws import seeded
 from reference.fira import fira as equations
 from torch import nn
 
-from thinrank.optim import Fira, FiraConfig, GaLore
+from thinrank.optim import Apollo, Fira, FiraConfig, GaLore, SubspaceAdamW
 from thinrank.optim.inner.adam import Adam
 from thinrank.optim.linalg.adam import adam_direction, bias_factor
 from thinrank.optim.lowrank.lift import Residual
@@ -157,6 +157,19 @@ def test_a_residual_after_zero_gradients_starts_anew():
     weight.grad = seeded(12, 8)
     optimizer.step()
     assert int(torch.linalg.matrix_rank(weight.detach(), rtol=1e-3)) == 8
+
+
+@pytest.mark.parametrize("cls", [Fira, Apollo, SubspaceAdamW])
+def test_a_norm_that_overflows_where_the_projections_does_not(cls):
+    """A first gradient of 1e19: rows of the gradient are infinitely long, their coordinates are not, and the limiter's
+    factor was infinity over infinity."""
+    for exponent in range(72, 84):
+        weight = nn.Parameter(seeded(8, 5))
+        optimizer = cls([weight], lr=0.01, rank=2)
+        for step in range(3):
+            weight.grad = seeded(8, 5, seed=step) * (10 ** (exponent / 4) if step == 0 else 1.0)
+            optimizer.step()
+            assert bool(weight.isfinite().all()), exponent
 
 
 def test_alpha_is_another_name_for_scale():
