@@ -7,7 +7,7 @@ NPROC  ?= 1
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test check bench wheel clean
+.PHONY: help pretrain finetune test check bench wheel clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,13 +18,24 @@ $(STAMP)-train: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[train]"
 	@touch $@
 
+$(STAMP)-finetune: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[train,finetune]"
+	@touch $@ $(STAMP)-train
+
 $(STAMP)-dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[train,dev,compare]"
-	@touch $@ $(STAMP)-train
+	$(BIN)/pip install --quiet --editable ".[train,finetune,dev,compare]"
+	@touch $@ $(STAMP)-train $(STAMP)-finetune
 
 pretrain: $(STAMP)-train  ## train the default model (more: make pretrain ARGS="optimizer=galore model=9m" NPROC=2)
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/pretrain.py $(ARGS)
+
+runs/pretrain/export/config.json:
+	$(MAKE) pretrain ARGS=
+
+finetune: $(STAMP)-finetune runs/pretrain/export/config.json  ## fine-tune what pretrain left: AdamW, LoRA and GaLore side by side
+	$(BIN)/python benchmarks/finetune.py $(ARGS)
 
 test: $(STAMP)-dev  ## run the test suite (one part: make test ARGS=tests/optim)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)

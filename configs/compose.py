@@ -29,6 +29,8 @@ class Schema:
     """For each group: the dataclass of each name, or one dataclass for all of its YAML files."""
     folder: Path
     """Where the base file and the YAML files of the groups (``GROUP/NAME.yaml``) are."""
+    own: Path | None = None
+    """A folder of the same form whose files come before those of `folder`."""
     base: str
     """The file in `folder`, without its ending, that makes the first choices."""
 
@@ -40,7 +42,8 @@ class Schema:
     def choices(self, group: str, folders: Sequence[Path] = ()) -> dict[str, Path | None]:
         """The names that a group can be given, with their YAML files, those of `folders` before the shipped ones."""
         found: dict[str, Path | None] = dict.fromkeys(self.classes(group))
-        for folder in (self.folder, *reversed(folders)):
+        shipped = (self.folder,) if self.own is None else (self.folder, self.own)
+        for folder in (*shipped, *reversed(folders)):
             found |= {path.stem: path for path in sorted((folder / group).glob("*.yaml"))}
         return found
 

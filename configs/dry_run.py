@@ -9,14 +9,12 @@ from typing import Any, cast
 import torch
 
 from thinrank.configs.arguments import Arguments
-from thinrank.configs.errors import ConfigError
 from thinrank.configs.load import Loaded
-from thinrank.optim import route
 from thinrank.optim.grouping import Routing
-from thinrank.optim.methods import AdamWConfig
 from thinrank.trainers.data.config import DataConfig
-from thinrank.trainers.models import build_model
-from thinrank.trainers.pretrain import Plan, PretrainConfig
+from thinrank.trainers.finetune import FinetuneConfig
+from thinrank.trainers.jobs import Finetuning, Pretraining
+from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.strategies.world import World
 
 
@@ -29,24 +27,24 @@ def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
         script: the path by which the launch line names the script.
 
     Raises:
-        ConfigError: a target or an exclusion of the optimizer that fits no parameter of the model.
-        UserError: a model or a tokenizer that is not there, or a batch that the processes cannot share.
+        UserError: a target that fits no parameter of the model, a model or a tokenizer that is not there, or a batch
+            that the processes cannot share.
     """
-    config: PretrainConfig = loaded.config
+    config: TrainingConfig = loaded.config
+    job = (Finetuning if isinstance(config, FinetuneConfig) else Pretraining)(config)
     world = planned_world(config)
     sizes = Plan.of(config, world)
+    job.check()
     vocab = vocabulary(config.data)
-    model = build_model(config.model, vocab, seed=config.trainer.seed, meta=True)
-    try:
-        routing = route(model, config.optimizer)
-    except ValueError as error:
-        raise ConfigError(f"optimizer.{error}") from error
-    dense = route(model, AdamWConfig()).state_bytes()
+    model = job.build(vocab, meta=True)
+    routing, dense = job.route(model), job.adamw_bytes(model)
     name, state = loaded.names["optimizer"], routing.state_bytes()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    trained = f", of which {routing.elements():,} are trained" if routing.elements() != total else ""
     lines = [
-        f"model {config.model.name} ({config.model.architecture}), vocabulary {vocab:,}: "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {mebibytes(weights)} of weights",
+        f"model {config.model.name} ({model.config.model_type}), vocabulary {vocab:,}: "
+        f"{total:,} parameters{trained}, {mebibytes(weights)} of weights",
         *_by_role(routing),
         "",
         f"optimizer {name}",
@@ -74,7 +72,7 @@ def vocabulary(data: DataConfig) -> int:
     return vocab_size(load_tokenizer(data, cast("Any", None), cast("Any", None)))
 
 
-def planned_world(config: PretrainConfig) -> World:
+def planned_world(config: TrainingConfig) -> World:
     """The processes of the launcher, else those that the configuration asks for, else one for each GPU."""
     world = World.from_environment()
     if world.size > 1:

@@ -1,4 +1,4 @@
-"""What `launch/pretrain.py` configures: which dataclass stands behind each group and each name."""
+"""What the launch scripts configure: which dataclass stands behind each group and each name."""
 
 from __future__ import annotations
 
@@ -6,23 +6,43 @@ from pathlib import Path
 
 from thinrank.configs.compose import Schema
 from thinrank.optim.methods import METHODS
-from thinrank.trainers.data.config import FilesConfig, HuggingFaceConfig, PySourceConfig
+from thinrank.trainers.adapters import AdapterConfig, LoraConfig
+from thinrank.trainers.data.config import FilesConfig, HeadersConfig, HuggingFaceConfig, PySourceConfig
+from thinrank.trainers.finetune import FinetuneConfig
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.pretrain import PretrainConfig, StrategyConfig, TrainerConfig
 
 FOLDER = Path(__file__).parent
 """Where the YAML files are."""
 
+DATA = {"pysource": PySourceConfig, "headers": HeadersConfig, "files": FilesConfig, "hf": HuggingFaceConfig}
+STRATEGIES = {"auto": StrategyConfig, "ddp": StrategyConfig}
+
 PRETRAIN = Schema(
     root=PretrainConfig,
     groups={
         "model": ModelConfig,
-        "data": {"pysource": PySourceConfig, "files": FilesConfig, "hf": HuggingFaceConfig},
+        "data": DATA,
         "optimizer": METHODS,
-        "strategy": {"auto": StrategyConfig, "ddp": StrategyConfig},
+        "strategy": STRATEGIES,
         "trainer": TrainerConfig,
     },
     folder=FOLDER,
     base="pretrain",
 )
 """The configuration of a pre-training run."""
+
+FINETUNE = Schema(
+    root=FinetuneConfig,
+    groups={
+        "data": DATA,
+        "optimizer": METHODS,
+        "adapter": {"none": AdapterConfig, "lora": LoraConfig},
+        "strategy": STRATEGIES,
+        "trainer": TrainerConfig,
+    },
+    folder=FOLDER,
+    own=FOLDER / "finetune",
+    base="finetune",
+)
+"""The configuration of a fine-tuning run: other rates, other text, and the tokenizer of the model's folder."""

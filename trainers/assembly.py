@@ -1,4 +1,4 @@
-"""A pre-training run from a configuration to a report: the parts, put together in the order that makes errors cheap.
+"""A run from a configuration to a report: the parts, put together in the order that makes errors cheap.
 
 First what needs no time (the folder, the plan), then data and model, and only when all of them exist the run folder is
 changed.
@@ -19,13 +19,13 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
-from thinrank import optim
 from thinrank.trainers import report
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
 from thinrank.trainers.callbacks.metrics import TrainingMetrics
 from thinrank.trainers.callbacks.preemption import Preemption
 from thinrank.trainers.callbacks.progress import Progress
+from thinrank.trainers.callbacks.steptime import StepTime
 from thinrank.trainers.checkpoint import AtomicCheckpointIO, require_space, step_of
 from thinrank.trainers.data import TextData
 from thinrank.trainers.ending import (
@@ -37,30 +37,33 @@ from thinrank.trainers.ending import (
     record_failure,
     sample_and_export,
     say,
+    start_metrics,
 )
 from thinrank.trainers.errors import UserError
-from thinrank.trainers.models import build_model
-from thinrank.trainers.module import CausalLM
+from thinrank.trainers.jobs import Job, resumable
+from thinrank.trainers.module import CausalLM, frozen_names
 from thinrank.trainers.parts import Parts
-from thinrank.trainers.pretrain import Plan, PretrainConfig
+from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.rng import seed_all
 from thinrank.trainers.run import RunFolder, config_tree, identity_json
 from thinrank.trainers.strategies import World, build_strategy, process_group, together
 from thinrank.trainers.strategies.world import from_rank_zero
 
 
-def run(config: PretrainConfig, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """See `thinrank.trainers.pretrain.pretrain`."""
+    config = job.config
     world = World.from_environment()
     plan = Plan.of(config, world)
     cuda = _wants_cuda(config, world)
+    job.check()
     tree = resolved if resolved is not None else config_tree(config)
     folder = RunFolder(config.run.dir)
     with _quiet(), process_group(world, config.strategy, cuda=cuda):
         begun = False
         try:
-            resume = from_rank_zero(world, lambda: _open(folder, config, tree))
-            parts = _assemble(config, tree, world, plan, folder, resume, cuda)
+            resume, origin = from_rank_zero(world, lambda: _open(folder, job, tree))
+            parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda)
             begun = True
             with parts.preemption:
                 return _train(parts)
@@ -73,13 +76,17 @@ def run(config: PretrainConfig, resolved: Mapping[str, Any] | None = None) -> di
                 folder.close() if begun else folder.discard()
 
 
-def _open(folder: RunFolder, config: PretrainConfig, tree: Mapping[str, Any]) -> Path | None:
+def _open(folder: RunFolder, job: Job, tree: Mapping[str, Any]) -> tuple[Path | None, dict[str, str]]:
     folder.open()
-    return folder.choose(config.run, identity_json(tree))
+    resume, origin = folder.choose(job.config.run, identity_json(tree)), job.origin()
+    if resume is not None:
+        resumable(resume, origin)
+    return resume, origin
 
 
 def _assemble(
-    config: PretrainConfig,
+    job: Job,
+    origin: Mapping[str, str],
     tree: Mapping[str, Any],
     world: World,
     plan: Plan,
@@ -87,6 +94,7 @@ def _assemble(
     resume: Path | None,
     cuda: bool,
 ) -> Parts:
+    config = job.config
     data = TextData(
         config.data,
         batch_size=config.trainer.batch_size,
@@ -99,12 +107,9 @@ def _assemble(
     # One process on each machine fills the cache; the others then find it.
     together(world, lambda: data.prepare_data() if world.local_rank == 0 else None)
     together(world, lambda: data.setup("fit"))
-    model = build_model(config.model, data.vocab_size, seed=config.trainer.seed)
-    try:
-        routing = optim.route(model, config.optimizer)
-    except ValueError as error:
-        raise UserError(f"optimizer: {error}") from error
-    size = sum(value.numel() * value.element_size() for value in model.state_dict().values()) + routing.state_bytes()
+    model = together(world, lambda: job.build(data.vocab_size))
+    routing = job.route(model)
+    size = _checkpoint_bytes(model, job.keeps_frozen) + routing.state_bytes()
     from_rank_zero(world, lambda: require_space(folder.checkpoints, size))
     module = CausalLM(
         model,
@@ -114,7 +119,9 @@ def _assemble(
         clip_norm=config.trainer.clip_norm,
         seed=config.trainer.seed,
         projection_seed=config.trainer.projection_seed,
+        save_frozen=job.keeps_frozen,
     )
+    step_time = StepTime()
     guard = NonFiniteGuard(config.trainer.nonfinite_limit)
     checkpointing = Checkpointing(
         folder.checkpoints,
@@ -122,14 +129,16 @@ def _assemble(
         header={
             "identity": identity_json(tree),
             "manifest": data.manifest_hash,
+            "origin": dict(origin),
             "commit": report.code_version()["commit"],
         },
         saved=lambda path, step: folder.write_status("running", step=step, steps=plan.steps, checkpoint=path.name),
     )
     preemption = Preemption(checkpointing, folder.marker, max_seconds=config.trainer.max_seconds)
-    trainer = _trainer(config, world, plan, folder, resume, cuda, [guard, preemption, checkpointing])
+    trainer = _trainer(config, world, plan, folder, resume, cuda, [step_time, guard, preemption, checkpointing])
     return Parts(
-        config=config,
+        job=job,
+        origin=origin,
         tree=tree,
         world=world,
         plan=plan,
@@ -138,15 +147,24 @@ def _assemble(
         data=data,
         module=module,
         routing=routing,
+        parameters=sum(p.numel() for p in model.parameters()),
         trainer=trainer,
         checkpointing=checkpointing,
         preemption=preemption,
         guard=guard,
+        step_time=step_time,
     )
 
 
+def _checkpoint_bytes(model: torch.nn.Module, frozen: bool) -> int:
+    """Bytes of the weights in a checkpoint."""
+    left_out = set() if frozen else frozen_names(model)
+    values = [value for name, value in model.state_dict().items() if name not in left_out]
+    return sum(value.numel() * value.element_size() for value in values)
+
+
 def _trainer(
-    config: PretrainConfig,
+    config: TrainingConfig,
     world: World,
     plan: Plan,
     folder: RunFolder,
@@ -196,6 +214,7 @@ def _train(parts: Parts) -> dict[str, Any]:
         folder.log("start", step=parts.start, world=world.size, accumulate=parts.plan.accumulate)
         folder.write_status("running", step=parts.start, steps=parts.plan.steps)
     _introduce(parts)
+    before = start_metrics(parts) if parts.job.measures_start else {}
     seed_all(config.trainer.seed, world.rank)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     trainer.fit(parts.module, datamodule=parts.data, ckpt_path=parts.resume, weights_only=True)
@@ -211,9 +230,9 @@ def _train(parts: Parts) -> dict[str, Any]:
     }
     # now, because a later stage of Lightning lets go of the optimizer
     state = optimizer_state(parts)
-    metrics, sample, artifacts = {}, {}, {}
+    metrics, sample, artifacts = before, {}, {}
     if not preempted:
-        metrics = final_validation(parts)
+        metrics = {**before, **final_validation(parts)}
         sample, artifacts = from_rank_zero(world, lambda: sample_and_export(parts))
     if parts.checkpointing.best_step >= 0:
         metrics["val/best_loss"] = parts.checkpointing.best_value
@@ -227,11 +246,13 @@ def _introduce(parts: Parts) -> None:
     if not world.main:
         return
     data = parts.data
+    partly = routing.elements() != parts.parameters
+    trained = f", of which {routing.elements():,} are trained" if partly else ""
     tokens = (
         f"{data.train_tokens:,} training tokens" if data.train_tokens is not None else "a stream of training tokens"
     )
     say(world, f"run folder  {parts.folder.path}")
-    say(world, f"model       {parts.config.model.name}, {routing.elements():,} parameters")
+    say(world, f"model       {parts.config.model.name}, {parts.parameters:,} parameters{trained}")
     say(world, f"data        {parts.config.data.name}, {tokens}, vocabulary {data.vocab_size:,}")
     say(
         world,
@@ -247,7 +268,7 @@ def _introduce(parts: Parts) -> None:
             logger.experiment.add_text("routing", f"```\n{routing.table()}\n```", parts.start)
 
 
-def _wants_cuda(config: PretrainConfig, world: World) -> bool:
+def _wants_cuda(config: TrainingConfig, world: World) -> bool:
     accelerator = config.trainer.accelerator
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator in ("gpu", "cuda") and found == 0:

@@ -1,4 +1,4 @@
-"""The end of a pre-training run: the last validation, a sample, the export, the report."""
+"""What a run says and leaves: how the model does before and after, a sample, the export, the report."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from thinrank import optim
 from thinrank.trainers import report
 from thinrank.trainers.callbacks.sample import sample_text
 from thinrank.trainers.errors import GuardStop, UserError
-from thinrank.trainers.export import export
 from thinrank.trainers.parts import Parts
 from thinrank.trainers.run import RunFolder, config_hash
 from thinrank.trainers.strategies import World
+from thinrank.trainers.strategies.world import from_rank_zero
 
 FINISHED, FAILED, BAD_CONFIG, PREEMPTED, STOPPED = 0, 1, 2, 75, 76
 """Exit codes of a run, as far as launchers let them through; ``status.json`` has them always."""
@@ -28,14 +27,32 @@ def say(world: World, text: str) -> None:
 
 
 def optimizer_state(parts: Parts) -> dict[str, int]:
-    """Bytes of optimizer state on this rank: as predicted, as they are, and as AdamW would have them."""
+    """Bytes of optimizer state on this rank: as predicted, as they are, and as AdamW on all weights would have them."""
     optimizer = parts.trainer.optimizers[0]
-    adamw = optim.route(parts.model, optim.AdamWConfig())
     return {
         "predicted_bytes": parts.routing.state_bytes(),
         "measured_bytes": optimizer.state_bytes(),  # pyright: ignore[reportAttributeAccessIssue]
-        "adamw_bytes": adamw.state_bytes(),
+        "adamw_bytes": parts.job.adamw_bytes(parts.model),
     }
+
+
+def start_metrics(parts: Parts) -> dict[str, float]:
+    """Loss, perplexity and bits per byte on the whole held-out text before the first step, as ``before/…``.
+
+    Measured once and kept in the run's history, since a resumed run begins with other weights.
+    """
+
+    def found() -> dict[str, float] | None:
+        lines = [line for line in parts.folder.history() if line["event"] == "measured"]
+        return lines[-1]["metrics"] if lines and parts.resume is not None else None
+
+    kept = from_rank_zero(parts.world, lambda: found() if parts.world.main else None)
+    if kept is None:
+        # the model is as it was built: a checkpoint is loaded by `fit`, later
+        kept = {f"before/{key.removeprefix('test/')}": value for key, value in final_validation(parts).items()}
+        if parts.world.main:
+            parts.folder.log("measured", step=0, metrics=kept)
+    return dict(kept)
 
 
 def final_validation(parts: Parts) -> dict[str, float]:
@@ -60,8 +77,7 @@ def sample_and_export(parts: Parts) -> tuple[dict[str, str], dict[str, str]]:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("sample", f"```\n{text}\n```", parts.trainer.global_step)
     if choice.export:
-        export(model, tokenizer, folder.export)
-        artifacts["export"] = "export"
+        artifacts |= parts.job.export(model, tokenizer, folder)
     return sample, {what: str(folder.path / where) for what, where in artifacts.items()}
 
 
@@ -91,6 +107,11 @@ def conclude(
             "manifest_hash": parts.data.manifest_hash,
             **{key: value for key, value in parts.data.manifest.items() if key != "files"},
         },
+        model={
+            "parameters": parts.parameters,
+            "trained_parameters": parts.routing.elements(),
+            "origin": dict(parts.origin),
+        },
         routing=[dataclasses.asdict(row) for row in parts.routing.rows],
         routing_table=parts.routing.table(),
         optimizer_state=state,
@@ -99,6 +120,7 @@ def conclude(
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds if seconds else None,
+            "step_ms": None if parts.step_time.median is None else 1e3 * parts.step_time.median,
             "skipped_steps": parts.guard.skipped,
             "world": parts.world.size,
             "accumulate": parts.plan.accumulate,
@@ -120,7 +142,7 @@ def _last_words(
     if facts["state"] == "preempted":
         return f"preempted by {facts['stopped_by']} after a checkpoint; start again with run.resume=auto to go on"
     lines = [
-        f"{label:<18}{metrics[key]:.4f}"
+        f"{label:<18}{metrics[key]:.4f}{_before(metrics, key)}"
         for key, label in (
             ("test/loss", "validation loss"),
             ("test/perplexity", "perplexity"),
@@ -131,6 +153,11 @@ def _last_words(
     if sample:
         lines += ["sample:", sample["prompt"] + sample["text"]]
     return "\n".join([*lines, f"everything lies in {folder.path}; start with report.md"])
+
+
+def _before(metrics: Mapping[str, float], key: str) -> str:
+    value = metrics.get(key.replace("test/", "before/"))
+    return "" if value is None else f"  (before the first step {value:.4f})"
 
 
 def record_failure(folder: RunFolder, error: BaseException) -> None:

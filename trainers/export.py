@@ -44,10 +44,30 @@ def export(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> Path:
         RuntimeError: what was written does not load back equal; nothing is left behind.
     """
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file())):
+    with replacing_folder(target, "config.json") as temporary:
+        if tokenizer is not None:
+            _adopt_token_ids(model, tokenizer)
+        with _quiet():
+            model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        _verify(model, tokenizer, temporary)
+    return target
+
+
+@contextmanager
+def replacing_folder(target: Path, mark: str) -> Iterator[Path]:
+    """A temporary folder that takes the place of `target` if the block succeeds, and is gone if it does not.
+
+    Args:
+        target: where to; an earlier export there is replaced, anything else is not.
+        mark: the file by which an earlier export is known.
+
+    Raises:
+        UserError: the folder holds something else or cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / mark).is_file())):
         raise UserError(f"the export folder {target} holds something else: choose another folder or empty this one")
-    if tokenizer is not None:
-        _adopt_token_ids(model, tokenizer)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
@@ -55,21 +75,16 @@ def export(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> Path:
         raise UserError(f"cannot write the export to {target} ({error.strerror}): choose a writable folder") from error
     try:
         try:
-            with _quiet():
-                model.save_pretrained(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+            yield temporary
         except OSError as error:
             raise UserError(
                 f"cannot write the export to {target} ({error.strerror or error}): "
                 f"free some space or choose another folder"
             ) from error
-        _verify(model, tokenizer, temporary)
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something failed
-    return target
 
 
 def _adopt_token_ids(model: PreTrainedModel, tokenizer: Any) -> None:

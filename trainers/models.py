@@ -11,6 +11,8 @@ arXiv:2403.03507).
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,23 +141,23 @@ def build_model(config: ModelConfig, vocab_size: int, *, seed: int, meta: bool =
 
     if vocab_size < 1:
         raise ValueError(f"vocab_size must be at least 1, got {vocab_size}: pass the length of the tokenizer")
-    if config.pretrained is not None and not meta:
-        return _load(config, vocab_size)
-    hf = (
-        _loaded_config(config, vocab_size) if config.pretrained is not None else transformers_config(config, vocab_size)
-    )
-    arguments: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
+    if config.pretrained is not None:
+        return load_model(config.pretrained, vocab_size, key="model.pretrained", attention=config.attention, meta=meta)
+    hf = transformers_config(config, vocab_size)
+    with _attention(config.attention), seeded(seed), torch.device("meta" if meta else "cpu"):
+        return AutoModelForCausalLM.from_config(hf, attn_implementation=config.attention, dtype=torch.float32)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of the CPU from `seed` on; afterwards the global state is what it was."""
+    import torch
+
     state = torch.get_rng_state()
     try:
         # The CPU's generator alone: torch.manual_seed would reseed the accelerators too, and nothing restores those.
         torch.default_generator.manual_seed(seed)
-        with torch.device("meta" if meta else "cpu"):
-            return AutoModelForCausalLM.from_config(hf, **arguments)
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"model.attention {config.attention!r} cannot be used here: {reason}; set it to sdpa"
-        ) from error
+        yield
     finally:
         torch.set_rng_state(state)
 
@@ -228,37 +230,89 @@ def _spelled_for(architecture: str, empty: PreTrainedConfig, values: dict[str, A
     return spelled
 
 
-def _folder(config: ModelConfig) -> Path:
-    folder = Path(str(config.pretrained)).expanduser()
-    if not (folder / "config.json").is_file():
+def load_model(
+    folder: str,
+    vocab_size: int,
+    *,
+    key: str,
+    attention: str = "sdpa",
+    dtype: str = "float32",
+    meta: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model from a folder that `save_pretrained` wrote, onto the CPU, in training mode.
+
+    Args:
+        folder: a local one; nothing is fetched.
+        vocab_size: number of tokens; the model may have more rows than that, never fewer.
+        key: the configuration key that names the folder, for the errors.
+        attention: kernel, as in `ModelConfig`.
+        dtype: "float32", or "stored": as the folder's weights are.
+        meta: build on the meta device instead: shapes without storage, for planning.
+
+    Raises:
+        UserError: there is no such folder or no causal language model in it, or it is too small for the tokenizer.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = model_folder(folder, key)
+    try:
+        hf = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"model.pretrained must be a folder that save_pretrained wrote, got {config.pretrained!r}: "
-            f"download or export the model first"
-        )
-    return folder
-
-
-def _loaded_config(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    hf = AutoConfig.from_pretrained(_folder(config), local_files_only=True)
+            f"{key} {folder!r} holds no model that transformers knows: {_first_line(error)}; export it again"
+        ) from error
     if hf.vocab_size < vocab_size:
         raise UserError(
-            f"the model in {config.pretrained} knows {hf.vocab_size} tokens and the tokenizer has {vocab_size}: "
+            f"the model in {folder} knows {hf.vocab_size} tokens and the tokenizer has {vocab_size}: "
             f"set data.tokenizer to the model's own folder"
         )
-    return hf
+    with _attention(attention):
+        if meta:
+            stored = getattr(hf, "dtype", None) or torch.float32
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(
+                    hf, attn_implementation=attention, dtype=torch.float32 if dtype == "float32" else stored
+                )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=hf,
+                local_files_only=True,
+                attn_implementation=attention,
+                dtype=torch.float32 if dtype == "float32" else "auto",
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"the model in {key} {folder!r} cannot be loaded: {_first_line(error)}; export it again"
+            ) from error
+    return model.train()  # transformers loads into evaluation mode, without dropout
 
 
-def _load(config: ModelConfig, vocab_size: int) -> PreTrainedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
+def model_folder(folder: str, key: str) -> Path:
+    """The path of a folder with a model in it.
 
-    hf = _loaded_config(config, vocab_size)
-    return AutoModelForCausalLM.from_pretrained(
-        _folder(config),
-        config=hf,
-        local_files_only=True,
-        attn_implementation=config.attention,
-        dtype=torch.float32,
-    )
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{key} must be a folder that save_pretrained wrote, got {folder!r}: download or export the model first"
+        )
+    return path
+
+
+@contextmanager
+def _attention(kernel: str) -> Iterator[None]:
+    """Turns the answer of transformers to an attention kernel that is not installed into a sentence."""
+    try:
+        yield
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.attention {kernel!r} cannot be used here: {reason}; set it to sdpa") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

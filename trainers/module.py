@@ -38,6 +38,11 @@ def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return nats, (labels != IGNORE).sum()
 
 
+def frozen_names(module: nn.Module) -> set[str]:
+    """Names, as in `state_dict`, of the parameters that are not trained, tied ones under each of their names."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
 class CausalLM(pl.LightningModule):
     """Train and evaluate a causal language model.
 
@@ -58,6 +63,8 @@ class CausalLM(pl.LightningModule):
         vocab_size: for a `ModelConfig`; None takes the length of the data module's `tokenizer`.
         seed: of the initial weights, for a `ModelConfig`.
         projection_seed: of whatever the method draws.
+        save_frozen: keep the weights that are not trained in checkpoints; False where they come from elsewhere and
+            will be there again, as beside an adapter.
 
     Attributes:
         consumed_tokens: input tokens of all ranks in the finished optimizer steps; kept in checkpoints.
@@ -75,6 +82,7 @@ class CausalLM(pl.LightningModule):
         vocab_size: int | None = None,
         seed: int = 0,
         projection_seed: int = 0,
+        save_frozen: bool = True,
     ) -> None:
         super().__init__()
         if clip_norm is not None and not clip_norm > 0:
@@ -91,6 +99,7 @@ class CausalLM(pl.LightningModule):
         self.vocab_size = vocab_size
         self.seed = seed
         self.projection_seed = projection_seed
+        self.save_frozen = save_frozen
         self.consumed_tokens = 0
         self._pending_tokens = 0  # of the micro-batches since the last optimizer step
         self._position: int | None = None
@@ -265,9 +274,16 @@ class CausalLM(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["consumed_tokens"] = self.consumed_tokens
+        if not self.save_frozen:
+            for name in frozen_names(self):
+                checkpoint["state_dict"].pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.consumed_tokens = checkpoint.get("consumed_tokens", 0)  # absent in a checkpoint of another module
+        if not self.save_frozen:
+            own = self.state_dict()
+            for name in frozen_names(self):
+                checkpoint["state_dict"].setdefault(name, own[name])
 
     # ---- what is attached
 

@@ -1,4 +1,4 @@
-"""What a pre-training run consists of, once everything exists."""
+"""What a run consists of, once everything exists."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from thinrank import optim
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
 from thinrank.trainers.callbacks.preemption import Preemption
+from thinrank.trainers.callbacks.steptime import StepTime
 from thinrank.trainers.checkpoint import step_of
 from thinrank.trainers.data import TextData
+from thinrank.trainers.jobs import Job
 from thinrank.trainers.module import CausalLM
-from thinrank.trainers.pretrain import Plan, PretrainConfig
+from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.run import RunFolder
 from thinrank.trainers.strategies import World
 
@@ -25,7 +27,8 @@ from thinrank.trainers.strategies import World
 class Parts:
     """What a run consists of."""
 
-    config: PretrainConfig
+    job: Job
+    origin: Mapping[str, str]
     tree: Mapping[str, Any]
     world: World
     plan: Plan
@@ -34,10 +37,17 @@ class Parts:
     data: TextData
     module: CausalLM
     routing: optim.Routing
+    parameters: int
+    """Of the whole model, adapter included, trained or not."""
     trainer: pl.Trainer
     checkpointing: Checkpointing
     preemption: Preemption
     guard: NonFiniteGuard
+    step_time: StepTime
+
+    @property
+    def config(self) -> TrainingConfig:
+        return self.job.config
 
     @property
     def model(self) -> Any:

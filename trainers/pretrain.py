@@ -127,15 +127,22 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Everything that a pre-training run can be told."""
+class TrainingConfig:
+    """What every kind of run can be told."""
 
     run: RunConfig = field(default_factory=RunConfig, metadata={"help": "the run folder and how to resume"})
-    model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "the model"})
+    model: Any = field(default=None, metadata={"help": "the model"})
     data: DataConfig = field(default_factory=PySourceConfig, metadata={"help": "the text"})
     optimizer: MethodConfig = field(default_factory=SubspaceAdamWConfig, metadata={"help": "the method"})
     strategy: StrategyConfig = field(default_factory=StrategyConfig, metadata={"help": "how processes share the work"})
     trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata={"help": "how long, how large, how often"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Everything that a pre-training run can be told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "the model"})
 
     def __post_init__(self) -> None:
         longest, length = self.model.max_position_embeddings, self.data.sequence_length
@@ -158,7 +165,7 @@ class Plan:
     tokens_per_step: int
 
     @classmethod
-    def of(cls, config: PretrainConfig, world: World) -> Plan:
+    def of(cls, config: TrainingConfig, world: World) -> Plan:
         """The plan for `world.size` processes.
 
         Raises:
@@ -205,9 +212,10 @@ def pretrain(config: PretrainConfig, *, resolved: Mapping[str, Any] | None = Non
         GuardStop: a guard has stopped training.
     """
     from thinrank.trainers.assembly import run
+    from thinrank.trainers.jobs import Pretraining
 
     # cast: to a checker this file is also trainers/pretrain.py, with a PretrainConfig of its own
-    return run(cast(Any, config), resolved)
+    return run(Pretraining(cast(Any, config)), resolved)
 
 
 def _check_launch(trainer: TrainerConfig, world: World) -> None:

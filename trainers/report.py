@@ -17,7 +17,7 @@ import torch
 import thinrank
 from thinrank.trainers.files import write_json, write_text
 
-_PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "numpy", "omegaconf")
+_PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers", "datasets", "numpy", "omegaconf")
 
 
 def collect(
@@ -31,6 +31,7 @@ def collect(
     optimizer_state: Mapping[str, Any],
     training: Mapping[str, Any],
     metrics: Mapping[str, float],
+    model: Mapping[str, Any] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     artifacts: Mapping[str, str] | None = None,
     sample: Mapping[str, str] | None = None,
@@ -44,9 +45,10 @@ def collect(
         config_hash: the name of the configuration without what a resumed run may change.
         seeds: by what they seed.
         data: manifest_hash, source and counts.
+        model: parameters, trained_parameters, and origin, the digests of what training started from.
         routing: one row for each parameter: name, shape, role, rule, lr, elements, state_bytes.
         optimizer_state: predicted_bytes and measured_bytes of this rank, and adamw_bytes for comparison.
-        training: steps, tokens, seconds, tokens_per_second, skipped_steps, world, accumulate.
+        training: steps, tokens, seconds, tokens_per_second, step_ms (median), skipped_steps, world, accumulate.
         metrics: final values.
         history: lines of the run's history; the number of starts gives the restarts.
         artifacts: what lies where.
@@ -63,6 +65,7 @@ def collect(
         "training": dict(training),
         "optimizer_state": dict(optimizer_state),
         "memory": memory(),
+        "model": dict(model or {}),
         "data": dict(data),
         "seeds": dict(seeds),
         "config_hash": config_hash,
@@ -151,6 +154,9 @@ def page(report: Mapping[str, Any]) -> str:
                 ("tokens", _shown(training.get("tokens"))),
                 ("time", duration(training.get("seconds"))),
                 ("tokens per second", _shown(training.get("tokens_per_second"))),
+                ("milliseconds of a step (median)", _shown(training.get("step_ms"))),
+                ("parameters", _shown(report["model"].get("parameters"))),
+                ("trained parameters", _shown(report["model"].get("trained_parameters"))),
                 ("skipped steps", _shown(training.get("skipped_steps"))),
                 ("restarts", _shown(run.get("restarts"))),
                 ("ranks × micro-batches", f"{training.get('world')} × {training.get('accumulate')}"),
@@ -173,6 +179,7 @@ def page(report: Mapping[str, Any]) -> str:
         ("configuration", report["config_hash"]),
         ("commit", _commit(report["code"])),
         ("data manifest", report["data"].get("manifest_hash")),
+        *((f"starting {what}", digest) for what, digest in report["model"].get("origin", {}).items()),
         *((f"seed of {key}", value) for key, value in report["seeds"].items()),
         *((key, value) for key, value in report["versions"].items() if value is not None),
         *((key, value) for key, value in report["machine"].items() if value),

@@ -5,6 +5,7 @@ Layout::
     config.yaml          the resolved configuration
     checkpoints/         step-00000200.ckpt, last.ckpt and best.ckpt (links)
     tensorboard/         events
+    adapter/             what was trained of an adapter, in peft's layout
     export/              the model for `transformers.AutoModelForCausalLM.from_pretrained`
     history.jsonl        one line for each start and each end
     status.json          running | finished | preempted | failed, the step, the exit code
@@ -57,7 +58,7 @@ FREE_KEYS = (
 )
 """Keys, or whole groups, that a resumed run may change: how long, how often, and on what machine."""
 
-_OWNED = ("tensorboard", "export", "report.json", "report.md", "status.json", "preempted", "config.yaml")
+_OWNED = ("tensorboard", "adapter", "export", "report.json", "report.md", "status.json", "preempted", "config.yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +77,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError("name must not be empty: leave it out for 'pretrain'")
+            raise ValueError("name must not be empty: leave it out for the default")
         if not self.dir:
-            raise ValueError("dir must name a folder, got '': leave it out for 'runs/pretrain'")
+            raise ValueError("dir must name a folder, got '': leave it out for the default")
         if not self.resume:
             raise ValueError("resume must be auto, never or the path of a checkpoint, got ''")
         if self.overwrite and self.resume != "never":
@@ -123,10 +124,15 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path).expanduser().absolute()
         self._lock: IO[str] | None = None
+        self._made: list[Path] = []  # folders above it that `open` had to make, the innermost first
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
 
     @property
     def export(self) -> Path:
@@ -142,6 +148,7 @@ class RunFolder:
         Raises:
             UserError: it cannot be made or written, or another process has it.
         """
+        self._made = [parent for parent in self.path.parents if not parent.exists()]
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held open as long as the run lasts
@@ -240,6 +247,10 @@ class RunFolder:
         self.close()
         self.checkpoints.rmdir()
         self.path.rmdir()
+        for parent in self._made:
+            if any(parent.iterdir()):
+                break
+            parent.rmdir()
 
     def _asked_for(self, asked: str, found: list[Path]) -> Path:
         from thinrank.trainers import checkpoint

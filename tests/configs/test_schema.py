@@ -8,21 +8,29 @@ from thinrank.configs.fields import default, hints, in_words, leaves, section
 from thinrank.configs.help import help_text, meaning
 from thinrank.configs.load import load, resolve
 from thinrank.configs.reader import read, write
-from thinrank.configs.schema import FOLDER, PRETRAIN
+from thinrank.configs.schema import FINETUNE, FOLDER, PRETRAIN
 from thinrank.optim.methods import METHODS
 from thinrank.trainers.models import PRESETS
 
 NEEDED = {"data=files": ["data.train=[corpus/*.txt]"]}  # what a choice cannot run without
-CHOICES = [f"{group}={name}" for group in PRETRAIN.groups for name in PRETRAIN.choices(group)]
+SCHEMAS = {"pretrain": PRETRAIN, "finetune": FINETUNE}
+CHOICES = [
+    (schema, f"{group}={name}")
+    for schema in SCHEMAS.values()
+    for group in schema.groups
+    for name in schema.choices(group)
+]
+IDS = [f"{schema.base}-{choice}" for schema, choice in CHOICES]
 
 
 def classes():
-    """Every dataclass of the schema with the key that it stands under."""
-    for name, hint in hints(PRETRAIN.root).items():
-        for one in PRETRAIN.classes(name).values() or [PRETRAIN.groups.get(name, hint)]:
-            cls = section(one)
-            assert cls is not None, f"{name} is no dataclass"
-            yield name, cls
+    """Every dataclass of the schemas with the key that it stands under."""
+    for schema in SCHEMAS.values():
+        for name, hint in hints(schema.root).items():
+            for one in schema.classes(name).values() or [schema.groups.get(name, hint)]:
+                cls = section(one)
+                assert cls is not None, f"{name} is no dataclass"
+                yield name, cls
 
 
 KEYS = sorted(
@@ -45,31 +53,32 @@ def test_every_class_says_what_it_is():
         assert not cls.__doc__.startswith(f"{cls.__name__}("), f"{cls.__name__} needs a docstring of its own"
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_the_help_of_every_choice_lists_its_keys(choice):
+@pytest.mark.parametrize(("schema", "choice"), CHOICES, ids=IDS)
+def test_the_help_of_every_choice_lists_its_keys(schema, choice):
     group = choice.partition("=")[0]
-    text = help_text(PRETRAIN, parse([choice]), usage="launch/pretrain.py", width=100)
+    text = help_text(schema, parse([choice]), usage="launch/pretrain.py", width=100)
     found = {line.strip().partition(":")[0] for line in text.splitlines() if line.startswith(f"  {group}.")}
-    cls = resolve(PRETRAIN, [choice]).sections[group]
+    cls = resolve(schema, [choice]).sections[group]
     assert found == {key for key, _, _ in leaves(cls, f"{group}.")}
 
 
-def test_the_whole_help_lists_every_key_of_the_default_choices():
-    text = help_text(PRETRAIN, parse([]), usage="launch/pretrain.py", width=100)
-    for name, hint in resolve(PRETRAIN, []).sections.items():
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+def test_the_whole_help_lists_every_key_of_the_default_choices(schema):
+    text = help_text(schema, parse([]), usage="launch/pretrain.py", width=100)
+    for name, hint in resolve(schema, []).sections.items():
         cls = section(hint)
         assert cls is not None
         for key, _, _ in leaves(cls, f"{name}."):
             assert f"\n  {key}: " in text
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_shipped_choice_loads_and_reads_back(choice, tmp_path):
+@pytest.mark.parametrize(("schema", "choice"), CHOICES, ids=IDS)
+def test_every_shipped_choice_loads_and_reads_back(schema, choice, tmp_path):
     group, _, name = choice.partition("=")
-    loaded = load(PRETRAIN, [choice, *NEEDED.get(choice, [])])
+    loaded = load(schema, [choice, *NEEDED.get(choice, [])])
     assert loaded.names[group] == name
     (tmp_path / "x.yaml").write_text(write(loaded.tree))
-    again = load(PRETRAIN, ["--config", str(tmp_path / "x.yaml")])
+    again = load(schema, ["--config", str(tmp_path / "x.yaml")])
     assert again.tree == loaded.tree
     assert again.config == loaded.config
 
@@ -81,18 +90,29 @@ def test_a_tree_written_by_another_yaml_library_reads_back(tmp_path):
 
 
 def test_every_yaml_file_belongs_to_a_group_and_every_choice_has_one():
-    shipped = {path.relative_to(FOLDER).as_posix() for path in FOLDER.glob("*/*.yaml")}
-    assert shipped == {f"{choice.replace('=', '/')}.yaml" for choice in CHOICES}
-    assert set(read(FOLDER / "pretrain.yaml").values) >= set(PRETRAIN.groups)
+    chosen = {
+        schema.base: {choice.replace("=", "/") for each, choice in CHOICES if each is schema}
+        for schema in SCHEMAS.values()
+    }
+    shipped = {path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.yaml")}
+    assert shipped == chosen["pretrain"]
+    own = {
+        path.relative_to(FOLDER / "finetune").with_suffix("").as_posix() for path in FOLDER.glob("finetune/*/*.yaml")
+    }
+    assert own <= chosen["finetune"] <= own | shipped
+    for schema in SCHEMAS.values():
+        assert set(read(FOLDER / f"{schema.base}.yaml").values) >= set(schema.groups)
 
 
 def test_yaml_files_hold_only_what_differs_from_the_dataclass():
-    for choice in CHOICES:
+    for schema, choice in CHOICES:
         group, _, name = choice.partition("=")
         if group == "model":
             continue  # a model's sizes are written in full
-        resolved = resolve(PRETRAIN, [choice])
-        for key in read(FOLDER / group / f"{name}.yaml").values:
+        resolved = resolve(schema, [choice])
+        path = schema.choices(group)[name]
+        assert path is not None
+        for key in read(path).values:
             assert resolved.tree[group][key] != default(resolved.sections[group], key), (
                 f"{choice}: {key} is the default"
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from thinrank.configs import command
 from thinrank.configs.load import load
 from thinrank.configs.schema import PRETRAIN
 from thinrank.trainers import pretrain as runs
@@ -116,8 +117,8 @@ def test_help_is_printed(call, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_rank_zero_prints(call, script, monkeypatch):
-    monkeypatch.setattr(script, "RANK", "1")
+def test_only_rank_zero_prints(call, monkeypatch):
+    monkeypatch.setattr(command, "RANK", "1")
     assert call("--cfg") == (0, "", "")
     assert call("optimizer.rnk=3") == (2, "", "")
 

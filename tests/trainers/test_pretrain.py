@@ -194,7 +194,7 @@ def test_other_text_under_the_same_configuration_is_refused_and_costs_nothing(ba
 def test_errors_before_the_start_leave_nothing(base, monkeypatch):
     with pytest.raises(UserError, match="matches no"):
         pretrain(config(base, "none", data={"train": [str(base / "nothing" / "*.txt")]}))
-    with pytest.raises(UserError, match=r"optimizer: .*q_prj"):
+    with pytest.raises(UserError, match=r"optimizer.targets: .*q_prj"):
         pretrain(config(base, "none", optimizer=GaLoreConfig(rank=4, targets=["q_prj"])))
     (base / "file").write_text("")
     with pytest.raises(UserError, match=r"set run.dir to a folder that can"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from thinrank.trainers.data.batches import Batch, EvalBatch, EvalBatches, Layout, TrainBatches
-    from thinrank.trainers.data.config import DataConfig, FilesConfig, HuggingFaceConfig, PySourceConfig
+    from thinrank.trainers.data.config import DataConfig, FilesConfig, HeadersConfig, HuggingFaceConfig, PySourceConfig
     from thinrank.trainers.data.textdata import TextData, open_source
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "EvalBatch",
     "EvalBatches",
     "FilesConfig",
+    "HeadersConfig",
     "HuggingFaceConfig",
     "Layout",
     "PySourceConfig",
@@ -27,7 +28,7 @@ __all__ = [
 
 _HOMES = {
     "batches": ("Batch", "EvalBatch", "EvalBatches", "Layout", "TrainBatches"),
-    "config": ("DataConfig", "FilesConfig", "HuggingFaceConfig", "PySourceConfig"),
+    "config": ("DataConfig", "FilesConfig", "HeadersConfig", "HuggingFaceConfig", "PySourceConfig"),
     "textdata": ("TextData", "open_source"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

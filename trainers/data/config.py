@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["DataConfig", "FilesConfig", "HuggingFaceConfig", "PySourceConfig"]
+__all__ = ["DataConfig", "FilesConfig", "HeadersConfig", "HuggingFaceConfig", "PySourceConfig"]
 
 MIN_BPE_VOCAB = 257  # the 256 bytes and the end-of-text token: with fewer, some text could not be written
 
@@ -30,7 +30,7 @@ class DataConfig:
         ValueError: A value is outside of its range; the sentence names the field and the rule.
     """
 
-    name: str = field(default="", metadata={"help": "source of the text: pysource, files or hf"})
+    name: str = field(default="", metadata={"help": "source of the text: pysource, headers, files or hf"})
     tokenizer: str = field(
         default="bpe",
         metadata={"help": "bpe (byte-level BPE trained on the corpus), bytes, or a Hugging Face name or folder"},
@@ -92,6 +92,23 @@ class PySourceConfig(DataConfig):
     folder: str | None = field(
         default=None, metadata={"help": "folder of Python files; default: the running Python's standard library"}
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadersConfig(DataConfig):
+    """The C++ headers that come with the installed torch (or those of any folder)."""
+
+    name: str = field(default="headers", metadata={"help": "source of the text: headers"})
+    folder: str | None = field(default=None, metadata={"help": "folder of headers; default: torch's own include/"})
+    patterns: list[str] = field(
+        default_factory=lambda: ["c10/core/**/*.h", "c10/util/**/*.h"],
+        metadata={"help": "glob patterns of the files below that folder; the default is about 1.3 MB"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_list("patterns", self.patterns)
+        _require(len(self.patterns) > 0, "patterns must name at least one glob pattern, got none; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import gzip
+import importlib.util
 import json
 import os
 import zlib
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from thinrank.trainers.data.cache import file_digest
-from thinrank.trainers.data.config import FilesConfig
+from thinrank.trainers.data.config import FilesConfig, HeadersConfig
 from thinrank.trainers.data.documents import Document, Split, held_out_names, is_held_out
 from thinrank.trainers.errors import UserError
 
@@ -227,3 +228,29 @@ class FilesSource:
                 yield document, document.name in self._held_out
             else:
                 yield document, is_held_out(document.name, self._config.validation_fraction)
+
+
+class HeadersSource(FilesSource):
+    """C++ headers below a folder, by default torch's own: one document each, split by a hash of the path.
+
+    Raises:
+        UserError: The folder is not there, or a pattern matches nothing in it.
+    """
+
+    def __init__(self, config: HeadersConfig):
+        folder = Path(config.folder).expanduser() if config.folder else _torch_headers()
+        if not folder.is_dir():
+            raise UserError(f"the folder of headers {folder} does not exist; set data.folder, or use data=files")
+        patterns = [os.path.join(glob.escape(str(folder)), pattern) for pattern in config.patterns]
+        super().__init__(FilesConfig(train=patterns, validation_fraction=config.validation_fraction))
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return {**super().manifest, "source": "headers"}
+
+
+def _torch_headers() -> Path:
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None  # torch is what this library stands on
+    return Path(spec.origin).parent / "include"

@@ -9,10 +9,16 @@ from lightning import LightningDataModule
 
 from thinrank.trainers.data.batches import EvalBatches, HeldOut, Layout, TrainBatches, held_out
 from thinrank.trainers.data.cache import Cache, fingerprint
-from thinrank.trainers.data.config import DataConfig, FilesConfig, HuggingFaceConfig, PySourceConfig
+from thinrank.trainers.data.config import (
+    DataConfig,
+    FilesConfig,
+    HeadersConfig,
+    HuggingFaceConfig,
+    PySourceConfig,
+)
 from thinrank.trainers.data.documents import Document, PySource, Source
 from thinrank.trainers.data.encode import EncodedSplit, encode_split
-from thinrank.trainers.data.files import FilesSource
+from thinrank.trainers.data.files import FilesSource, HeadersSource
 from thinrank.trainers.data.packing import EpochOrder, windows
 from thinrank.trainers.data.stream import StreamBatches, StreamPositions, TokenStream
 from thinrank.trainers.data.tokenizer import (
@@ -41,11 +47,15 @@ def open_source(config: DataConfig) -> Source:
         return PySource(config)
     if isinstance(config, FilesConfig):
         return FilesSource(config)
+    if isinstance(config, HeadersConfig):
+        return HeadersSource(config)
     if isinstance(config, HuggingFaceConfig):
         from thinrank.trainers.data.hub import HuggingFaceSource
 
         return HuggingFaceSource(config)
-    raise TypeError(f"data must be a PySourceConfig, FilesConfig or HuggingFaceConfig, got {type(config).__name__}")
+    raise TypeError(
+        f"data must be a PySourceConfig, HeadersConfig, FilesConfig or HuggingFaceConfig, got {type(config).__name__}"
+    )
 
 
 class TextData(LightningDataModule):

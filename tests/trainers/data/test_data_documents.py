@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from thinrank.trainers.data import FilesConfig, PySourceConfig, open_source
+from thinrank.trainers.data import FilesConfig, HeadersConfig, PySourceConfig, open_source
 from thinrank.trainers.data.documents import decode_python, hash_share, held_out_names, is_held_out
 from thinrank.trainers.errors import UserError
 
@@ -286,3 +286,30 @@ def test_a_pattern_without_a_match(tmp_path, monkeypatch):
 def test_a_held_out_file_must_not_be_trained_on(mixed):
     with pytest.raises(UserError, match=r"plain.txt is matched by data.train and by data.validation"):
         open_source(FilesConfig(train=[f"{mixed}/*.txt"], validation=[f"{mixed}/plain.*"]))
+
+
+# -- headers -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_headers_of_torch_are_there_and_differ_from_the_python_sources():
+    source = open_source(HeadersConfig())
+    split = everything(source)
+    sizes = {name: sum(len(document.text) for document in part) for name, part in split.items()}
+    assert sizes["train"] > 500_000
+    assert 0 < sizes["validation"] < 0.2 * sizes["train"]
+    assert all(document.name.endswith(".h") for part in split.values() for document in part)
+    assert sum("#include" in document.text for document in split["train"]) > 0.8 * len(split["train"])
+    assert source.manifest["source"] == "headers"
+
+
+def test_headers_of_a_folder(tmp_path):
+    for name in ("a.h", "b.h", "c.txt"):
+        (tmp_path / "[x]").mkdir(exist_ok=True)
+        (tmp_path / "[x]" / name).write_text(name)
+    config = HeadersConfig(folder=str(tmp_path / "[x]"), patterns=["*.h"], validation_fraction=0.01)
+    found = everything(open_source(config))
+    assert sorted(document.text for part in found.values() for document in part) == ["a.h", "b.h"]
+    with pytest.raises(UserError, match=r"the folder of headers .*none does not exist; set data\.folder"):
+        open_source(HeadersConfig(folder=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="patterns must name at least one"):
+        HeadersConfig(patterns=[])

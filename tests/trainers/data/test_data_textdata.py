@@ -211,7 +211,7 @@ def test_a_configuration_of_no_source():
     from thinrank.trainers.data import DataConfig
 
     with pytest.raises(
-        TypeError, match=r"data must be a PySourceConfig, FilesConfig or HuggingFaceConfig, got DataCon"
+        TypeError, match=r"data must be a PySourceConfig, HeadersConfig, FilesConfig or HuggingFaceConfig, got DataCon"
     ):
         TextData(DataConfig()).prepare_data()
 

@@ -1,0 +1,144 @@
+"""What the kinds of runs do differently: where the model comes from, what a resume must find again, what is exported.
+
+Everything else is one and the same run (`thinrank.trainers.assembly`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from thinrank import optim
+from thinrank.trainers.adapters import LoraConfig, add_adapter, merge_adapter, save_adapter
+from thinrank.trainers.data.cache import file_digest, fingerprint
+from thinrank.trainers.errors import UserError
+from thinrank.trainers.export import export, replacing_folder
+from thinrank.trainers.finetune import FinetuneConfig
+from thinrank.trainers.models import build_model, load_model, model_folder
+from thinrank.trainers.pretrain import PretrainConfig, TrainingConfig
+from thinrank.trainers.run import RunFolder
+
+
+class Job:
+    """One kind of run, for one configuration."""
+
+    measures_start = False
+    """Whether the held-out text is measured before the first step."""
+    keeps_frozen = True
+    """Whether checkpoints hold the weights that are not trained."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config: Any = config
+
+    def check(self) -> None:
+        """Refuses what can be seen to be wrong before any work is done.
+
+        Raises:
+            UserError: a circumstance that the user can change.
+        """
+
+    def build(self, vocab_size: int, *, meta: bool = False) -> Any:
+        """The model to train, on the CPU or, for planning, on the meta device; what is frozen needs no gradient."""
+        raise NotImplementedError
+
+    def route(self, model: Any) -> optim.Routing:
+        """Which rule steps which parameter.
+
+        Raises:
+            UserError: the optimizer's patterns do not fit the model.
+        """
+        try:
+            return optim.route(model, self.config.optimizer)
+        except ValueError as error:
+            raise UserError(f"optimizer.{error}") from error
+
+    def adamw_bytes(self, model: Any) -> int:
+        """Optimizer state that AdamW on all weights would have."""
+        return optim.route(model, optim.AdamWConfig()).state_bytes()
+
+    def origin(self) -> dict[str, str]:
+        """What the run starts from, for its report, and for its checkpoints, which belong to it."""
+        return {}
+
+    def export(self, model: Any, tokenizer: Any, folder: RunFolder) -> dict[str, str]:
+        """Writes the trained model; returns the names of what was written, below the run folder."""
+        export(model, tokenizer, folder.export)
+        return {"export": "export"}
+
+
+class Pretraining(Job):
+    """A model from scratch (or from ``model.pretrained``)."""
+
+    config: PretrainConfig
+
+    def build(self, vocab_size: int, *, meta: bool = False) -> Any:
+        return build_model(self.config.model, vocab_size, seed=self.config.trainer.seed, meta=meta)
+
+
+class Finetuning(Job):
+    """A trained model from a folder, whole or with an adapter."""
+
+    config: FinetuneConfig
+    measures_start = True
+    keeps_frozen = False  # they are in the folder, and `origin` says whether it is the same
+
+    def check(self) -> None:
+        path = self.config.model.path
+        folder = model_folder(path, "model.path")
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise UserError(
+                f"model.path {path} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): save the model's own "
+                "there with tokenizer.save_pretrained"
+            )
+
+    def build(self, vocab_size: int, *, meta: bool = False) -> Any:
+        model = self._base(vocab_size, meta=meta)
+        longest, length = getattr(model.config, "max_position_embeddings", None), self.config.data.sequence_length
+        if longest is not None and length > longest:
+            raise UserError(
+                f"data.sequence_length must be at most the {longest} tokens that the model in "
+                f"{self.config.model.path} takes, got {length}: lower it"
+            )
+        return add_adapter(model, self.config.adapter, seed=self.config.trainer.seed)
+
+    def _base(self, vocab_size: int, *, meta: bool) -> Any:
+        choice = self.config.model
+        return load_model(
+            choice.path, vocab_size, key="model.path", attention=choice.attention, dtype=choice.dtype, meta=meta
+        )
+
+    def adamw_bytes(self, model: Any) -> int:
+        return super().adamw_bytes(self._base(1, meta=True))
+
+    def origin(self) -> dict[str, str]:
+        folder = model_folder(self.config.model.path, "model.path")
+        files = sorted(path for path in folder.iterdir() if path.name == "config.json" or path.suffix in _WEIGHTS)
+        return {"model": fingerprint([[path.name, file_digest(path)] for path in files])}
+
+    def export(self, model: Any, tokenizer: Any, folder: RunFolder) -> dict[str, str]:
+        if not isinstance(self.config.adapter, LoraConfig):
+            return super().export(model, tokenizer, folder)
+        with replacing_folder(folder.adapter, "adapter_config.json") as temporary:
+            save_adapter(model, temporary)
+        return {"adapter": "adapter", **super().export(merge_adapter(model), tokenizer, folder)}
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+_WEIGHTS = (".safetensors", ".bin")
+
+
+def resumable(checkpoint: Path, origin: dict[str, str]) -> None:
+    """Refuses a checkpoint of a run that started from something else.
+
+    Raises:
+        UserError: with what differs.
+    """
+    from thinrank.trainers import checkpoint as ckpt
+
+    before = ckpt.load(checkpoint, mmap=True).get("thinrank", {}).get("origin", {})
+    for what, digest in origin.items():
+        if before.get(what) != digest:
+            raise UserError(
+                f"{checkpoint} was made from another {what} (digest {str(before.get(what))[:12]}, now {digest[:12]}): "
+                f"restore the one in {what}.path, or set another run.dir for a new run"
+            )
