@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from thinrank import optim
-from thinrank.trainers import report
+from thinrank.trainers import curves, report
 from thinrank.trainers.callbacks.sample import sample_text
 from thinrank.trainers.errors import GuardStop, UserError
 from thinrank.trainers.export import export
@@ -51,6 +51,7 @@ def sample_and_export(parts: Parts) -> tuple[dict[str, str], dict[str, str]]:
     choice, folder = parts.config.trainer, parts.folder
     model, tokenizer = parts.model.to(parts.trainer.strategy.root_device), parts.data.tokenizer
     sample, artifacts = {}, {"configuration": "config.yaml", "checkpoints": "checkpoints", "report": "report.md"}
+    artifacts["curves"] = folder.curves.name
     if choice.tensorboard:
         artifacts["events"] = "tensorboard"
     if choice.sample_tokens:
@@ -104,6 +105,7 @@ def conclude(
             "accumulate": parts.plan.accumulate,
         },
         metrics=metrics,
+        curves=curves.read(folder.path),
         history=folder.history(),
         artifacts=artifacts,
         sample=sample,

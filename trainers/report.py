@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import thinrank
+from thinrank.trainers.curves import summary
 from thinrank.trainers.files import write_json, write_text
 
 _PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "numpy", "omegaconf")
@@ -31,6 +32,7 @@ def collect(
     optimizer_state: Mapping[str, Any],
     training: Mapping[str, Any],
     metrics: Mapping[str, float],
+    curves: Sequence[Mapping[str, Any]] = (),
     history: Sequence[Mapping[str, Any]] = (),
     artifacts: Mapping[str, str] | None = None,
     sample: Mapping[str, str] | None = None,
@@ -48,6 +50,8 @@ def collect(
         optimizer_state: predicted_bytes and measured_bytes of this rank, and adamw_bytes for comparison.
         training: steps, tokens, seconds, tokens_per_second, skipped_steps, world, accumulate.
         metrics: final values.
+        curves: lines of the run's curves; their summary (`thinrank.trainers.curves.summary`) joins `training` and
+            `metrics`.
         history: lines of the run's history; the number of starts gives the restarts.
         artifacts: what lies where.
         sample: prompt and text.
@@ -57,10 +61,11 @@ def collect(
         A dict of plain values.
     """
     starts = sum(1 for line in history if line.get("event") == "start")
+    read = summary(curves)
     return {
         "run": {**run, "restarts": max(0, starts - 1)},
-        "metrics": dict(metrics),
-        "training": dict(training),
+        "metrics": {**metrics, **read["metrics"]},
+        "training": {**training, **read["training"]},
         "optimizer_state": dict(optimizer_state),
         "memory": memory(),
         "data": dict(data),
@@ -151,6 +156,8 @@ def page(report: Mapping[str, Any]) -> str:
                 ("tokens", _shown(training.get("tokens"))),
                 ("time", duration(training.get("seconds"))),
                 ("tokens per second", _shown(training.get("tokens_per_second"))),
+                ("step, median of the readings, ms", _ms(training.get("step_seconds_median"))),
+                ("step, mean with renewals, ms", _ms(training.get("step_seconds_mean"))),
                 ("skipped steps", _shown(training.get("skipped_steps"))),
                 ("restarts", _shown(run.get("restarts"))),
                 ("ranks × micro-batches", f"{training.get('world')} × {training.get('accumulate')}"),
@@ -217,6 +224,10 @@ def _shown(value: Any) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:,.1f}"
 
 
 def _mib(value: Any) -> str:

@@ -6,6 +6,7 @@ Layout::
     checkpoints/         step-00000200.ckpt, last.ckpt and best.ckpt (links)
     tensorboard/         events
     export/              the model for `transformers.AutoModelForCausalLM.from_pretrained`
+    curves.jsonl         losses, step times and other readings of training, by step
     history.jsonl        one line for each start and each end
     status.json          running | finished | preempted | failed, the step, the exit code
     preempted            only after a preemption: what a batch script looks for before it queues the job again
@@ -39,6 +40,7 @@ FREE_KEYS = (
     "data.num_workers",
     "data.validation_tokens",
     "data.final_validation_tokens",
+    "data.final_validation_unseen",
     "trainer.accelerator",
     "trainer.checkpoint_every",
     "trainer.devices",
@@ -57,7 +59,16 @@ FREE_KEYS = (
 )
 """Keys, or whole groups, that a resumed run may change: how long, how often, and on what machine."""
 
-_OWNED = ("tensorboard", "export", "report.json", "report.md", "status.json", "preempted", "config.yaml")
+_OWNED = (
+    "tensorboard",
+    "export",
+    "curves.jsonl",
+    "report.json",
+    "report.md",
+    "status.json",
+    "preempted",
+    "config.yaml",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +142,10 @@ class RunFolder:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.jsonl"
 
     @property
     def marker(self) -> Path:
