@@ -7,7 +7,7 @@ NPROC  ?= 1
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain finetune test check bench wheel clean
+.PHONY: help pretrain finetune test check bench study wheel clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,8 +25,13 @@ $(STAMP)-finetune: pyproject.toml
 
 $(STAMP)-dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[train,finetune,dev,compare]"
-	@touch $@ $(STAMP)-train $(STAMP)-finetune
+	$(BIN)/pip install --quiet --editable ".[train,finetune,dev,compare,study]"
+	@touch $@ $(STAMP)-train $(STAMP)-finetune $(STAMP)-study
+
+$(STAMP)-study: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[train,study]"
+	@touch $@ $(STAMP)-train
 
 pretrain: $(STAMP)-train  ## train the default model (more: make pretrain ARGS="optimizer=galore model=9m" NPROC=2)
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/pretrain.py $(ARGS)
@@ -48,6 +53,9 @@ check: $(STAMP)-dev  ## lint, types, import contract
 
 bench: $(STAMP)-dev  ## measure optimizer steps beside the peers, on a GPU where there is one
 	$(BIN)/python benchmarks/step.py $(ARGS)
+
+study: $(STAMP)-study  ## tune and compare the methods on one job, table and plot (docs/study.md)
+	$(BIN)/python benchmarks/study.py $(ARGS)
 
 wheel: $(STAMP)-dev  ## build the distribution
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -46,7 +46,7 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, report in reports.items():
-        metrics, step = report["metrics"], report["training"]["step_ms"]
+        metrics, step = report["metrics"], 1e3 * report["training"]["step_seconds_median"]
         lines.append(
             f"| {name} | {report['model']['trained_parameters']:,} "
             f"| {report['optimizer_state']['measured_bytes'] / 2**20:.2f} "

@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
 from thinrank.trainers import report
@@ -25,8 +25,8 @@ from thinrank.trainers.callbacks.guard import NonFiniteGuard
 from thinrank.trainers.callbacks.metrics import TrainingMetrics
 from thinrank.trainers.callbacks.preemption import Preemption
 from thinrank.trainers.callbacks.progress import Progress
-from thinrank.trainers.callbacks.steptime import StepTime
 from thinrank.trainers.checkpoint import AtomicCheckpointIO, require_space, step_of
+from thinrank.trainers.curves import Curves
 from thinrank.trainers.data import TextData
 from thinrank.trainers.ending import (
     FINISHED,
@@ -121,7 +121,6 @@ def _assemble(
         projection_seed=config.trainer.projection_seed,
         save_frozen=job.keeps_frozen,
     )
-    step_time = StepTime()
     guard = NonFiniteGuard(config.trainer.nonfinite_limit)
     checkpointing = Checkpointing(
         folder.checkpoints,
@@ -135,7 +134,7 @@ def _assemble(
         saved=lambda path, step: folder.write_status("running", step=step, steps=plan.steps, checkpoint=path.name),
     )
     preemption = Preemption(checkpointing, folder.marker, max_seconds=config.trainer.max_seconds)
-    trainer = _trainer(config, world, plan, folder, resume, cuda, [step_time, guard, preemption, checkpointing])
+    trainer = _trainer(config, world, plan, folder, resume, cuda, [guard, preemption, checkpointing])
     return Parts(
         job=job,
         origin=origin,
@@ -152,7 +151,6 @@ def _assemble(
         checkpointing=checkpointing,
         preemption=preemption,
         guard=guard,
-        step_time=step_time,
     )
 
 
@@ -173,16 +171,17 @@ def _trainer(
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
     choice = config.trainer
-    logger = False
+    start = 0 if resume is None else step_of(resume) or 0
+    loggers: list[Logger] = [Curves(folder.curves, start)]
     if choice.tensorboard:
         # One folder for all starts of the run. What a killed process logged after its last checkpoint will be logged
         # again, and TensorBoard hides the first version from `purge_step` on.
-        purge = None if resume is None else (step_of(resume) or 0) + 1
-        logger = TensorBoardLogger(
+        purge = None if resume is None else start + 1
+        events = TensorBoardLogger(
             folder.path, name="", version="tensorboard", default_hp_metric=False, purge_step=purge
         )
+        loggers.insert(0, events)  # the first one: Lightning takes its folder for the run's
     strategy, environment = build_strategy(config.strategy, world)
-    observers = [TrainingMetrics(choice.log_every)] if choice.tensorboard else []
     return pl.Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=world.local_size,
@@ -197,9 +196,9 @@ def _trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=choice.log_every,
         use_distributed_sampler=False,  # the data module divides the batch itself
-        callbacks=[*observers, Progress(choice.log_every), *callbacks],
+        callbacks=[TrainingMetrics(choice.log_every), Progress(choice.log_every), *callbacks],
         plugins=[AtomicCheckpointIO(), environment],
-        logger=logger,
+        logger=loggers,
         deterministic=choice.deterministic or None,
         default_root_dir=folder.path,
         enable_model_summary=False,

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from thinrank.trainers import report
+from thinrank.trainers import curves, report
 from thinrank.trainers.callbacks.sample import sample_text
 from thinrank.trainers.errors import GuardStop, UserError
 from thinrank.trainers.parts import Parts
@@ -68,6 +68,7 @@ def sample_and_export(parts: Parts) -> tuple[dict[str, str], dict[str, str]]:
     choice, folder = parts.config.trainer, parts.folder
     model, tokenizer = parts.model.to(parts.trainer.strategy.root_device), parts.data.tokenizer
     sample, artifacts = {}, {"configuration": "config.yaml", "checkpoints": "checkpoints", "report": "report.md"}
+    artifacts["curves"] = folder.curves.name
     if choice.tensorboard:
         artifacts["events"] = "tensorboard"
     if choice.sample_tokens:
@@ -120,12 +121,12 @@ def conclude(
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds if seconds else None,
-            "step_ms": None if parts.step_time.median is None else 1e3 * parts.step_time.median,
             "skipped_steps": parts.guard.skipped,
             "world": parts.world.size,
             "accumulate": parts.plan.accumulate,
         },
         metrics=metrics,
+        curves=curves.read(folder.path),
         history=folder.history(),
         artifacts=artifacts,
         sample=sample,

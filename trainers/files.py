@@ -50,8 +50,12 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def append_json_line(path: str | os.PathLike, value: dict) -> None:
-    """Adds one line of JSON to `path` with a single write, after ending a line that a dead process left unfinished."""
+def append_json_line(path: str | os.PathLike, value: dict, *, sync: bool = True) -> None:
+    """Adds one line of JSON to `path` with a single write, after ending a line that a dead process left unfinished.
+
+    Without `sync` a power cut, but no dying process, may take the newest lines with it; the training need not wait for
+    the disk.
+    """
     with open(path, "a+b") as file:
         unfinished = False
         if file.tell() > 0:
@@ -60,7 +64,8 @@ def append_json_line(path: str | os.PathLike, value: dict) -> None:
         line = json.dumps(_finite(value), allow_nan=False) + "\n"
         file.write(("\n" if unfinished else "").encode() + line.encode())
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict]:

@@ -13,7 +13,6 @@ from thinrank import optim
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
 from thinrank.trainers.callbacks.preemption import Preemption
-from thinrank.trainers.callbacks.steptime import StepTime
 from thinrank.trainers.checkpoint import step_of
 from thinrank.trainers.data import TextData
 from thinrank.trainers.jobs import Job
@@ -43,7 +42,6 @@ class Parts:
     checkpointing: Checkpointing
     preemption: Preemption
     guard: NonFiniteGuard
-    step_time: StepTime
 
     @property
     def config(self) -> TrainingConfig:

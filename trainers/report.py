@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import thinrank
+from thinrank.trainers.curves import summary
 from thinrank.trainers.files import write_json, write_text
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers", "datasets", "numpy", "omegaconf")
@@ -32,6 +33,7 @@ def collect(
     training: Mapping[str, Any],
     metrics: Mapping[str, float],
     model: Mapping[str, Any] | None = None,
+    curves: Sequence[Mapping[str, Any]] = (),
     history: Sequence[Mapping[str, Any]] = (),
     artifacts: Mapping[str, str] | None = None,
     sample: Mapping[str, str] | None = None,
@@ -48,8 +50,10 @@ def collect(
         model: parameters, trained_parameters, and origin, the digests of what training started from.
         routing: one row for each parameter: name, shape, role, rule, lr, elements, state_bytes.
         optimizer_state: predicted_bytes and measured_bytes of this rank, and adamw_bytes for comparison.
-        training: steps, tokens, seconds, tokens_per_second, step_ms (median), skipped_steps, world, accumulate.
+        training: steps, tokens, seconds, tokens_per_second, skipped_steps, world, accumulate.
         metrics: final values.
+        curves: lines of the run's curves; their summary (`thinrank.trainers.curves.summary`) joins `training` and
+            `metrics`.
         history: lines of the run's history; the number of starts gives the restarts.
         artifacts: what lies where.
         sample: prompt and text.
@@ -59,10 +63,11 @@ def collect(
         A dict of plain values.
     """
     starts = sum(1 for line in history if line.get("event") == "start")
+    read = summary(curves)
     return {
         "run": {**run, "restarts": max(0, starts - 1)},
-        "metrics": dict(metrics),
-        "training": dict(training),
+        "metrics": {**metrics, **read["metrics"]},
+        "training": {**training, **read["training"]},
         "optimizer_state": dict(optimizer_state),
         "memory": memory(),
         "model": dict(model or {}),
@@ -154,7 +159,8 @@ def page(report: Mapping[str, Any]) -> str:
                 ("tokens", _shown(training.get("tokens"))),
                 ("time", duration(training.get("seconds"))),
                 ("tokens per second", _shown(training.get("tokens_per_second"))),
-                ("milliseconds of a step (median)", _shown(training.get("step_ms"))),
+                ("step, median of the readings, ms", _ms(training.get("step_seconds_median"))),
+                ("step, mean with renewals, ms", _ms(training.get("step_seconds_mean"))),
                 ("parameters", _shown(report["model"].get("parameters"))),
                 ("trained parameters", _shown(report["model"].get("trained_parameters"))),
                 ("skipped steps", _shown(training.get("skipped_steps"))),
@@ -224,6 +230,10 @@ def _shown(value: Any) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:,.1f}"
 
 
 def _mib(value: Any) -> str:

@@ -7,6 +7,7 @@ Layout::
     tensorboard/         events
     adapter/             what was trained of an adapter, in peft's layout
     export/              the model for `transformers.AutoModelForCausalLM.from_pretrained`
+    curves.jsonl         losses, step times and other readings of training, by step
     history.jsonl        one line for each start and each end
     status.json          running | finished | preempted | failed, the step, the exit code
     preempted            only after a preemption: what a batch script looks for before it queues the job again
@@ -40,6 +41,7 @@ FREE_KEYS = (
     "data.num_workers",
     "data.validation_tokens",
     "data.final_validation_tokens",
+    "data.final_validation_unseen",
     "trainer.accelerator",
     "trainer.checkpoint_every",
     "trainer.devices",
@@ -58,7 +60,17 @@ FREE_KEYS = (
 )
 """Keys, or whole groups, that a resumed run may change: how long, how often, and on what machine."""
 
-_OWNED = ("tensorboard", "adapter", "export", "report.json", "report.md", "status.json", "preempted", "config.yaml")
+_OWNED = (
+    "tensorboard",
+    "adapter",
+    "export",
+    "curves.jsonl",
+    "report.json",
+    "report.md",
+    "status.json",
+    "preempted",
+    "config.yaml",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +149,10 @@ class RunFolder:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.jsonl"
 
     @property
     def marker(self) -> Path:

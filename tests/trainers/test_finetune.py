@@ -74,7 +74,7 @@ def test_a_run_measures_trains_and_exports(base, path, capsys):
     assert report["model"]["parameters"] == whole + factors
     assert report["model"]["trained_parameters"] == (factors or whole)
     assert report["optimizer_state"]["adamw_bytes"] == route(loaded(base / "model"), AdamWConfig()).state_bytes()
-    assert report["training"]["step_ms"] > 0
+    assert report["training"]["step_seconds_median"] > 0
     assert read(folder / "report.json")["metrics"] == report["metrics"]
     shown = capsys.readouterr().out
     assert "(before the first step" in shown

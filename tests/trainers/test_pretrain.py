@@ -20,6 +20,7 @@ from tiny_run import forked, read, same
 
 from thinrank.optim import AdamWConfig, DCTAdamWConfig, GaLoreConfig, SubspaceAdamWConfig
 from thinrank.trainers import checkpoint as ckpt
+from thinrank.trainers import curves
 from thinrank.trainers.errors import GuardStop, UserError
 from thinrank.trainers.pretrain import Plan, PretrainConfig, TrainerConfig, parse_duration, pretrain
 from thinrank.trainers.run import RunFolder
@@ -125,6 +126,9 @@ def test_whatever_ends_a_run_it_goes_on_bit_for_bit(base, whole, name):
     assert result["run"]["resumed_from"] == step
     assert result["run"]["restarts"] == 1
     assert result["training"]["tokens"] == 60 * 2 * 16
+    assert [step for step, _ in curves.series(curves.read(folder), "time/step")] == list(range(1, 61))
+    assert result["training"]["step_seconds_median"] > 0
+    assert 0 < result["metrics"]["lowrank/captured_energy"] <= 1.0 + 1e-5
     assert not (folder / "preempted").exists()
     same(final(folder), whole)
 
@@ -148,6 +152,10 @@ def test_events_of_all_starts_lie_in_one_place_and_none_counts_twice(base):
     os.waitpid(process, 0)
     pretrain(chosen)
     assert sorted(losses(base / "events")) == [1, 2, 3, 4, 5, 6, 7, 8]
+    lines = curves.read(base / "events")
+    assert [step for step, _ in curves.series(lines, "train/loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert dict(curves.series(lines, "train/loss")) == pytest.approx(losses(base / "events"))
+    assert [step for step, _ in curves.series(lines, "val/loss")] == [4, 8]
 
 
 def test_a_finished_run_can_be_reported_again_and_lengthened(base):
@@ -155,6 +163,7 @@ def test_a_finished_run_can_be_reported_again_and_lengthened(base):
     first = pretrain(short)
     again = pretrain(short)
     assert again["metrics"] == first["metrics"]
+    assert [step for step, _ in curves.series(curves.read(base / "longer"), "train/loss")] == [1, 2, 3, 4]
     assert again["training"]["tokens"] == first["training"]["tokens"]
     longer = pretrain(config(base, "longer", max_steps=6, validate_every=2, tensorboard=False))
     assert (longer["run"]["resumed_from"], longer["training"]["steps"]) == (4, 6)

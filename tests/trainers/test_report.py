@@ -70,6 +70,26 @@ def test_page_shows_what_a_reader_looks_for():
         assert text in page, text
 
 
+def test_the_curves_are_summed_up():
+    """Step 1 took a second, the next nine 0.1 s each, and ten more, with a renewal, 0.3 s: 4.9 s for 20 steps."""
+    curves = [
+        {"step": 1, "time/step": 1.0, "lowrank/captured_energy": 0.5},
+        {"step": 10, "time/step": 0.1, "lowrank/captured_energy": 0.9},
+        {"step": 10, "val/loss": 3.0},
+        {"step": 20, "time/step": 0.3, "lowrank/captured_energy": None},
+    ]
+    collected = report.collect(**facts(curves=curves))
+    assert collected["training"]["step_seconds_median"] == 0.3
+    assert collected["training"]["step_seconds_mean"] == pytest.approx(4.9 / 20)
+    assert collected["metrics"]["lowrank/captured_energy"] == pytest.approx(0.7)
+    page = report.page(collected)
+    assert "| step, median of the readings, ms | 300.0 |" in page
+    assert "| step, mean with renewals, ms | 245.0 |" in page
+    without = report.collect(**facts())
+    assert "step_seconds_mean" not in without["training"]
+    assert "| step, mean with renewals, ms | – |" in report.page(without)
+
+
 def test_page_of_a_preempted_run_says_by_what():
     run = {"name": "try", "state": "preempted", "stopped_by": "SIGUSR1"}
     page = report.page(report.collect(**facts(run=run, metrics={}, sample=None, history=())))

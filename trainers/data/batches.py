@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from thinrank.trainers.data.encode import EncodedSplit
+from thinrank.trainers.errors import UserError
 
 IGNORE = -100  # the label that torch's cross entropy passes over
 
@@ -125,18 +126,37 @@ class HeldOut:
     bytes_per_token: float
 
 
-def held_out(split: EncodedSplit, limit: int) -> HeldOut:
+def held_out(split: EncodedSplit, limit: int, *, after: int | None = None) -> HeldOut:
     """The first whole documents with together at most `limit` tokens (0: all).
 
     If the first document alone is longer, it is cut, and its bytes per token are those of the whole document.
+
+    Args:
+        split: The held-out documents.
+        limit: Most tokens; 0 takes all.
+        after: Leave out every document of which `held_out(split, after)` has a part.
+
+    Raises:
+        UserError: Nothing is left after those.
     """
-    ends = split.documents[:, 0].cumsum()
-    count = len(ends) if limit == 0 else int(np.searchsorted(ends, limit, side="right"))
-    tokens, size = split.documents[: max(count, 1)].sum(axis=0)
+    first = 0 if after is None else max(1, _within(split.documents, after))
+    documents = split.documents[first:]
+    if not len(documents):
+        raise UserError(
+            f"data.validation_tokens={after} covers all {len(split.documents)} held-out documents, so none is left "
+            "for data.final_validation_unseen: lower the one, drop the other, or hold out more text"
+        )
+    start, count = int(split.documents[:first, 0].sum()), _within(documents, limit)
+    tokens, size = documents[: max(count, 1)].sum(axis=0)
     return HeldOut(
-        tokens=split.tokens[: int(tokens) if count else limit],
+        tokens=split.tokens[start : start + (int(tokens) if count else limit)],
         bytes_per_token=float(size) / float(tokens),
     )
+
+
+def _within(documents: np.ndarray, limit: int) -> int:
+    """How many of the first documents have together at most `limit` tokens (0: all)."""
+    return int(np.searchsorted(documents[:, 0].cumsum(), limit, side="right")) if limit else len(documents)
 
 
 class EvalBatches:

@@ -53,6 +53,10 @@ class DataConfig:
     final_validation_tokens: int = field(
         default=0, metadata={"help": "held-out tokens used by the last validation; 0 means all"}
     )
+    final_validation_unseen: bool = field(
+        default=False,
+        metadata={"help": "the last validation begins after the held-out documents that validation_tokens covers"},
+    )
     seed: int = field(
         default=0, metadata={"help": "seed of the order of the training rows, apart from all other seeds"}
     )
@@ -81,6 +85,11 @@ class DataConfig:
         for name in ("validation_tokens", "final_validation_tokens"):
             value = getattr(self, name)
             _require(value >= 0, f"{name} must be at least 1, or 0 for all held-out tokens, got {value}")
+        _require(
+            self.validation_tokens > 0 or not self.final_validation_unseen,
+            "final_validation_unseen needs validation_tokens of at least 1, got 0: with all held-out tokens read "
+            "during training none is left",
+        )
         _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2**63), got {self.seed}")
 
 

@@ -125,8 +125,8 @@ class TextData(LightningDataModule):
         self._tokenizer = tokenizer = self._tokenizer or load_tokenizer(config, source, cache)
         if self._streams:
             # All held-out documents of a streamed dataset may be too many to keep: stop where the last use does.
-            most = max(config.validation_tokens, config.final_validation_tokens)
-            limit = most if config.validation_tokens and config.final_validation_tokens else 0
+            first, last = config.validation_tokens, config.final_validation_tokens
+            limit = (first + last if config.final_validation_unseen else max(first, last)) if first and last else 0
         else:
             limit = 0
             self._train = encode_split(source, "train", tokenizer, cache)
@@ -156,6 +156,7 @@ class TextData(LightningDataModule):
         """
         self.layout()
         self.prepare_data()
+        self._test_part()  # so that one without a document is told before the training
         if self._loaded is not None:
             self._restore(self._loaded)
 
@@ -220,15 +221,19 @@ class TextData(LightningDataModule):
     @property
     def validation_bytes_per_token(self) -> float:
         """UTF-8 bytes for each token of `val_dataloader()`: nats per token / ln 2 / this = bits per byte."""
-        return self._held_out(self.config.validation_tokens).bytes_per_token
+        return self._val_part().bytes_per_token
 
     @property
     def test_bytes_per_token(self) -> float:
         """UTF-8 bytes for each token of `test_dataloader()`."""
-        return self._held_out(self.config.final_validation_tokens).bytes_per_token
+        return self._test_part().bytes_per_token
 
-    def _held_out(self, limit: int) -> HeldOut:
-        return held_out(self._needs_preparation(self._validation), limit)
+    def _val_part(self) -> HeldOut:
+        return held_out(self._needs_preparation(self._validation), self.config.validation_tokens)
+
+    def _test_part(self) -> HeldOut:
+        after = self.config.validation_tokens if self.config.final_validation_unseen else None
+        return held_out(self._needs_preparation(self._validation), self.config.final_validation_tokens, after=after)
 
     # -- loaders -------------------------------------------------------------------------------------------------
 
@@ -270,15 +275,16 @@ class TextData(LightningDataModule):
 
     def val_dataloader(self) -> EvalBatches:
         """Batches of the first `validation_tokens` held-out tokens."""
-        return self._eval_batches(self.config.validation_tokens)
+        return self._eval_batches(self._val_part())
 
     def test_dataloader(self) -> EvalBatches:
-        """Batches of the first `final_validation_tokens` held-out tokens."""
-        return self._eval_batches(self.config.final_validation_tokens)
+        """Batches of the first `final_validation_tokens` held-out tokens, or with `final_validation_unseen` of the
+        first ones that `val_dataloader` leaves over."""
+        return self._eval_batches(self._test_part())
 
-    def _eval_batches(self, limit: int) -> EvalBatches:
+    def _eval_batches(self, part: HeldOut) -> EvalBatches:
         return EvalBatches(
-            self._held_out(limit).tokens,
+            part.tokens,
             end_of_text=end_of_text_id(self.tokenizer),
             length=self.config.sequence_length,
             layout=self.layout(),

@@ -18,6 +18,7 @@ from thinrank.trainers.data import FilesConfig, HuggingFaceConfig, PySourceConfi
         ({"validation_fraction": 0.0}, "validation_fraction must lie between 0 and 1, both excluded, got 0.0"),
         ({"validation_fraction": 1.0}, "validation_fraction must lie between 0 and 1, both excluded, got 1.0"),
         ({"validation_tokens": -1}, "validation_tokens must be at least 1, or 0 for all held-out tokens, got -1"),
+        ({"final_validation_unseen": True, "validation_tokens": 0}, "final_validation_unseen needs validation_tokens"),
         ({"final_validation_tokens": -2}, "final_validation_tokens must be at least 1, or 0 for all held-out tokens"),
         ({"seed": -1}, "seed must lie in [0, 2**63), got -1"),
     ],

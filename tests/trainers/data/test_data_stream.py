@@ -268,6 +268,10 @@ def test_a_held_out_stream_is_read_no_further_than_needed(c4, c4_folder):
     assert 600 <= counts["tokens"] < 1000 < len(packed(texts(c4_folder, "c4-validation*")))
     labels = torch.cat([batch["labels"].ravel() for batch in data.val_dataloader()])
     assert 0 < (labels >= 0).sum() <= 300
+    both = c4({"validation_tokens": 300, "final_validation_tokens": 600, "final_validation_unseen": True})
+    labels = torch.cat([batch["labels"].ravel() for batch in both.test_dataloader()])
+    assert 300 < (labels >= 0).sum() <= 600
+    assert both.manifest["validation"]["tokens"] < 1300
     # How much is used may change when a run resumes.
     assert c4().manifest_hash == data.manifest_hash
 

@@ -192,6 +192,34 @@ def test_bytes_per_token_are_exact_for_every_limit(make, tokenizer, take):
     assert data.test_bytes_per_token == counts["bytes"] / counts["tokens"]
 
 
+@pytest.mark.parametrize("limit", [1, 400, 10**6])
+def test_the_unseen_part_is_what_validation_leaves_over(make, limit):
+    """Also where the first document alone is too long for the validation: it is read in part, so it is not unseen."""
+    fields = {"validation_fraction": 0.3, "tokenizer": "bpe", "vocab_size": 300}
+    ends = make(fields)._validation.documents[:, 0].cumsum().tolist()
+    if limit >= ends[-1]:
+        with pytest.raises(UserError, match=r"covers all \d+ held-out documents, so none is left"):
+            make({**fields, "validation_tokens": limit, "final_validation_unseen": True})
+        return
+    read = max(1, sum(end <= limit for end in ends))
+
+    def labels(batches):
+        found = torch.cat([batch["labels"].ravel() for batch in batches])
+        return found[found >= 0].tolist()
+
+    data = make({**fields, "validation_tokens": limit, "final_validation_unseen": True})
+    whole = labels(make(fields).test_dataloader())
+    unseen = labels(data.test_dataloader())
+    assert unseen == whole[ends[read - 1] :]
+    text = data.tokenizer.decode([token for token in unseen if token != data.tokenizer.eos_token_id])
+    assert data.test_bytes_per_token == len(text.encode()) / len(unseen)
+    size = data._validation.documents[read, 0]
+    first = make(
+        {**fields, "validation_tokens": limit, "final_validation_unseen": True, "final_validation_tokens": size}
+    )
+    assert labels(first.test_dataloader()) == unseen[:size]
+
+
 def test_every_process_has_as_many_validation_batches(make):
     sizes = {
         sum(1 for _ in make(batch_size=8, rank=rank, world=4, micro_batches=2).test_dataloader()) for rank in range(4)
