@@ -11,14 +11,18 @@ from thinrank.optim.methods import (
     METHODS,
     AdamWConfig,
     DCTAdamWConfig,
+    Dion2Config,
+    DionConfig,
     GaLoreConfig,
     LowRankConfig,
     MatrixConfig,
     MethodConfig,
+    RankedConfig,
     SubspaceAdamWConfig,
+    TrionConfig,
 )
 from thinrank.optim.optimizer import MatrixOptimizer
-from thinrank.optim.optimizers import OPTIMIZERS, AdamW, DCTAdamW, GaLore, SubspaceAdamW
+from thinrank.optim.optimizers import OPTIMIZERS, AdamW, DCTAdamW, Dion, Dion2, GaLore, SubspaceAdamW, Trion
 
 __all__ = [
     "METHODS",
@@ -28,6 +32,10 @@ __all__ = [
     "Axis",
     "DCTAdamW",
     "DCTAdamWConfig",
+    "Dion",
+    "Dion2",
+    "Dion2Config",
+    "DionConfig",
     "GaLore",
     "GaLoreConfig",
     "LowRankConfig",
@@ -35,10 +43,13 @@ __all__ = [
     "MatrixOptimizer",
     "MatrixView",
     "MethodConfig",
+    "RankedConfig",
     "Role",
     "Routing",
     "SubspaceAdamW",
     "SubspaceAdamWConfig",
+    "Trion",
+    "TrionConfig",
     "build",
     "matrix_views",
     "roles",

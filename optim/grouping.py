@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig
+from thinrank.optim.methods.config import MatrixConfig, MethodConfig, RankedConfig
 
 
 class Role(str, Enum):
@@ -188,7 +188,7 @@ def group_parameters(model: nn.Module, config: MethodConfig, overrides: Mapping[
     if not names:
         raise ValueError("the model has no trainable parameter: set requires_grad on some")
     chosen: set[str] = set()
-    if isinstance(config, MatrixConfig) and not (isinstance(config, LowRankConfig) and config.rank is None):
+    if isinstance(config, MatrixConfig) and not (isinstance(config, RankedConfig) and config.rank is None):
         shapes = {name: tuple(parameters[name].shape) for name in names}
         chosen = targeted(names, role, shapes, config)
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr

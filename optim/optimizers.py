@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from thinrank.optim.methods import AdamWConfig, DCTAdamWConfig, GaLoreConfig, SubspaceAdamWConfig
+from thinrank.optim.methods import (
+    AdamWConfig,
+    DCTAdamWConfig,
+    Dion2Config,
+    DionConfig,
+    GaLoreConfig,
+    SubspaceAdamWConfig,
+    TrionConfig,
+)
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 
@@ -55,7 +63,25 @@ class SubspaceAdamW(MatrixOptimizer):
     Config = SubspaceAdamWConfig
 
 
+class Dion(MatrixOptimizer):
+    """Dion: orthonormal updates of low rank from a full momentum. See `thinrank.optim.methods.dion`."""
+
+    Config = DionConfig
+
+
+class Trion(MatrixOptimizer):
+    """Trion: orthonormal updates on the strongest columns of a fixed basis. See `thinrank.optim.methods.trion`."""
+
+    Config = TrionConfig
+
+
+class Dion2(MatrixOptimizer):
+    """Dion2: orthonormal updates of some of a weight's own rows or columns. See `thinrank.optim.methods.dion2`."""
+
+    Config = Dion2Config
+
+
 OPTIMIZERS: dict[type[MethodConfig], type[MatrixOptimizer]] = {
-    cls.Config: cls for cls in (AdamW, GaLore, DCTAdamW, SubspaceAdamW)
+    cls.Config: cls for cls in (AdamW, GaLore, DCTAdamW, SubspaceAdamW, Dion, Trion, Dion2)
 }
 """Which class a configuration builds."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,22 @@ from thinrank.optim.axis import WHOLE, Axis
 def frobenius(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     """Frobenius norm of each matrix of the batch, over all ranks that hold rows of it: (...,)."""
     return axis.sum(x.square().sum((-2, -1))).sqrt()
+
+
+def peak(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """The largest magnitude of each matrix of `x` (..., 1, 1): where rows are shared, the sum of the ranks' largest,
+    which is as good a measure of size. No number where `x` holds something that is none.
+    """
+    empty = x.shape[-2] == 0  # a rank without rows; a maximum of nothing is refused by torch
+    if empty:
+        return axis.sum(x.new_zeros(*x.shape[:-2], 1, 1))
+    return axis.sum(torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True))
+
+
+def reciprocal_peak(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """What to multiply each matrix of `x` by to have its entries near one: (..., 1, 1)."""
+    size = peak(x, axis)
+    return size.clamp(min=torch.finfo(size.dtype).tiny).reciprocal()
 
 
 def growth_limit(norm: Tensor, previous: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -26,3 +44,18 @@ def growth_limit(norm: Tensor, previous: Tensor, limit: float) -> tuple[Tensor, 
     allowed = torch.where(previous > 0, torch.minimum(norm, limit * previous), norm)
     factor = torch.where(norm > 0, allowed / norm.clamp(min=torch.finfo(norm.dtype).tiny), torch.ones_like(norm))
     return factor, allowed
+
+
+def finite_or_zero(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """`x` (..., long, short) with zeros in the place of each matrix that holds something that is no finite number.
+
+    For sums that are kept for ever, which one infinity would spoil for ever. All ranks of a matrix decide alike.
+    """
+    return torch.where(torch.isfinite(peak(x, axis)), x, 0.0)
+
+
+def unit_columns(x: Tensor) -> Tensor:
+    """The columns of `x` (..., n, r), each divided by its length, whatever its size; zero columns stay zero."""
+    tiny = torch.finfo(x.dtype).tiny
+    y = x / x.abs().amax(-2, keepdim=True).clamp(min=tiny)
+    return y / torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp(min=tiny)

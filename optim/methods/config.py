@@ -31,6 +31,13 @@ def number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, o
         raise ValueError(f"{name} must be a number {above}{below}, got {value!r}")
 
 
+def decay_rate(name: str, value: Any) -> None:
+    """Refuses what is not a number from 0 to below 1."""
+    number(name, value)
+    if value >= 1.0:
+        raise ValueError(f"{name} must be below 1, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Fields of every optimizer; a learning rate for each role, because matrices and embeddings want different ones."""
@@ -118,17 +125,12 @@ class MatrixConfig(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankConfig(MatrixConfig):
-    """Fields of every method with a subspace."""
+class RankedConfig(MatrixConfig):
+    """Fields of every method that keeps fewer directions than a matrix has."""
 
     rank: int | float | None = field(
         default=0.25,
         metadata={"help": "directions kept: a count, or a fraction of the matrix's short side (0.25, 1.0)"},
-    )
-    update_proj_gap: int = field(default=200, metadata={"help": "steps between two renewals of the subspace"})
-    stagger: bool = field(
-        default=False,
-        metadata={"help": "spread the renewals of the matrices over the gap, so that no step does all of them"},
     )
     projection_dtype: str = field(
         default="float32",
@@ -137,9 +139,7 @@ class LowRankConfig(MatrixConfig):
         },
     )
 
-    GROUP: ClassVar[tuple[str, ...]] = (
-        *MatrixConfig.GROUP, "rank", "update_proj_gap", "stagger", "projection_dtype",
-    )  # fmt: skip
+    GROUP: ClassVar[tuple[str, ...]] = (*MatrixConfig.GROUP, "rank", "projection_dtype")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,13 +152,29 @@ class LowRankConfig(MatrixConfig):
                 raise ValueError(
                     f"rank must be at least 1 (directions) or a fraction of the short side in (0, 1], got {self.rank!r}"
                 )
-        if not isinstance(self.update_proj_gap, int) or self.update_proj_gap < 1:
-            raise ValueError(f"update_proj_gap must be at least 1 step, got {self.update_proj_gap!r}")
-        if not isinstance(self.stagger, bool):
-            raise ValueError(f"stagger must be true or false, got {self.stagger!r}")
         choice("projection_dtype", self.projection_dtype, ("float32", "bfloat16"))
 
     @property
     def dtype(self) -> torch.dtype:
         """`projection_dtype` as torch's."""
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.projection_dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(RankedConfig):
+    """Fields of every method whose subspace is renewed now and then."""
+
+    update_proj_gap: int = field(default=200, metadata={"help": "steps between two renewals of the subspace"})
+    stagger: bool = field(
+        default=False,
+        metadata={"help": "spread the renewals of the matrices over the gap, so that no step does all of them"},
+    )
+
+    GROUP: ClassVar[tuple[str, ...]] = (*RankedConfig.GROUP, "update_proj_gap", "stagger")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.update_proj_gap, int) or self.update_proj_gap < 1:
+            raise ValueError(f"update_proj_gap must be at least 1 step, got {self.update_proj_gap!r}")
+        if not isinstance(self.stagger, bool):
+            raise ValueError(f"stagger must be true or false, got {self.stagger!r}")

@@ -11,7 +11,7 @@ import torch
 from laws import seeded
 from torch import Tensor, nn
 
-from thinrank.optim import METHODS, OPTIMIZERS, LowRankConfig, MatrixOptimizer, MethodConfig
+from thinrank.optim import METHODS, OPTIMIZERS, LowRankConfig, MatrixOptimizer, MethodConfig, RankedConfig
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "galore/power": ("galore", {"svd": "power"}),
@@ -27,11 +27,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct_adamw/bfloat16": ("dct_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/bfloat16": ("subspace_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/stagger": ("subspace_adamw", {"stagger": True}),
+    "dct_adamw/4bit": ("dct_adamw", {"error_feedback": "4bit"}),
+    "dion/qr": ("dion", {"orthogonalizer": "qr", "right_factor": "qr", "adjust_lr": "match_rms_adamw"}),
+    "dion/orth": ("dion", {"right_factor": "qr", "adjust_lr": "none"}),
+    "dion/bfloat16": ("dion", {"projection_dtype": "bfloat16"}),
+    "trion/random": ("trion", {"basis": "random", "norm": "l2", "orthogonalizer": "you", "adjust_lr": "spectral"}),
+    "trion/bfloat16": ("trion", {"basis": "hadamard", "projection_dtype": "bfloat16"}),
     "subspace_adamw/off": ("subspace_adamw", {"residual": "off", "transport": "keep"}),
 }
 
 
-SMALL: dict[str, dict[str, Any]] = {"galore": {"scale": 1.0}}
+SMALL: dict[str, dict[str, Any]] = {
+    "galore": {"scale": 1.0},
+    "dion": {"embedding_lr": 0.02},
+    "trion": {"embedding_lr": 0.02, "scale": 2.0},
+    "dion2": {"embedding_lr": 0.02, "scale": 2.0},
+}
 """What a method needs to learn something small."""
 
 
@@ -39,7 +50,9 @@ def small(name: str, **values: Any) -> MethodConfig:
     """The configuration of method `name` with `values` and, where they are fields, rank 3 and gap 3."""
     cls = METHODS[name]
     if issubclass(cls, LowRankConfig):
-        values = {"rank": 3, "update_proj_gap": 3, **values}
+        values = {"update_proj_gap": 3, **values}
+    if issubclass(cls, RankedConfig):
+        values = {"rank": 3, **values}
     return cls(**{"lr": 0.02, "weight_decay": 0.01, **SMALL.get(name, {}), **values})
 
 
@@ -47,7 +60,7 @@ CONFIGS: dict[str, MethodConfig] = {
     **{name: small(name) for name in METHODS},
     **{label: small(name, **values) for label, (name, values) in VARIANTS.items()},
 }
-LOW_RANK = {name: config for name, config in CONFIGS.items() if isinstance(config, LowRankConfig)}
+LOW_RANK = {name: config for name, config in CONFIGS.items() if isinstance(config, RankedConfig)}
 
 
 def make(config: MethodConfig, params: Any, **options: Any) -> MatrixOptimizer:

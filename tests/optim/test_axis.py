@@ -10,7 +10,7 @@ from thinrank.optim.inner.adam import Adam
 from thinrank.optim.linalg.basis import captured_energy, subspace_iteration
 from thinrank.optim.linalg.fixed import column_norms
 from thinrank.optim.linalg.norms import frobenius
-from thinrank.optim.lowrank.feedback import ErrorFeedback, ErrorFeedback8
+from thinrank.optim.lowrank.feedback import ErrorFeedback, QuantisedFeedback
 from thinrank.optim.lowrank.lift import Residual
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import FixedColumns, PowerIteration, Svd, TwoSidedSvd
@@ -40,7 +40,14 @@ RULES = {
         feedback=ErrorFeedback(),
     ),
     "columns with 8-bit feedback": LowRank(
-        subspace=FixedColumns(rank=RANK, basis="random"), inner=Adam(betas=BETAS, eps=1e-3), feedback=ErrorFeedback8()
+        subspace=FixedColumns(rank=RANK, basis="random"),
+        inner=Adam(betas=BETAS, eps=1e-3),
+        feedback=QuantisedFeedback(8),
+    ),
+    "unit columns with 4-bit feedback": LowRank(
+        subspace=FixedColumns(rank=RANK, basis="identity"),
+        inner=Adam(betas=BETAS, eps=1e-3),
+        feedback=QuantisedFeedback(4),
     ),
 }
 

@@ -84,7 +84,7 @@ def test_state_exists_whole_from_construction_on(config):
     before = layout(optimizer, params)
     run(optimizer, params, 0, 5)
     assert layout(optimizer, params) == before
-    assert all("step" in each and "exp_avg" in each for each in before)
+    assert all("step" in each and {"exp_avg", "momentum"} & each.keys() for each in before)
 
 
 class Net(nn.Module):
@@ -246,11 +246,12 @@ def test_what_is_written_into_the_state_counts(config):
     optimizer = make(config, params)
     run(optimizer, params, 0, 2)
     for state in optimizer.state.values():
-        state["exp_avg"].zero_()
+        state["exp_avg" if "exp_avg" in state else "momentum"].zero_()
     run(optimizer, params, 2, 3)
-    beta = config.betas[0]
     for p in params:
-        grad, m = p.grad, optimizer.state[p]["exp_avg"]
+        key = "exp_avg" if "exp_avg" in optimizer.state[p] else "momentum"
+        beta = config.betas[0] if key == "exp_avg" else 0.0  # a sum of gradients, not a mean
+        grad, m = p.grad, optimizer.state[p][key]
         assert grad is not None
         room = 3.0 if any("error" in key for key in optimizer.state[p]) else 1.01  # an error enters with the gradient
         assert float(m.norm()) <= (1 - beta) * float(grad.norm()) * room

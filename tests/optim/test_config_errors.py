@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from thinrank.optim import OPTIMIZERS, AdamWConfig, DCTAdamWConfig, GaLore, GaLoreConfig, SubspaceAdamWConfig, build
+from thinrank.optim import (
+    OPTIMIZERS,
+    AdamWConfig,
+    DCTAdamWConfig,
+    Dion2Config,
+    DionConfig,
+    GaLore,
+    GaLoreConfig,
+    SubspaceAdamWConfig,
+    TrionConfig,
+    build,
+)
 
 BAD: list[tuple[type, dict[str, Any], str]] = [
     (AdamWConfig, {"lr": -1.0}, r"lr must be a number at least 0, got -1"),
@@ -34,11 +45,24 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (GaLoreConfig, {"projection_dtype": "fp16"}, r"projection_dtype must be one of float32, bfloat16"),
     (DCTAdamWConfig, {"basis": "dctt"}, r"basis must be one of .*did you mean 'dct'"),
     (DCTAdamWConfig, {"norm": "l3"}, r"norm must be one of l1, l2"),
-    (DCTAdamWConfig, {"error_feedback": "4bit"}, r"error_feedback must be one of off, full, 8bit"),
+    (DCTAdamWConfig, {"error_feedback": "2bit"}, r"error_feedback must be one of off, full, 8bit, 4bit"),
     (DCTAdamWConfig, {"engine": "fft", "basis": "hadamard"}, r"engine='fft' computes the DCT alone"),
     (SubspaceAdamWConfig, {"residual": "ful"}, r"residual must be one of .*did you mean 'full'"),
     (SubspaceAdamWConfig, {"residual_limit": 0.5}, r"residual_limit must be a number at least 1"),
     (SubspaceAdamWConfig, {"transport": "rotat"}, r"transport must be one of .*did you mean 'rotate'"),
+    (DionConfig, {"rank": 0}, r"rank must be at least 1 .* or a fraction .*, got 0"),
+    (DionConfig, {"momentum": 1.0}, r"momentum must be below 1, got 1\.0"),
+    (DionConfig, {"momentum": -0.5}, r"momentum must be a number at least 0, got -0\.5"),
+    (DionConfig, {"orthogonalizer": "cholesky"}, r"orthogonalizer must be one of .*did you mean 'cholesky_qr'"),
+    (DionConfig, {"right_factor": "colnorm"}, r"right_factor must be one of .*did you mean 'column_norm'"),
+    (DionConfig, {"adjust_lr": "spektral"}, r"adjust_lr must be one of .*did you mean 'spectral'"),
+    (TrionConfig, {"momentum": 1.0}, r"momentum must be below 1, got 1\.0"),
+    (TrionConfig, {"basis": "dctt"}, r"basis must be one of .*did you mean 'dct'"),
+    (TrionConfig, {"norm": "l3"}, r"norm must be one of l1, l2"),
+    (TrionConfig, {"engine": "fft", "basis": "identity"}, r"engine='fft' computes the DCT alone"),
+    (TrionConfig, {"orthogonalizer": "jordon"}, r"orthogonalizer must be one of .*did you mean 'jordan'"),
+    (Dion2Config, {"engine": "fft"}, r"engine='fft' computes the DCT alone, got basis='identity'"),
+    (Dion2Config, {"adjust_lr": "kimi"}, r"adjust_lr must be one of original, spectral, match_rms_adamw, none"),
 ]
 
 
