@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,8 @@ def peak(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     empty = x.shape[-2] == 0  # a rank without rows; a maximum of nothing is refused by torch
     if empty:
         return axis.sum(x.new_zeros(*x.shape[:-2], 1, 1))
-    return axis.sum(torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True))
+    # the norm of this name takes a CPU 25 times as long, 1.5 ms for 768 × 768
+    return axis.sum(torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True)))
 
 
 def reciprocal_peak(x: Tensor, axis: Axis = WHOLE) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from laws import LAW, eye_error, seeded
 
 from thinrank.optim.axis import Axis
-from thinrank.optim.linalg.norms import finite_or_zero, unit_columns
+from thinrank.optim.linalg.norms import finite_or_zero, peak, reciprocal_peak, unit_columns
 from thinrank.optim.linalg.orthogonal import SHAPE_SCALES, cholesky_qr, householder_qr, shape_scale
 
 FACTORS = pytest.mark.parametrize("factor", [cholesky_qr, householder_qr])
@@ -123,6 +123,18 @@ def test_unit_columns(n, r, power, seed):
     lengths[0, 0] = 1.0
     torch.testing.assert_close(lengths, torch.ones(2, r))
     torch.testing.assert_close(unit * x.norm(dim=-2, keepdim=True), x)
+
+
+def test_the_peak_is_the_largest_magnitude():
+    x = seeded(3, 4, 5)
+    torch.testing.assert_close(peak(x), x.abs().amax((1, 2), keepdim=True))
+    x[0] = -x[0].abs()
+    x[1], x[2, 1, 1] = 0.0, torch.nan
+    assert float(peak(x)[0]) == float(x[0].abs().max())
+    assert float(peak(x)[1]) == 0.0
+    assert bool(peak(x)[2].isnan())
+    assert bool(reciprocal_peak(x)[1].isfinite())
+    assert torch.equal(peak(x[:, :0]), torch.zeros(3, 1, 1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
