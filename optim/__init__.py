@@ -15,6 +15,8 @@ from thinrank.optim.methods import (
     ApolloMiniConfig,
     AuONConfig,
     DCTAdamWConfig,
+    Dion2Config,
+    DionConfig,
     FiraConfig,
     GaLoreConfig,
     GaLorePlusConfig,
@@ -26,6 +28,7 @@ from thinrank.optim.methods import (
     MuonConfig,
     RankedConfig,
     SubspaceAdamWConfig,
+    TrionConfig,
 )
 from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.optimizers import (
@@ -36,12 +39,15 @@ from thinrank.optim.optimizers import (
     ApolloMini,
     AuON,
     DCTAdamW,
+    Dion,
+    Dion2,
     Fira,
     GaLore,
     GaLorePlus,
     LDAdam,
     Muon,
     SubspaceAdamW,
+    Trion,
 )
 from thinrank.optim.ranks import allocated_ranks, reallocate
 
@@ -60,6 +66,10 @@ __all__ = [
     "Axis",
     "DCTAdamW",
     "DCTAdamWConfig",
+    "Dion",
+    "Dion2",
+    "Dion2Config",
+    "DionConfig",
     "Fira",
     "FiraConfig",
     "GaLore",
@@ -82,6 +92,8 @@ __all__ = [
     "Routing",
     "SubspaceAdamW",
     "SubspaceAdamWConfig",
+    "Trion",
+    "TrionConfig",
     "allocated_ranks",
     "attention_layouts",
     "build",

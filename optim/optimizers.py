@@ -10,6 +10,8 @@ from thinrank.optim.methods import (
     ApolloMiniConfig,
     AuONConfig,
     DCTAdamWConfig,
+    Dion2Config,
+    DionConfig,
     FiraConfig,
     GaLoreConfig,
     GaLorePlusConfig,
@@ -17,6 +19,7 @@ from thinrank.optim.methods import (
     MFACConfig,
     MuonConfig,
     SubspaceAdamWConfig,
+    TrionConfig,
 )
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.optimizer import MatrixOptimizer
@@ -129,8 +132,42 @@ class AuON(MatrixOptimizer):
     Config = AuONConfig
 
 
+class Dion(MatrixOptimizer):
+    """Dion: orthonormal updates of low rank from a full momentum. See `thinrank.optim.methods.dion`."""
+
+    Config = DionConfig
+
+
+class Trion(MatrixOptimizer):
+    """Trion: orthonormal updates on the strongest columns of a fixed basis. See `thinrank.optim.methods.trion`."""
+
+    Config = TrionConfig
+
+
+class Dion2(MatrixOptimizer):
+    """Dion2: orthonormal updates of some of a weight's own rows or columns. See `thinrank.optim.methods.dion2`."""
+
+    Config = Dion2Config
+
+
 OPTIMIZERS: dict[type[MethodConfig], type[MatrixOptimizer]] = {
     cls.Config: cls
-    for cls in (AdamW, GaLore, Fira, Apollo, ApolloMini, GaLorePlus, DCTAdamW, LDAdam, MFAC, SubspaceAdamW, Muon, AuON)
+    for cls in (
+        AdamW,
+        GaLore,
+        Fira,
+        Apollo,
+        ApolloMini,
+        GaLorePlus,
+        DCTAdamW,
+        LDAdam,
+        MFAC,
+        SubspaceAdamW,
+        Muon,
+        AuON,
+        Dion,
+        Trion,
+        Dion2,
+    )
 }
 """Which class a configuration builds."""

@@ -61,6 +61,13 @@ class Step:
         lead = self.keys[index] * every >> 32 if stagger and self.keys else 0
         return self.count[index] == 0 or (self.count[index] + lead) % every == 0
 
+    def stored(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of the weights whose batch (batch, long, short) is `x`, with all ranks' rows together."""
+        long, short = x.shape[-2:]
+        if not self.axis.whole:  # the host waits here, for one number
+            long = int(self.axis.sum(torch.full((), float(long), device=x.device)))
+        return (short, long) if self.transposed else (long, short)
+
     def generator(self, index: int) -> torch.Generator:
         """A CPU generator that depends on the seed, the matrix and its count alone."""
         key = self.keys[index] if self.keys else index

@@ -22,6 +22,19 @@ class Entries:
     values: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """A basis of unit vectors: what is multiplied by it is put into columns, and no product is needed.
+
+    Attributes:
+        index: `(batch, r)` int64, the columns, none twice.
+        short: how many there are.
+    """
+
+    index: Tensor
+    short: int
+
+
 @dataclass(frozen=True, slots=True)
 class Update:
     """`direction @ basisᵀ + rows ∘ rest`, with `entries` in the place of what that gives there.
@@ -30,14 +43,14 @@ class Update:
 
     Attributes:
         direction: `(batch, long, r)`, in the dtype that the product shall have.
-        basis: `(batch, short, r)`, of the same dtype.
+        basis: `(batch, short, r)`, of the same dtype, or columns.
         rest: `(batch, long, short)`, a full-size part.
         rows: `(batch, long, 1)` or `(batch, 1, 1)`, what each row of `rest` is multiplied by; None stands for ones.
         entries: entries that are known better.
     """
 
     direction: Tensor | None = None
-    basis: Tensor | None = None
+    basis: Tensor | Columns | None = None
     rest: Tensor | None = None
     rows: Tensor | None = None
     entries: Entries | None = None
@@ -46,7 +59,11 @@ class Update:
         """The update in full, float32."""
         full = None
         if self.direction is not None and self.basis is not None:
-            full = (self.direction @ self.basis.mT).float()
+            if isinstance(self.basis, Columns):
+                full = self.direction.new_zeros((*self.direction.shape[:-1], self.basis.short), dtype=torch.float32)
+                full.scatter_(-1, self.basis.index.unsqueeze(-2).expand_as(self.direction), self.direction.float())
+            else:
+                full = (self.direction @ self.basis.mT).float()
         if self.rest is not None:
             rest = self.rest if self.rows is None else self.rows * self.rest
             full = rest.float() if full is None else full + rest
@@ -64,6 +81,11 @@ class Update:
         if self.direction is None or self.basis is None:
             if keep != 1.0:
                 torch._foreach_mul_(list(weights), keep)
+        elif isinstance(self.basis, Columns):
+            if keep != 1.0:
+                torch._foreach_mul_(list(weights), keep)
+            for weight, direction, index in zip(weights, self.direction.to(dtype), self.basis.index, strict=True):
+                weight.index_add_(-1, index, direction, alpha=-step)
         elif self.direction.dtype in (torch.float32, dtype):
             for weight, direction, basis in zip(weights, self.direction.to(dtype), self.basis.to(dtype), strict=True):
                 weight.addmm_(direction, basis.mT, beta=keep, alpha=-step)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.linalg.momentum import momentum_direction
-from thinrank.optim.linalg.norms import cosh_rms, frobenius, largest_entry
+from thinrank.optim.linalg.norms import cosh_rms, frobenius, reciprocal_peak
 from thinrank.optim.linalg.orthogonal import JORDAN, newton_schulz
 from thinrank.optim.rule import State, Step
 
@@ -40,7 +40,7 @@ class AuON:
         mean = momentum_direction(low, state["momentum"], self.momentum, nesterov=True)
         if self.steps:
             mean = newton_schulz(mean, JORDAN.first(self.steps), dtype=self.dtype, axis=step.axis)
-        unit = mean / largest_entry(mean, step.axis)
+        unit = mean * reciprocal_peak(mean, step.axis)
         unit.div_((frobenius(unit, step.axis) + 1e-7)[..., None, None])
         rms = cosh_rms(self.gamma * unit, step.axis) + 1e-8
         return (unit if self.normalise else mean) / rms[..., None, None]

@@ -40,7 +40,4 @@ class Polar:
         direction = newton_schulz(mean, self.coefficients, dtype=self.dtype, axis=step.axis)
         if self.shape == "none":
             return direction
-        long, short = low.shape[-2:]
-        if not step.axis.whole:  # the host waits here, for one number
-            long = int(step.axis.sum(low.new_full((), float(long))))
-        return direction.mul_(shape_scale(self.shape, *((short, long) if step.transposed else (long, short))))
+        return direction.mul_(shape_scale(self.shape, *step.stored(low)))

@@ -17,7 +17,7 @@ def peak(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     """The largest magnitude of each matrix of `x` (..., 1, 1): where rows are shared, the sum of the ranks' largest,
     which is as good a measure of size. No number where `x` holds something that is none.
     """
-    empty = x.shape[-2] == 0  # a rank without rows; a maximum of nothing is refused by torch
+    empty = 0 in x.shape[-2:]  # a rank without rows; a maximum of nothing is refused by torch
     if empty:
         return axis.sum(x.new_zeros(*x.shape[:-2], 1, 1))
     # torch's norm of order infinity takes a CPU ten times longer than these two passes
@@ -45,20 +45,6 @@ def growth_limit(norm: Tensor, previous: Tensor, limit: float) -> tuple[Tensor, 
     return factor, allowed
 
 
-def largest_entry(x: Tensor, axis: Axis = WHOLE) -> Tensor:
-    """What each matrix of the batch may be divided by so that squares of its entries neither overflow nor vanish.
-
-    Returns:
-        (..., 1, 1): the largest magnitude of an entry (with rows on several ranks, of each rank's, summed, which is as
-        good), at least the smallest normal number.
-    """
-    if x.shape[-2] == 0 or x.shape[-1] == 0:
-        own = x.new_zeros((*x.shape[:-2], 1, 1))
-    else:
-        own = x.abs().amax((-2, -1), keepdim=True)
-    return axis.sum(own).clamp(min=torch.finfo(x.dtype).tiny)
-
-
 def cosh_rms(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     """sqrt(mean(cosh²(x))) of each matrix of the batch, over all ranks that hold rows of it: (...,), at least one.
 
@@ -68,3 +54,18 @@ def cosh_rms(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     count = axis.sum(x.new_full((), float(x.shape[-2] * x.shape[-1])))
     total = axis.sum(x.clamp(-30.0, 30.0).sinh().square().sum((-2, -1)))
     return (1.0 + total / count).sqrt()
+
+
+def finite_or_zero(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """`x` (..., long, short) with zeros in the place of each matrix that holds something that is no finite number.
+
+    For sums that are kept for ever, which one infinity would spoil for ever. All ranks of a matrix decide alike.
+    """
+    return torch.where(torch.isfinite(peak(x, axis)), x, 0.0)
+
+
+def unit_columns(x: Tensor) -> Tensor:
+    """The columns of `x` (..., n, r), each divided by its length, whatever its size; zero columns stay zero."""
+    tiny = torch.finfo(x.dtype).tiny
+    y = x / x.abs().amax(-2, keepdim=True).clamp(min=tiny)
+    return y / torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp(min=tiny)

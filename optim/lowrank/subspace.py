@@ -13,7 +13,7 @@ from thinrank.optim.linalg.basis import random_columns, subspace_iteration, svd_
 from thinrank.optim.linalg.fixed import basis_matrix, column_norms, dct_rows_fft, select_columns
 from thinrank.optim.lowrank.transport import Change, Rotation, Slots
 from thinrank.optim.rule import State, Step
-from thinrank.optim.update import Update
+from thinrank.optim.update import Columns, Update
 
 Shape3 = tuple[int, int, int]
 
@@ -250,6 +250,8 @@ class FixedColumns:
         return (x.to(self.dtype) @ self.atoms(state, x.shape[-1])).float()
 
     def up(self, low: Tensor, state: State, short: int) -> Update:
+        if self.basis == "identity":
+            return Update(low, Columns(index=state["columns"].long(), short=short))
         return Update(low.to(self.dtype), self.atoms(state, short))
 
 

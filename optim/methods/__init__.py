@@ -7,6 +7,8 @@ from thinrank.optim.methods.apollo import ApolloConfig, ApolloMiniConfig
 from thinrank.optim.methods.auon import AuONConfig
 from thinrank.optim.methods.config import LowRankConfig, MatrixConfig, MethodConfig, RankedConfig
 from thinrank.optim.methods.dct_adamw import DCTAdamWConfig
+from thinrank.optim.methods.dion import DionConfig
+from thinrank.optim.methods.dion2 import Dion2Config
 from thinrank.optim.methods.fira import FiraConfig
 from thinrank.optim.methods.galore import GaLoreConfig
 from thinrank.optim.methods.galore_plus import GaLorePlusConfig
@@ -14,6 +16,7 @@ from thinrank.optim.methods.ldadam import LDAdamConfig
 from thinrank.optim.methods.mfac import MFACConfig
 from thinrank.optim.methods.muon import MuonConfig
 from thinrank.optim.methods.subspace_adamw import SubspaceAdamWConfig
+from thinrank.optim.methods.trion import TrionConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
     "adamw": AdamWConfig,
@@ -28,6 +31,9 @@ METHODS: dict[str, type[MethodConfig]] = {
     "galore_plus": GaLorePlusConfig,
     "muon": MuonConfig,
     "auon": AuONConfig,
+    "dion": DionConfig,
+    "trion": TrionConfig,
+    "dion2": Dion2Config,
 }
 """Every method by the name a configuration file uses; the tests' battery runs over it."""
 
@@ -38,6 +44,8 @@ __all__ = [
     "ApolloMiniConfig",
     "AuONConfig",
     "DCTAdamWConfig",
+    "Dion2Config",
+    "DionConfig",
     "FiraConfig",
     "GaLoreConfig",
     "GaLorePlusConfig",
@@ -49,4 +57,5 @@ __all__ = [
     "MuonConfig",
     "RankedConfig",
     "SubspaceAdamWConfig",
+    "TrionConfig",
 ]

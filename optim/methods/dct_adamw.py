@@ -9,8 +9,9 @@ With the orthonormal DCT-II matrix C (its rows are the atoms), for a gradient G 
 
 for wide matrices with the sides exchanged. The paper's: selection by l1 norm, gap 1, rotation of the moments by
 C[idx_old] C[idx_new]ᵀ, quantised error. Ours: slots that keep their column, which turns the rotation into setting a few
-columns to zero; a correct quantiser (the published one uses 16 of 256 levels); one basis in both engines; one basis
-for each size; ages by column; bases other than the DCT; a residual in the place of error feedback.
+columns to zero; correct quantisers (the published ones use 16 of 256 levels, or return neighbours in another order);
+one basis in both engines; one basis for each size; ages by column; bases other than the DCT; a residual in the place of
+error feedback.
 """
 
 from __future__ import annotations
@@ -35,6 +36,15 @@ def transport_named(name: str, betas: tuple[float, float]) -> Transport:
     return {"rotate": Rotate(betas), "keep": Keep(), "reset": Reset()}[name]
 
 
+def check_columns(basis: str, norm: str, engine: str) -> None:
+    """Refuses what `FixedColumns` does not know."""
+    choice("basis", basis, BASES)
+    choice("norm", norm, NORMS)
+    choice("engine", engine, ("auto", "matmul", "fft"))
+    if engine == "fft" and basis != "dct":
+        raise ValueError(f"engine='fft' computes the DCT alone, got basis={basis!r}: use engine='matmul'")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DCTAdamWConfig(LowRankConfig):
     """DCT-AdamW with the paper's selection and gap, and rotated moments."""
@@ -47,7 +57,8 @@ class DCTAdamWConfig(LowRankConfig):
         default="rotate", metadata={"help": "moments at a new choice: rotate, keep (mixes columns), reset"}
     )
     error_feedback: str = field(
-        default="off", metadata={"help": "what did not fit is added to the next gradient: off, full (float32), 8bit"}
+        default="off",
+        metadata={"help": "what did not fit is added to the next gradient: off, full (float32), 8bit, 4bit"},
     )
     column_age: bool = field(
         default=True,
@@ -69,8 +80,7 @@ class DCTAdamWConfig(LowRankConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice("basis", self.basis, BASES)
-        choice("norm", self.norm, NORMS)
+        check_columns(self.basis, self.norm, self.engine)
         choice("transport", self.transport, TRANSPORTS)
         choice("error_feedback", self.error_feedback, tuple(FEEDBACKS))
         choice("residual", self.residual, RESIDUALS)
@@ -80,9 +90,6 @@ class DCTAdamWConfig(LowRankConfig):
                 f"error_feedback={self.error_feedback!r} keeps for later what residual={self.residual!r} applies now: "
                 "set one of the two to off"
             )
-        choice("engine", self.engine, ("auto", "matmul", "fft"))
-        if self.engine == "fft" and self.basis != "dct":
-            raise ValueError(f"engine='fft' computes the DCT alone, got basis={self.basis!r}: use engine='matmul'")
 
     def matrix_rule(self) -> LowRank | None:
         if self.rank is None:

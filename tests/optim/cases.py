@@ -42,6 +42,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "galore_plus/warmup": ("galore_plus", {"density": 0.2, "warmup": 4, "head_select": "random", "stagger": True}),
     "galore_plus/reselect": ("galore_plus", {"density": 0.2, "reselect": "renewal", "transport": "reset"}),
     "galore_plus/no_entries": ("galore_plus", {"density": 0.0, "svd": "exact", "transport": "keep"}),
+    "dct_adamw/4bit": ("dct_adamw", {"error_feedback": "4bit"}),
+    "dion/qr": ("dion", {"orthogonalizer": "qr", "right_factor": "qr", "adjust_lr": "match_rms_adamw"}),
+    "dion/orth": ("dion", {"right_factor": "qr", "adjust_lr": "none"}),
+    "dion/bfloat16": ("dion", {"projection_dtype": "bfloat16"}),
+    "trion/random": ("trion", {"basis": "random", "norm": "l2", "orthogonalizer": "you", "adjust_lr": "spectral"}),
+    "trion/bfloat16": ("trion", {"basis": "hadamard", "projection_dtype": "bfloat16"}),
     "subspace_adamw/off": ("subspace_adamw", {"residual": "off", "transport": "keep"}),
     "muon/you": ("muon", {"orthogonalizer": "you", "nesterov": False, "adjust_lr": "match_rms_adamw"}),
     "muon/polar_express": ("muon", {"orthogonalizer": "polar_express", "adjust_lr": "spectral"}),
@@ -59,6 +65,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "galore_plus": {"scale": 1.0, "warmup": 2},
     "muon": {"embedding_lr": 0.02},
     "auon": {"lr": 0.3, "embedding_lr": 0.02},
+    "dion": {"embedding_lr": 0.02},
+    "trion": {"embedding_lr": 0.02, "scale": 2.0},
+    "dion2": {"embedding_lr": 0.02, "scale": 2.0},
 }
 """What a method needs to learn something small."""
 
@@ -90,7 +99,7 @@ LOW_RANK = {name: config for name, config in CONFIGS.items() if projects(config)
 def captures(config: MethodConfig) -> bool:
     """True when a share of the gradient's energy can be said to be held: not by a random projection."""
     subspace = getattr(config.matrix_rule(), "subspace", None)
-    return isinstance(config, LowRankConfig) and getattr(subspace, "orthonormal", True)
+    return projects(config) and getattr(subspace, "orthonormal", True)
 
 
 CAPTURING = {name: config for name, config in CONFIGS.items() if captures(config)}

@@ -11,7 +11,7 @@ from thinrank.optim.inner.mfac import MFAC
 from thinrank.optim.linalg.basis import captured_energy, subspace_iteration
 from thinrank.optim.linalg.fixed import column_norms
 from thinrank.optim.linalg.norms import frobenius
-from thinrank.optim.lowrank.feedback import ErrorFeedback, ErrorFeedback8
+from thinrank.optim.lowrank.feedback import ErrorFeedback, QuantisedFeedback
 from thinrank.optim.lowrank.lift import Residual, ScaledGradient
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import FixedColumns, Gaussian, PowerIteration, Svd, TwoSidedSvd
@@ -57,7 +57,14 @@ RULES: dict[str, MatrixRule] = {
         feedback=ErrorFeedback(),
     ),
     "columns with 8-bit feedback": LowRank(
-        subspace=FixedColumns(rank=RANK, basis="random"), inner=Adam(betas=BETAS, eps=1e-3), feedback=ErrorFeedback8()
+        subspace=FixedColumns(rank=RANK, basis="random"),
+        inner=Adam(betas=BETAS, eps=1e-3),
+        feedback=QuantisedFeedback(8),
+    ),
+    "unit columns with 4-bit feedback": LowRank(
+        subspace=FixedColumns(rank=RANK, basis="identity"),
+        inner=Adam(betas=BETAS, eps=1e-3),
+        feedback=QuantisedFeedback(4),
     ),
     "ldadam": LDAdamRule(
         subspace=PowerIteration(rank=RANK),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cases import CONFIGS, copies, equal, give, make, run, small, snapshot, unchanged, weights
+from cases import CONFIGS, copies, equal, give, make, projects, run, small, snapshot, unchanged, weights
 from laws import seeded
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -250,8 +250,9 @@ def test_what_is_written_into_the_state_counts(config):
         state["exp_avg" if "exp_avg" in state else "momentum"].zero_()
     run(optimizer, params, 2, 3)
     others = weights()
-    decay = {"exp_avg": config.betas[0], "momentum": config.group().get("momentum", 0.0)}
-    free: dict[str, Any] = {"betas": (0.0, config.betas[1])} | ({"momentum": 0.0} if decay["momentum"] else {})
+    mean = 0.0 if projects(config) else config.group().get("momentum", 0.0)  # Dion's and Trion's momentum is a sum
+    decay = {"exp_avg": config.betas[0], "momentum": mean}
+    free: dict[str, Any] = {"betas": (0.0, config.betas[1])} | ({"momentum": 0.0} if mean else {})
     without = make(config, others, **free)  # whose first moment is what entered it last
     run(without, others, 0, 3)
     for p, q in zip(params, others, strict=True):

@@ -14,6 +14,8 @@ from thinrank.optim import (
     ApolloMiniConfig,
     AuONConfig,
     DCTAdamWConfig,
+    Dion2Config,
+    DionConfig,
     FiraConfig,
     GaLore,
     GaLoreConfig,
@@ -22,6 +24,7 @@ from thinrank.optim import (
     MFACConfig,
     MuonConfig,
     SubspaceAdamWConfig,
+    TrionConfig,
     build,
 )
 from thinrank.optim.optimizers import RankedGroups
@@ -51,7 +54,7 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (GaLoreConfig, {"projection_dtype": "fp16"}, r"projection_dtype must be one of float32, bfloat16"),
     (DCTAdamWConfig, {"basis": "dctt"}, r"basis must be one of .*did you mean 'dct'"),
     (DCTAdamWConfig, {"norm": "l3"}, r"norm must be one of l1, l2"),
-    (DCTAdamWConfig, {"error_feedback": "4bit"}, r"error_feedback must be one of off, full, 8bit"),
+    (DCTAdamWConfig, {"error_feedback": "2bit"}, r"error_feedback must be one of off, full, 8bit, 4bit"),
     (DCTAdamWConfig, {"engine": "fft", "basis": "hadamard"}, r"engine='fft' computes the DCT alone"),
     (
         DCTAdamWConfig,
@@ -107,6 +110,19 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (AuONConfig, {"normalize_update": "paper"}, r"normalize_update must be true or false, got 'paper'"),
     (AuONConfig, {"gamma": 31.0}, r"gamma must be a number at least 0 and at most 30, got 31"),
     (AuONConfig, {"momentum": "0.9"}, r"momentum must be a number at least 0"),
+    (DionConfig, {"rank": 0}, r"rank must be at least 1 .* or a fraction .*, got 0"),
+    (DionConfig, {"momentum": 1.0}, r"momentum must be below 1, got 1\.0"),
+    (DionConfig, {"momentum": -0.5}, r"momentum must be a number at least 0, got -0\.5"),
+    (DionConfig, {"orthogonalizer": "cholesky"}, r"orthogonalizer must be one of .*did you mean 'cholesky_qr'"),
+    (DionConfig, {"right_factor": "colnorm"}, r"right_factor must be one of .*did you mean 'column_norm'"),
+    (DionConfig, {"adjust_lr": "spektral"}, r"adjust_lr must be one of .*did you mean 'spectral'"),
+    (TrionConfig, {"momentum": 1.0}, r"momentum must be below 1, got 1\.0"),
+    (TrionConfig, {"basis": "dctt"}, r"basis must be one of .*did you mean 'dct'"),
+    (TrionConfig, {"norm": "l3"}, r"norm must be one of l1, l2"),
+    (TrionConfig, {"engine": "fft", "basis": "identity"}, r"engine='fft' computes the DCT alone"),
+    (TrionConfig, {"orthogonalizer": "jordon"}, r"orthogonalizer must be one of .*did you mean 'jordan'"),
+    (Dion2Config, {"engine": "fft"}, r"engine='fft' computes the DCT alone, got basis='identity'"),
+    (Dion2Config, {"adjust_lr": "kimi"}, r"adjust_lr must be one of original, spectral, match_rms_adamw, none"),
 ]
 
 

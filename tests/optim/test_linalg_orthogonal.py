@@ -8,7 +8,7 @@ from laws import LAW, decaying, eye_error, seeded
 from reference.muon import orthogonalised
 
 from thinrank.optim.linalg.momentum import momentum_direction
-from thinrank.optim.linalg.norms import cosh_rms, largest_entry
+from thinrank.optim.linalg.norms import cosh_rms, peak, reciprocal_peak
 from thinrank.optim.linalg.orthogonal import (
     JORDAN,
     POLAR_EXPRESS,
@@ -230,7 +230,8 @@ def test_cosh_by_its_definition_and_beyond_overflow():
         assert bool(cosh_rms(torch.full((2, 2), value)).isfinite().all())
 
 
-def test_largest_entry():
+def test_peak():
     x = torch.tensor([[[1.0, -3.0], [2.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
-    assert largest_entry(x).flatten().tolist() == [3.0, torch.finfo(torch.float32).tiny]
-    assert float(largest_entry(torch.zeros(1, 0, 4))) == torch.finfo(torch.float32).tiny
+    assert peak(x).flatten().tolist() == [3.0, 0.0]
+    assert reciprocal_peak(x).flatten().tolist() == pytest.approx([1 / 3, 1 / torch.finfo(torch.float32).tiny])
+    assert float(peak(torch.zeros(1, 0, 4))) == float(peak(torch.zeros(1, 4, 0))) == 0.0

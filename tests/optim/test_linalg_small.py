@@ -1,4 +1,4 @@
-"""Laws of the 8-bit codes, of the growth limiter and of Adam's direction."""
+"""Laws of the 8-bit and 4-bit codes, of the growth limiter and of Adam's direction."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from laws import LAW, seeded
 
 from thinrank.optim.linalg.adam import adam_direction
 from thinrank.optim.linalg.norms import frobenius, growth_limit
-from thinrank.optim.linalg.quantise import block_shape, dequantise8, quantise8
+from thinrank.optim.linalg.quantise import block_shape, dequantise4, dequantise8, packed_shape, quantise4, quantise8
 
 # --- 8-bit codes ----------------------------------------------------------------------------------------------------
 
@@ -68,6 +68,46 @@ def test_rows_are_independent():
     changed = x.clone()
     changed[0] *= 100
     assert torch.equal(quantise8(changed, 16)[0][1:], codes[1:])
+
+
+# --- 4-bit codes ----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(1, 70), st.integers(1, 40), st.integers(-8, 8), st.integers(0, 99))
+@LAW
+def test_four_bits_are_off_by_half_a_level(rows, columns, block, power, seed):
+    """Of any width, odd ones too, and blocks that end between two halves of a byte."""
+    x = seeded(2, rows, columns, seed=seed) * 10.0**power
+    codes, scale = quantise4(x, block)
+    assert codes.dtype is torch.uint8
+    assert codes.shape == packed_shape(tuple(x.shape)) == (2, rows, (columns + 1) // 2)
+    assert scale.shape == block_shape(tuple(x.shape), block)
+    error = (dequantise4(codes, scale, columns, block) - x).abs()
+    bound = scale.repeat_interleave(block, -1)[..., :columns] / 2
+    assert bool((error <= bound * (1 + 1e-4)).all())
+
+
+@given(st.lists(st.integers(-7, 7), min_size=1, max_size=40))
+@LAW
+def test_four_bit_levels_come_back_in_their_order(levels):
+    """Published code packs neighbours and unpacks all high halves before all low ones: another matrix."""
+    x = torch.tensor([[7.0, *levels]])  # a block's largest entry sets its scale: here one
+    codes, scale = quantise4(x)
+    assert torch.equal(scale, torch.ones(1, 1))
+    assert torch.equal(dequantise4(codes, scale, x.shape[-1]), x)
+
+
+def test_all_four_bit_levels_are_used_and_zero_bytes_are_zeros():
+    codes, scale = quantise4(torch.linspace(-1, 1, 15).unsqueeze(0))
+    assert dequantise4(codes, scale, 15).unique().numel() == 15
+    x = seeded(3, 11)
+    x[:, ::2] = 0.0
+    x[1] = 0.0
+    codes, scale = quantise4(x)
+    assert bool((dequantise4(codes, scale, 11)[x == 0] == 0).all())
+    assert not bool(codes[1].any())
+    zeros = dequantise4(torch.zeros(2, 6, dtype=torch.uint8), torch.zeros(2, 1), 11)
+    assert torch.equal(zeros, torch.zeros(2, 11))
 
 
 # --- the limiter ----------------------------------------------------------------------------------------------------

@@ -42,6 +42,17 @@ FORMULAS = {
     "mfac": 4 * (LONG * R + SHORT * R + 32 * (LONG * R + 1)) + 4,
     "mfac/adam": 4 * (2 * LONG * R + SHORT * R + 4 * (LONG * R + 1)) + 4,
     "mfac/whole": 4 * (LONG * SHORT + 4 * (LONG * SHORT + 1)) + 4,
+    # half a byte an entry and a float32 scale for every 64 entries of a row
+    "dct_adamw/4bit": 4 * (2 * LONG * R + R + R) + LONG * -(-SHORT // 2) + 4 * LONG * -(-SHORT // 64) + 4,
+    # a full momentum, and r columns of (short,) or r integers
+    "dion": 4 * (LONG * SHORT + SHORT * R) + 4,
+    "dion/qr": 4 * (LONG * SHORT + SHORT * R) + 4,
+    "dion/orth": 4 * (LONG * SHORT + SHORT * R) + 4,
+    "dion/bfloat16": 4 * (LONG * SHORT + SHORT * R) + 4,
+    "trion": 4 * (LONG * SHORT + R) + 4,
+    "trion/random": 4 * (LONG * SHORT + R) + 4,
+    "trion/bfloat16": 4 * (LONG * SHORT + R) + 4,
+    "dion2": 4 * (LONG * SHORT + R) + 4,
     # the residual's last norm
     "subspace_adamw": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/bfloat16": 4 * (2 * LONG * R + SHORT * R + 1) + 4,

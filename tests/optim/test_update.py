@@ -4,27 +4,31 @@ import pytest
 import torch
 from laws import seeded
 
-from thinrank.optim.update import Update
+from thinrank.optim.update import Columns, Update
 
 LONG, SHORT, R = 9, 6, 3
+COLUMNS = Columns(index=torch.tensor([[4, 0, 1], [2, 3, 5]]), short=SHORT)
 
 
 def expected(update, weights, keep, step):
     """The definition, in float64."""
-    full = update.direction.double() @ update.basis.double().mT
+    basis = update.basis
+    if isinstance(basis, Columns):
+        basis = torch.eye(SHORT)[basis.index].mT
+    full = update.direction.double() @ basis.double().mT
     if update.rest is not None:
         full = full + (1.0 if update.rows is None else update.rows.double()) * update.rest.double()
     return full, keep * weights.double() - step * full
 
 
-@pytest.mark.parametrize("parts", ["factors", "rest", "rows"])
+@pytest.mark.parametrize("parts", ["factors", "rest", "rows", "columns"])
 @pytest.mark.parametrize("keep", [1.0, 0.9])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=["fp32 factors", "bf16 factors"])
 def test_every_way_of_applying_is_the_same(parts, keep, weight_dtype, factor_dtype):
     update = Update(
         seeded(2, LONG, R).to(factor_dtype),
-        seeded(2, SHORT, R, seed=1).to(factor_dtype),
+        COLUMNS if parts == "columns" else seeded(2, SHORT, R, seed=1).to(factor_dtype),
         None if parts == "factors" else seeded(2, LONG, SHORT, seed=2),
         seeded(2, LONG, 1, seed=3).abs() if parts == "rows" else None,
     )
