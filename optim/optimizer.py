@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -16,10 +17,13 @@ from torch import Tensor
 from thinrank.optim.axis import WHOLE, Axis
 from thinrank.optim.exchange import local
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
+from thinrank.optim.inner.half import MASTER, HalfWeights
 from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods.config import MethodConfig
-from thinrank.optim.rule import Decay, MatrixRule, Probe, State, Step
+from thinrank.optim.rule import Decay, MatrixRule, Note, Probe, State, Step, seed_of
+
+_log = logging.getLogger(__name__)
 
 BATCH_BYTES = 64 * 2**20
 """Largest float32 gradient batch that is stacked; the copy is transient memory, so it has a bound."""
@@ -61,10 +65,10 @@ class Bucket:
 
 @dataclass(slots=True)
 class Layout:
-    """How the parameters of one group are stepped: matrices in buckets, the rest element by element."""
+    """How the parameters of one group are stepped: matrices in buckets, the rest, with their keys, one by one."""
 
     buckets: list[Bucket]
-    rest: list[torch.nn.Parameter]
+    rest: list[tuple[torch.nn.Parameter, int]]
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -90,6 +94,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             otherwise.
         measured: `captured_energy` and, in steps that renew a basis, `subspace_overlap` (the share of the old subspace
             that the new one holds) by parameter name; `update_rms` and `effective_lr` by group label.
+        skipped_renewals: how often since construction or loading a parameter kept its old subspace because its gradient
+            was not finite or its factorisation did not converge, by name; the first of each kind is logged.
         axis: the ranks that share matrices and data; the identity in one process and under plain DDP.
     """
 
@@ -122,6 +128,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._clamped = False
         self.measure = False
         self.measured: dict[str, dict[str, float]] = {}
+        self.skipped_renewals: dict[str, int] = {}
+        self._told: set[tuple[str, str]] = set()
         self.axis: Axis = WHOLE
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -207,7 +215,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for i, view in enumerate(views):
             for key, value in rule.init((view.blocks, *view.shape), param.device).items():
                 state[_prefix(views, i) + key] = value if view.blocks > 1 else value[0]
-        return state
+        return state | HalfWeights(group["half_weights"]).init(param)
 
     def _warn_if_clamped(self, name: str, views: tuple[MatrixView, ...], group: Mapping[str, Any]) -> None:
         for view in views:
@@ -248,9 +256,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for bucket in layout.buckets:
                 assert rule is not None  # buckets are made for groups with a matrix rule only
                 self._step_bucket(bucket, rule, group, lr, weight_decay, probe)
-            rest = [p for p in layout.rest if p.grad is not None]
+            rest = [(p, key) for p, key in layout.rest if p.grad is not None]
             if rest:
-                self._step_rest(rest, element, group["label"], lr, weight_decay, probe)
+                self._step_rest(rest, element, group, lr, weight_decay, probe)
         if probe is not None:
             self.measured = {
                 **probe.matrices,
@@ -307,6 +315,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             axis=self.axis,
             transposed=view.transposed,
             record={} if probe is not None else None,
+            notes=[],
         )
         grads = local.bring([bucket.params[i].grad for i in active], view)  # type: ignore[misc]  (active ones have one)
         update = rule.update(grads, state, step)
@@ -316,6 +325,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             bucket.counts[active] += 1.0
             for key, value in state.items():
                 bucket.stacked[key][rows] = value
+        for note in step.notes or ():
+            self._tell(bucket.prefix + bucket.names[active[note.matrix // blocks]], note)
         if probe is not None:
             probe.saw(group["label"], update.materialise())
             for key, values in (step.record or {}).items():
@@ -323,24 +334,43 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 names = [bucket.prefix + bucket.names[i] for i in active]
                 probe.measured(key, dict(zip(names, measured, strict=True)))
         keep, gain = rule.decay.factors(lr, weight_decay)
-        local.give_back([bucket.params[i] for i in active], view, update, keep=keep, step=lr * rule.scale * gain)
+        params = [bucket.params[i] for i in active]
+        half = HalfWeights(group["half_weights"])
+        rounded = half.apply(params[0])
+        wide = [half.open(p, self.state[p]) for p in params] if rounded else params
+        local.give_back(wide, view, update, keep=keep, step=lr * rule.scale * gain)
+        if rounded:
+            for i, (param, own) in enumerate(zip(params, wide, strict=True)):
+                first = i * blocks
+                half.close_(param, own, seed_of(group["seed"], keys[first], step.count[first]))
+
+    def _tell(self, name: str, note: Note) -> None:
+        if note.skipped:
+            self.skipped_renewals[name] = self.skipped_renewals.get(name, 0) + 1
+        if (name, note.cause) not in self._told:
+            self._told.add((name, note.cause))
+            instead = "it keeps the subspace that it has" if note.skipped else "subspace iteration took its place"
+            _log.warning("renewal of %s: %s; %s (said once)", name, note.cause, instead)
 
     def _step_rest(
         self,
-        params: list[torch.nn.Parameter],
+        rest: list[tuple[torch.nn.Parameter, int]],
         rule: ElementwiseAdamW,
-        label: str,
+        group: Mapping[str, Any],
         lr: float,
         weight_decay: float,
         probe: Probe | None,
     ) -> None:
+        params = [p for p, _ in rest]
         before = [p.detach().clone() for p in params] if probe is not None and lr else []
         grads = [p.grad for p in params if p.grad is not None]
-        rule.step_(params, grads, [self.state[p] for p in params], lr=lr, weight_decay=weight_decay)
+        states = [self.state[p] for p in params]
+        seeds = [seed_of(group["seed"], key, int(self.state[p]["step"])) for p, key in rest]
+        rule.step_(params, grads, states, lr=lr, weight_decay=weight_decay, seeds=seeds)
         keep, _ = Decay().factors(lr, weight_decay)
         for old, new in zip(before, params, strict=bool(before)):
             assert probe is not None
-            probe.saw(label, (old * keep - new) / lr)
+            probe.saw(group["label"], (old * keep - new) / lr)
 
     def _assembled(self) -> list[Layout]:
         """The layout of every group, stacked anew where somebody has replaced states since the last step."""
@@ -361,11 +391,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         group = self.param_groups[index]
         rule, _ = self.rules(group)
         members: dict[tuple[Any, ...], list[tuple[torch.nn.Parameter, str]]] = {}
-        rest = []
+        rest: list[tuple[torch.nn.Parameter, int]] = []
         for name, param in zip(self.names(index), group["params"], strict=True):
             views = self._views(param, group, rule)
             if not views:
-                rest.append(param)
+                rest.append((param, _number(name)))
             for i, view in enumerate(views):
                 members.setdefault((view, _prefix(views, i), param.dtype, param.device), []).append((param, name))
         buckets = []
@@ -378,7 +408,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _stack(self, members: list[tuple[torch.nn.Parameter, str]], view: MatrixView, prefix: str) -> Bucket:
         params = [param for param, _ in members]
         states = [self.state[p] for p in params]
-        keys = [k[len(prefix) :] for k in states[0] if k != "step" and k.startswith(prefix)]
+        keys = [k[len(prefix) :] for k in states[0] if k not in ("step", MASTER) and k.startswith(prefix)]
         stacked: State = {}
         for key in keys:
             parts = [state[prefix + key] for state in states]
@@ -391,7 +421,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for i, state in enumerate(states):
             state["step"] = counts[i]
         names = [name for _, name in members]
-        numbers = [zlib.crc32(f"{prefix}{name}.{block}".encode()) for name in names for block in range(view.blocks)]
+        numbers = [_number(f"{prefix}{name}.{block}") for name in names for block in range(view.blocks)]
         return Bucket(params, names, view, prefix, stacked, counts, numbers)
 
     # --- state ------------------------------------------------------------------------------------------------------
@@ -440,6 +470,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.axis = axis
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def _number(name: str) -> int:
+    """A stable number for a name, by which its randomness is seeded."""
+    return zlib.crc32(name.encode())
 
 
 def _prefix(views: tuple[MatrixView, ...], index: int) -> str:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from thinrank.optim.inner.moments import moments
 from thinrank.optim.rule import State
 
 
@@ -56,9 +57,11 @@ class Reset:
     """Both moments start again from zero, and so do the columns' ages where they are kept."""
 
     def carry(self, state: State, change: Change, count: Sequence[int]) -> None:
-        for key in ("exp_avg", "exp_avg_sq", "age"):
-            if key in state:
-                state[key].zero_()
+        with moments(state, count) as (m, v):
+            m.zero_()
+            v.zero_()
+        if "age" in state:
+            state["age"].zero_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +81,18 @@ class Rotate:
     betas: tuple[float, float]
 
     def carry(self, state: State, change: Change, count: Sequence[int]) -> None:
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        if isinstance(change, Slots):
+        with moments(state, count) as (m, v):
+            if isinstance(change, Rotation):
+                self._rotate(m, v, change.matrix, count)
+                return
             new = ~change.kept  # filled and not multiplied: zero times a second moment that overflowed is no number
             m.masked_fill_(new.unsqueeze(-2), 0.0)
             v.masked_fill_(new.unsqueeze(-2), 0.0)
             if "age" in state:
                 state["age"].masked_fill_(new, 0.0)
-            return
-        back = change.matrix.mT  # (batch, r_old, r_new)
+
+    def _rotate(self, m: Tensor, v: Tensor, matrix: Tensor, count: Sequence[int]) -> None:
+        back = matrix.mT  # (batch, r_old, r_new)
         k = torch.tensor(list(count), dtype=m.dtype).clamp(min=1.0).to(m.device)[:, None, None]
         fix1, fix2 = 1.0 - self.betas[0] ** k, 1.0 - self.betas[1] ** k
         mean = m / fix1

@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from thinrank.optim.inner.adam import Adam
 from thinrank.optim.linalg.fixed import BASES, NORMS
 from thinrank.optim.lowrank.feedback import FEEDBACKS
 from thinrank.optim.lowrank.lift import Project
@@ -83,7 +82,7 @@ class DCTAdamWConfig(LowRankConfig):
                 dtype=self.dtype,
             ),
             transport=transport_named(self.transport, self.betas),
-            inner=Adam(betas=self.betas, eps=self.eps, ages=self.column_age),
+            inner=self.adam(ages=self.column_age),
             lift=Project(),
             scale=self.scale,
             stagger=self.stagger,

@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from thinrank.optim.inner.adam import Adam
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import PowerIteration, Subspace, Svd, TwoSidedSvd
@@ -65,11 +64,11 @@ class GaLoreConfig(LowRankConfig):
             subspace = PowerIteration(rank=self.rank, every=self.update_proj_gap, dtype=self.dtype)
         return LowRank(
             subspace=subspace,
-            inner=Adam(betas=self.betas, eps=self.eps, eps_raw=True),
+            inner=self.adam(eps_raw=True),
             scale=self.scale,
             stagger=self.stagger,
             decay=Decay(after=True),
         )
 
     def element_rule(self) -> ElementwiseAdamW:
-        return ElementwiseAdamW(betas=self.betas, eps=self.eps, eps_raw=True, decay=Decay(after=True))
+        return self.adamw(eps_raw=True, decay=Decay(after=True))

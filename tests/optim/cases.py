@@ -27,6 +27,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct_adamw/bfloat16": ("dct_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/bfloat16": ("subspace_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/stagger": ("subspace_adamw", {"stagger": True}),
+    "galore/8bit": ("galore", {"state_bits": 8}),
+    "dct_adamw/8bit moments": ("dct_adamw", {"state_bits": 8}),
+    "subspace_adamw/8bit": ("subspace_adamw", {"state_bits": 8}),
+    "adamw/8bit": ("adamw", {"state_bits": 8}),
+    "adamw/master": ("adamw", {"half_weights": "master"}),
+    "galore/stochastic": ("galore", {"half_weights": "stochastic"}),
+    "subspace_adamw/master": ("subspace_adamw", {"half_weights": "master", "state_bits": 8}),
     "subspace_adamw/off": ("subspace_adamw", {"residual": "off", "transport": "keep"}),
 }
 
