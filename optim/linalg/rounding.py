@@ -22,8 +22,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     mean (Gupta et al. 2015).
 
     What `dtype` can represent stays; infinities and NaN stay. Beyond the largest finite number the upper neighbour is
-    infinity, as in rounding to the nearest. Unbiased exactly for bfloat16 and to 2⁻¹³ of
-    the spacing for float16.
+    infinity, as in rounding to the nearest. Unbiased: exactly for bfloat16, to 2⁻¹³ of the spacing for float16.
 
     Args:
         x: float32.
@@ -34,8 +33,9 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     x = x.contiguous()
     noise = noise >> (16 - dropped)
     carried = (x.view(torch.int32) + noise).bitwise_and_(-(1 << dropped))
-    # a NaN is all ones and something behind, to which nothing may be added
-    rounded = torch.where(x.isfinite(), carried.view(torch.float32), x)
+    # a NaN is all ones and something behind, to which nothing may be added: subtracting zero, or NaN where x is one,
+    # makes it one again (by `clamp`, because a choice by `isfinite` and `where` takes a processor ten times as long)
+    rounded = carried.view(torch.float32).sub_(x.abs().clamp_(0.0, 0.0))
     if dtype is torch.float16:  # below 2⁻¹⁴ its numbers are evenly spaced, 2⁻²⁴ apart; 10 + 13 bits fit the sum
         even = (x.abs() * 2.0**24 + noise / 8192.0).floor_().mul_(2.0**-24).copysign_(x)
         rounded = torch.where(x.abs() < 2.0**-14, even, rounded)

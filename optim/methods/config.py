@@ -58,8 +58,8 @@ class MethodConfig:
     half_weights: str = field(
         default="nearest",
         metadata={
-            "help": "how bfloat16 and float16 weights take updates below their spacing: nearest (not at all), "
-            "stochastic (on average), master (float32 copy in the state)"
+            "help": "16-bit weights and updates below their spacing: nearest (lost), stochastic (kept on average), "
+            "master (float32 copy)"
         },
     )
 

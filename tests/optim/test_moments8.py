@@ -293,7 +293,7 @@ def test_elementwise_codes_follow_full_precision(cls, dtype):
 
 def test_pieces_do_not_matter(monkeypatch):
     ends = []
-    for size in (2**16, 256, 1024):
+    for size in (2**17, 256, 1024):
         monkeypatch.setattr(elementwise, "CPU_PIECE", size)
         params = large()
         run(AdamW(params, lr=0.01, weight_decay=0.1, state_bits=8), params, 0, 4)
