@@ -71,7 +71,7 @@ def compand8(
 
     Within a block, numbers over a range of L⁴ (2.6e8 signed, 4.2e9 unsigned) have a code that is not zero. A number
     between the levels c and c + 1 becomes one of the two, so its relative error is below `(1 + 1/c)⁴ − 1`: 1.6 % at the
-    largest of the block (unsigned; 3.2 % signed), 5 % (10 %) at a hundredth of it, 17 % (36 %) at 1e-4 of it. Without
+    largest of the block (unsigned; 3.2 % signed), 5 % (10 %) at a hundredth of it, 17 % (38 %) at 1e-4 of it. Without
     `noise` it is the nearer level and the error about half of that. Zero is exact. What is not zero in an unsigned
     tensor has a code of at least 1: a second moment of zero would divide by zero.
 
