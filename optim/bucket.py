@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,10 @@ from torch import Tensor
 
 from thinrank.optim.axis import Axis
 from thinrank.optim.matrix import MatrixView
-from thinrank.optim.rule import State, Step
+from thinrank.optim.rule import State, Step, key_of
+
+OF_PARAMETER = ("step", "master")
+"""State that a parameter has once, however many matrices it is seen as."""
 
 
 @dataclass(slots=True)
@@ -49,7 +51,7 @@ class Bucket:
         section: int,
     ) -> Bucket:
         """Stacks the states of `members` and puts views of the stack in their place."""
-        keys = [k[len(prefix) :] for k in states[0] if k != "step" and k.startswith(prefix)]
+        keys = [k[len(prefix) :] for k in states[0] if k not in OF_PARAMETER and k.startswith(prefix)]
         stacked: State = {}
         for key in keys:
             parts = [state[prefix + key] for state in states]
@@ -62,7 +64,7 @@ class Bucket:
         for i, state in enumerate(states):
             state["step"] = counts[i]
         names = [name for _, name in members]
-        numbers = [zlib.crc32(f"{prefix}{name}.{block}".encode()) for name in names for block in range(view.blocks)]
+        numbers = [key_of(f"{prefix}{name}.{block}") for name in names for block in range(view.blocks)]
         return cls([param for param, _ in members], names, view, prefix, stacked, counts, numbers, section)
 
     def rows(self, active: Sequence[int]) -> list[int] | slice:
@@ -95,12 +97,13 @@ class Bucket:
             axis=axis,
             transposed=self.view.transposed,
             record=record,
+            notes=[],
         )
 
 
 @dataclass(slots=True)
 class Layout:
-    """How the parameters of one group are stepped: matrices in buckets, the rest element by element."""
+    """How the parameters of one group are stepped: matrices in buckets, the rest, with their keys, one by one."""
 
     buckets: list[Bucket]
-    rest: list[torch.nn.Parameter]
+    rest: list[tuple[torch.nn.Parameter, int]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast
@@ -16,11 +17,14 @@ from thinrank.optim.backward import MODES, Hooks, Images
 from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
+from thinrank.optim.inner.half import HalfWeights
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods.config import MethodConfig, choice, number
-from thinrank.optim.rule import Decay, MatrixRule, Probe, State
+from thinrank.optim.rule import Decay, MatrixRule, Note, Probe, State, key_of, seed_of
+
+_log = logging.getLogger(__name__)
 
 BATCH_BYTES = 64 * 2**20
 """Largest float32 gradient batch that is stacked; the copy is transient memory, so it has a bound."""
@@ -70,6 +74,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             otherwise.
         measured: `captured_energy` and, in steps that renew a basis, `subspace_overlap` (the share of the old subspace
             that the new one holds) by parameter name; `update_rms` and `effective_lr` by group label.
+        skipped_renewals: how often since construction or loading a parameter kept its old subspace because its gradient
+            was not finite or its factorisation did not converge, by name; the first of each kind is logged.
         axis: the ranks that share matrices and data; the identity in one process and under plain DDP.
     """
 
@@ -101,11 +107,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._layouts: list[Layout] | None = None
         self._seen: dict[Tensor, State] = {}
         self._places: dict[Tensor, list[tuple[dict[str, Any], Bucket, int]]] = {}
+        self._alone: dict[Tensor, tuple[dict[str, Any], int]] = {}
         self._max_norm: float | None = None
         self._rules: dict[tuple[Any, ...], tuple[MatrixRule | None, ElementwiseAdamW]] = {}
         self._clamped = False
         self.measure = False
         self.measured: dict[str, dict[str, float]] = {}
+        self.skipped_renewals: dict[str, int] = {}
+        self._told: set[tuple[str, str]] = set()
         self.axis: Axis = WHOLE
         self._images = Images()
         self._hooks: Hooks | None = None
@@ -204,7 +213,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             assert rule is not None  # the sections of a group have rules of one kind
             for key, value in rule.init((view.blocks, *view.shape), param.device).items():
                 state[_prefix(views, i) + key] = value if view.blocks > 1 else value[0]
-        return state
+        return state | HalfWeights(group["half_weights"]).init(param)
 
     def _warn_if_clamped(self, name: str, views: tuple[MatrixView, ...], group: Mapping[str, Any]) -> None:
         for view in views:
@@ -250,7 +259,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 active = [i for i, p in enumerate(bucket.params) if p.grad is not None or p in self._images]
                 if active:
                     self._step_bucket(bucket, active, rule, group, probe)
-            rest = [p for p in layout.rest if p.grad is not None]
+            rest = [(p, key) for p, key in layout.rest if p.grad is not None]
             if rest:
                 self._step_rest(rest, element, group, probe)
         self._images.clear()
@@ -299,6 +308,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             update = rule.update(local.bring([p.grad for p in params if p.grad is not None], view), state, step)
         bucket.counts[active] += 1.0
         bucket.keep(active, state)
+        for note in step.notes or ():
+            self._tell(bucket.prefix + bucket.names[active[note.matrix // view.blocks]], note)
         if probe is not None:
             probe.saw(group["label"], update.materialise())
             for key, values in (step.record or {}).items():
@@ -307,19 +318,37 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 probe.measured(key, dict(zip(names, measured, strict=True)))
         lr = float(group["lr"])
         keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
-        local.give_back(params, view, update, keep=keep, step=lr * rule.scale * gain)
+        half = HalfWeights(group["half_weights"])
+        rounded = half.apply(params[0])
+        wide = [half.open(p, self.state[p]) for p in params] if rounded else params
+        local.give_back(wide, view, update, keep=keep, step=lr * rule.scale * gain)
+        if rounded:
+            for i, (param, own) in enumerate(zip(params, wide, strict=True)):
+                first = i * view.blocks
+                half.close_(param, own, seed_of(group["seed"], step.keys[first], step.count[first]))
+
+    def _tell(self, name: str, note: Note) -> None:
+        if note.skipped:
+            self.skipped_renewals[name] = self.skipped_renewals.get(name, 0) + 1
+        if (name, note.cause) not in self._told:
+            self._told.add((name, note.cause))
+            instead = "it keeps the subspace that it has" if note.skipped else "subspace iteration took its place"
+            _log.warning("renewal of %s: %s; %s (said once)", name, note.cause, instead)
 
     def _step_rest(
         self,
-        params: list[torch.nn.Parameter],
+        rest: list[tuple[torch.nn.Parameter, int]],
         rule: ElementwiseAdamW,
         group: dict[str, Any],
         probe: Probe | None,
     ) -> None:
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+        params = [p for p, _ in rest]
         before = [p.detach().clone() for p in params] if probe is not None and lr else []
         grads = [p.grad for p in params if p.grad is not None]
-        rule.step_(params, grads, [self.state[p] for p in params], lr=lr, weight_decay=weight_decay)
+        states = [self.state[p] for p in params]
+        seeds = [seed_of(group["seed"], key, int(self.state[p]["step"])) for p, key in rest]
+        rule.step_(params, grads, states, lr=lr, weight_decay=weight_decay, seeds=seeds)
         keep, _ = Decay().factors(lr, weight_decay)
         for old, new in zip(before, params, strict=bool(before)):
             assert probe is not None
@@ -330,7 +359,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._layouts is None or not self._untouched():
             self._layouts = [self._assemble(index) for index in range(len(self.param_groups))]
             stepped = [p for layout in self._layouts for bucket in layout.buckets for p in bucket.params]
-            self._places = {}
+            self._places, self._alone = {}, {}
             self._seen = {p: dict(self.state[p]) for p in stepped}
         return self._layouts
 
@@ -345,11 +374,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         group = self.param_groups[index]
         rule, _ = self.rules(group)
         members: dict[tuple[MatrixView, int, str, Any, Any], list[tuple[torch.nn.Parameter, str]]] = {}
-        rest = []
+        rest: list[tuple[torch.nn.Parameter, int]] = []
         for name, param in zip(self.names(index), group["params"], strict=True):
             views = self._views(param, group, rule)
             if not views:
-                rest.append(param)
+                rest.append((param, key_of(name)))
             for i, view in enumerate(views):
                 members.setdefault((view, i, _prefix(views, i), param.dtype, param.device), []).append((param, name))
         buckets = []
@@ -431,17 +460,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
             rule, _ = self.rules(group, bucket.section)
             assert rule is not None  # buckets are made for groups with a matrix rule only
             self._step_bucket(bucket, [i], rule, group, None)
-        if param not in self._homes:
-            group = next(group for group in self.param_groups if any(p is param for p in group["params"]))
-            self._step_rest([cast("torch.nn.Parameter", param)], self.rules(group)[1], group, None)
+        if param in self._alone:
+            group, key = self._alone[param]
+            self._step_rest([(cast("torch.nn.Parameter", param), key)], self.rules(group)[1], group, None)
         param.grad = None
 
     @property
     def _homes(self) -> dict[Tensor, list[tuple[dict[str, Any], Bucket, int]]]:
         """Where the matrices of a parameter are stepped."""
         layouts = self._assembled()
-        if not self._places:
+        if not (self._places or self._alone):
             for group, layout in zip(self.param_groups, layouts, strict=True):
+                self._alone |= {param: (group, key) for param, key in layout.rest}
                 for bucket in layout.buckets:
                     for i, param in enumerate(bucket.params):
                         self._places.setdefault(param, []).append((group, bucket, i))

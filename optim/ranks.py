@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +16,7 @@ from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import matrix_views
 from thinrank.optim.methods.config import RankedConfig, choice
 from thinrank.optim.optimizer import MatrixOptimizer
+from thinrank.optim.rule import key_of
 
 OVERSAMPLE = 8
 """Random columns of a sketch beside the values that are asked for."""
@@ -76,7 +76,7 @@ def allocated_ranks(
             raise ValueError(f"the {spectra} of {name} is not finite, so it has no spectrum: repair it first")
         (view,) = matrix_views(tuple(parameter.shape), getattr(config, "proj_type", "std"))
         sizes[name] = view.shape
-        key = zlib.crc32(name.encode()) + (seed << 32)
+        key = key_of(name) + (seed << 32)
         found[name] = spectrum(view.of(source.detach())[0].float(), sketch, torch.Generator().manual_seed(key))
     names = list(found)
     if not names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,6 +26,31 @@ def beside(values: Sequence[int], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def key_of(name: str) -> int:
+    """A stable number below 2³² for a name, by which its randomness is seeded."""
+    return zlib.crc32(name.encode())
+
+
+def seed_of(seed: int, key: int, count: int) -> int:
+    """The seed of what is random about one matrix in one step."""
+    return (seed * 0x9E3779B1 + key * 0x85EBCA6B + count * 0xC2B2AE35) & 0x7FFFFFFFFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that went wrong with a matrix without stopping it.
+
+    Attributes:
+        matrix: its place in the batch.
+        cause: one sentence, without the matrix's name.
+        skipped: True when a renewal of the subspace was left out, False when it was done another way.
+    """
+
+    matrix: int
+    cause: str
+    skipped: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """The circumstances of one update of a batch of equal matrices.
@@ -37,6 +63,7 @@ class Step:
         axis: the ranks that share the matrices.
         transposed: True when a rule's (long, short) is the transpose of how the weight is stored.
         record: where a rule leaves what it measured, one value for each matrix, or None when nobody asks.
+        notes: where a rule leaves what went wrong with a matrix without stopping it, or None when nobody asks.
     """
 
     count: Sequence[int]
@@ -45,6 +72,12 @@ class Step:
     axis: Axis = WHOLE
     transposed: bool = False
     record: dict[str, Tensor] | None = None
+    notes: list[Note] | None = None
+
+    def note(self, matrix: int, cause: str, *, skipped: bool) -> None:
+        """Tells that a renewal of a matrix of the batch went otherwise than it should."""
+        if self.notes is not None:
+            self.notes.append(Note(matrix, cause, skipped))
 
     def only(self, which: Sequence[int]) -> Step:
         """The same circumstances for some matrices of the batch; what these measure is not recorded."""
@@ -71,8 +104,7 @@ class Step:
     def generator(self, index: int) -> torch.Generator:
         """A CPU generator that depends on the seed, the matrix and its count alone."""
         key = self.keys[index] if self.keys else index
-        mixed = (self.seed * 0x9E3779B1 + key * 0x85EBCA6B + self.count[index] * 0xC2B2AE35) & 0x7FFFFFFFFFFFFFFF
-        return torch.Generator().manual_seed(mixed)
+        return torch.Generator().manual_seed(seed_of(self.seed, key, self.count[index]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from thinrank.optim.inner.half import HalfWeights
+from thinrank.optim.inner.moments import moments, zeros
 from thinrank.optim.linalg.adam import one_layout
+from thinrank.optim.linalg.quantise import BLOCK
 from thinrank.optim.rule import Decay, State
+
+QUANTISED_FROM = 4096
+"""Entries from which a tensor of two dimensions or more keeps 8-bit moments, where they are asked for."""
+
+PIECE, CPU_PIECE = 2**24, 2**17
+"""Entries whose 8-bit moments are open at one time: a bound on transient memory, and on a CPU, for each thread, what
+its cache holds and still is worth waking it for (four times less or more took three times as long on two threads)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,20 +31,37 @@ class ElementwiseAdamW:
     Attributes:
         eps_raw: add eps before the bias correction, as GaLore does for its unprojected groups too.
         decay: GaLore decays after the update.
+        bits: of an entry of the moments: 32, or 8 (`linalg/quantise.py`, `compand8`, in blocks of the flattened
+            tensor); vectors and tensors of less than `QUANTISED_FROM` entries keep theirs as with 32 (their bytes are
+            few), and so do float64 weights (who wants those wants no codes).
+        half: how 16-bit weights take their update.
     """
 
     betas: tuple[float, float]
     eps: float
     eps_raw: bool = False
     decay: Decay = field(default=Decay())
+    bits: int = 32
+    half: HalfWeights = field(default=HalfWeights())
 
     def init(self, weight: Tensor) -> State:
-        """torch's state: `step` (a CPU scalar) and two moments in the weight's shape and dtype."""
-        return {
-            "step": torch.zeros((), dtype=torch.float32, device="meta" if weight.is_meta else "cpu"),
-            "exp_avg": torch.zeros_like(weight, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(weight, memory_format=torch.preserve_format),
-        }
+        """torch's state: `step` (a CPU scalar) and two moments in the weight's shape and dtype.
+
+        Moments of 16-bit weights that are rounded in another way than torch's are float32, because a second moment in
+        bfloat16 does not move by 0.1 %. Moments of 8 bits are `…_codes` in the weight's shape and `…_scale`.
+        """
+        state = {"step": torch.zeros((), dtype=torch.float32, device="meta" if weight.is_meta else "cpu")}
+        large = weight.ndim > 1 and weight.numel() >= QUANTISED_FROM
+        if self.bits == 8 and large and weight.dtype is not torch.float64:
+            own = zeros((weight.numel(),), weight.device, bits=8)
+            own = {key: value.view(weight.shape) if key.endswith("codes") else value for key, value in own.items()}
+        else:
+            dtype = torch.float32 if self.half.apply(weight) else weight.dtype
+            own = {
+                key: torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format)
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+        return state | own | self.half.init(weight)
 
     def step_(
         self,
@@ -44,22 +71,58 @@ class ElementwiseAdamW:
         *,
         lr: float,
         weight_decay: float,
+        seeds: Sequence[int] = (),
     ) -> None:
-        """One step on all `weights`, in place."""
-        if not self.eps_raw:
-            self._torch(weights, grads, states, lr, 0.0 if self.decay.after else weight_decay, self.eps)
-        else:
-            by_count: dict[float, list[int]] = defaultdict(list)
-            for i, state in enumerate(states):
-                by_count[float(state["step"])].append(i)
-            for count, which in by_count.items():
-                eps = self.eps / (1.0 - self.betas[1] ** (count + 1.0)) ** 0.5
-                decay = 0.0 if self.decay.after else weight_decay
+        """One step on all `weights`, in place.
+
+        Args:
+            seeds: for each weight, of the random numbers by which it is rounded; only `half.way="stochastic"` needs
+                them.
+        """
+        opened = [
+            self.half.open(weight, state) if self.half.apply(weight) or self._opens(weight, state) else weight
+            for weight, state in zip(weights, states, strict=True)
+        ]
+        wide = [grad.to(w.dtype) for grad, w in zip(grads, opened, strict=True)]
+        by_count: dict[float, list[int]] = defaultdict(list)
+        for i, state in enumerate(states):
+            by_count[float(state["step"]) if self.eps_raw else 0.0].append(i)
+        for count, which in by_count.items():
+            eps = self.eps / (1.0 - self.betas[1] ** (count + 1.0)) ** 0.5 if self.eps_raw else self.eps
+            decay = 0.0 if self.decay.after else weight_decay
+            coded = [i for i in which if "exp_avg" not in states[i]]
+            plain = [i for i in which if "exp_avg" in states[i]]
+            if plain:
                 self._torch(
-                    [weights[i] for i in which], [grads[i] for i in which], [states[i] for i in which], lr, decay, eps
+                    [opened[i] for i in plain], [wide[i] for i in plain], [states[i] for i in plain], lr, decay, eps
                 )
+            for i in coded:
+                self._by_pieces(opened[i], wide[i], states[i], lr, decay, eps)
         if self.decay.after and weight_decay:
-            torch._foreach_mul_(list(weights), 1.0 - lr * weight_decay)
+            torch._foreach_mul_(opened, 1.0 - lr * weight_decay)
+        for i, (weight, own) in enumerate(zip(weights, opened, strict=True)):
+            if own is not weight:
+                self.half.close_(weight, own, seeds[i] if seeds else 0)
+
+    @staticmethod
+    def _opens(weight: Tensor, state: State) -> bool:
+        # coded moments are float32 and lie flat, and so must the weight that they step
+        return "exp_avg" not in state and not (weight.dtype is torch.float32 and weight.is_contiguous())
+
+    def _by_pieces(self, weight: Tensor, grad: Tensor, state: State, lr: float, decay: float, eps: float) -> None:
+        """One step on a contiguous float32 `weight` whose moments are codes, some blocks of it at a time."""
+        size = CPU_PIECE * torch.get_num_threads() if weight.device.type == "cpu" else PIECE
+        count = float(state["step"])
+        keys = [key for key in state if key.startswith("exp_avg")]
+        flat, gradient = weight.view(-1), grad.reshape(-1)
+        for start in range(0, flat.numel(), size):
+            whole = slice(start, start + size)
+            blocks = slice(start // BLOCK, (start + size) // BLOCK)
+            part = {key: state[key].view(-1)[blocks if key.endswith("scale") else whole] for key in keys}
+            with moments(part, [int(count)]) as (m, v):
+                piece = {"step": torch.tensor(count), "exp_avg": m, "exp_avg_sq": v}
+                self._torch([flat[whole]], [gradient[whole]], [piece], lr, decay, eps)
+        state["step"].add_(1.0)
 
     def _torch(
         self,

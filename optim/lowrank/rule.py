@@ -13,8 +13,8 @@ from thinrank.optim.inner.base import Inner
 from thinrank.optim.linalg.basis import captured_energy
 from thinrank.optim.lowrank.feedback import Feedback, NoFeedback
 from thinrank.optim.lowrank.lift import Lift, LinearLift, Project
-from thinrank.optim.lowrank.subspace import Subspace
-from thinrank.optim.lowrank.transport import Keep, Transport
+from thinrank.optim.lowrank.subspace import Subspace, second_choice
+from thinrank.optim.lowrank.transport import Change, Keep, Transport
 from thinrank.optim.rule import Decay, State, Step
 from thinrank.optim.update import Update
 
@@ -95,38 +95,53 @@ class LowRank:
     def renew(self, x: Tensor, state: State, step: Step, due: Sequence[int]) -> Tensor | None:
         """Renews the subspaces of the matrices `due` and carries their moments over.
 
-        A gradient that is not finite would leave a basis that is not one: such a matrix keeps what it has.
+        A gradient that is not finite would leave a basis that is not one: such a matrix keeps what it has. Where a
+        factorisation does not converge, the batch is renewed matrix by matrix and the one that fails by subspace
+        iteration; where that fails too, it keeps what it has.
 
         Returns the coordinates of all of `x` where the renewal computed them.
         """
         shared = step.axis.mean(x.float())
         if self.subspace.factorises:
             strange = step.axis.sum((~torch.isfinite(shared)).sum((-2, -1)).float()).tolist()
+            for i in due:
+                if strange[i]:
+                    step.note(i, "its gradient was not finite", skipped=True)
             due = [i for i in due if not strange[i]]
         overlap = torch.full((len(step.count),), math.nan)
         compare = step.record is not None and self.subspace.orthonormal
         if step.record is not None:
             step.record["subspace_overlap"] = overlap
-        first = [i for i in due if step.count[i] == 0]
-        if len(due) == len(step.count) and len(first) in (0, len(due)):
-            change, low = self.subspace.renew(shared, state, step)
-            self.transport.carry(state, change, step.count)
-            if compare and not first:
-                overlap.copy_(change.overlap())
-            return low
+        first, later = [i for i in due if step.count[i] == 0], [i for i in due if step.count[i] > 0]
+        waiting = [which for which in (first, later) if which]
         found: list[tuple[list[int], Tensor]] = []
-        for which in (first, [i for i in due if step.count[i] > 0]):
-            if which:
-                some = {key: value[which] for key, value in state.items()}
-                part = step.only(which)
-                change, low = self.subspace.renew(shared[which], some, part)
-                if low is not None:
-                    found.append((which, low))
-                self.transport.carry(some, change, part.count)
-                if compare and which is not first:
-                    overlap[which] = change.overlap().to(overlap)
-                for key, value in some.items():
-                    state[key][which] = value
+        while waiting:
+            which = waiting.pop(0)
+            every = len(which) == len(step.count)
+            some = state if every else {key: value[which] for key, value in state.items()}
+            part = step if every else step.only(which)
+            entered = shared if every else shared[which]
+            try:
+                change, low = self.subspace.renew(entered, some, part)
+            except torch.linalg.LinAlgError:
+                if len(which) > 1:
+                    waiting = [*([i] for i in which), *waiting]
+                    continue
+                other = self._second_choice(entered, some, part)
+                if other is None:
+                    step.note(which[0], "the factorisation of its gradient did not converge", skipped=True)
+                    continue
+                step.note(which[0], "its exact SVD did not converge", skipped=False)
+                change, low = other
+            self.transport.carry(some, change, part.count)
+            if compare and step.count[which[0]] > 0:
+                overlap[which] = change.overlap().to(overlap)
+            if every:
+                return low
+            if low is not None:
+                found.append((which, low))
+            for key, value in some.items():
+                state[key][which] = value
         if not found:
             return None
         if sum(len(which) for which, _ in found) == len(step.count):
@@ -136,3 +151,10 @@ class LowRank:
         for which, part_low in found:  # a matrix is given the same numbers, whoever else is due
             low[which] = part_low
         return low
+
+    def _second_choice(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None] | None:
+        other = second_choice(self.subspace)
+        try:
+            return None if other is None else other.renew(x, state, step)
+        except torch.linalg.LinAlgError:
+            return None

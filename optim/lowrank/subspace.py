@@ -190,6 +190,13 @@ class PowerIteration:
         return Update(low.to(self.dtype), state["basis"].to(self.dtype))
 
 
+def second_choice(subspace: Subspace) -> Subspace | None:
+    """What chooses in the place of `subspace`, into the same state, when that does not converge; None: nothing does."""
+    if isinstance(subspace, Svd):
+        return PowerIteration(rank=subspace.rank, every=subspace.every, dtype=subspace.dtype)
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FixedColumns:
     """The strongest columns of a fixed orthogonal basis: r small integers of state, no projector.

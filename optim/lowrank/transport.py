@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from thinrank.optim.inner.moments import NAMES, moments
 from thinrank.optim.rule import State, beside
 
 
@@ -56,9 +57,11 @@ class Reset:
     """Both moments start again from zero, and so do the columns' ages where they are kept."""
 
     def carry(self, state: State, change: Change, count: Sequence[int]) -> None:
-        for key in ("exp_avg", "exp_avg_sq", "age"):
-            if key in state:
-                state[key].zero_()
+        with moments(state, count) as (m, v):
+            m.zero_()
+            v.zero_()
+        if "age" in state:
+            state["age"].zero_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +88,26 @@ class Rotate:
     also: tuple[str, ...] = ()
 
     def carry(self, state: State, change: Change, count: Sequence[int]) -> None:
-        linear = [state[key] for key in ("exp_avg", *self.also)]
+        linear = [state[key] for key in self.also]
+        if NAMES[0] in state and NAMES[1] not in state:  # a momentum, and no second moment
+            linear.append(state[NAMES[0]])
+        else:
+            with moments(state, count) as (m, v):
+                if isinstance(change, Slots):
+                    _clear(change, m, v)
+                else:
+                    self._rotate(m, v, change.matrix.mT, count)
         if isinstance(change, Slots):
-            new = ~change.kept  # filled and not multiplied: zero times a second moment that overflowed is no number
-            squares = [state["exp_avg_sq"]] if "exp_avg_sq" in state else []
-            for value in (*linear, *squares):
-                value.masked_fill_(_broadcast(new, value), 0.0)
+            _clear(change, *linear)
             if "age" in state:
-                state["age"].masked_fill_(new, 0.0)
+                state["age"].masked_fill_(~change.kept, 0.0)
             return
-        back = change.matrix.mT  # (batch, r_old, r_new)
-        if "exp_avg_sq" in state:
-            self._second(state["exp_avg"], state["exp_avg_sq"], back, count)
         for value in linear:
-            wide = value.flatten(1, -2) @ back
+            wide = value.flatten(1, -2) @ change.matrix.mT
             value.copy_(wide.view(value.shape))
 
-    def _second(self, m: Tensor, v: Tensor, back: Tensor, count: Sequence[int]) -> None:
+    def _rotate(self, m: Tensor, v: Tensor, back: Tensor, count: Sequence[int]) -> None:
+        """Both moments, in place, by `back` (batch, r_old, r_new)."""
         k = beside(count, m.device).to(m.dtype).clamp(min=1.0)[:, None, None]
         fix1, fix2 = 1.0 - self.betas[0] ** k, 1.0 - self.betas[1] ** k
         mean = m / fix1
@@ -111,9 +117,12 @@ class Rotate:
         if self.negative == "zero":
             variance = variance.clamp_(min=0.0)
         total = variance.add_(new_mean.square()).abs_()
+        m.copy_(new_mean * fix1)
         v.copy_(total.nan_to_num_(nan=torch.inf, posinf=torch.inf).mul_(fix2))
 
 
-def _broadcast(mask: Tensor, value: Tensor) -> Tensor:
-    """`mask` (batch, r) beside `value` (batch, ..., r)."""
-    return mask.view(mask.shape[0], *[1] * (value.ndim - 2), mask.shape[1])
+def _clear(change: Slots, *values: Tensor) -> None:
+    """Zeros in the columns (last dimension) of `values` that are new."""
+    for value in values:  # filled and not multiplied: zero times a second moment that overflowed is no number
+        new = ~change.kept
+        value.masked_fill_(new.view(new.shape[0], *[1] * (value.ndim - 2), new.shape[1]), 0.0)

@@ -24,14 +24,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from thinrank.optim.inner.adam import Adam
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.lowrank.lift import ScaledGradient
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import Gaussian, Subspace, Svd
 from thinrank.optim.matrix import SIDES
 from thinrank.optim.methods.config import LowRankConfig, choice, number
-from thinrank.optim.methods.galore import family_adamw
 from thinrank.optim.rule import Decay
 
 ONE_SIDED = tuple(side for side in SIDES if side != "full")
@@ -81,7 +79,7 @@ class ApolloConfig(LowRankConfig):
         limit = None if self.disable_nl else self.update_limit
         return LowRank(
             subspace=subspace,
-            inner=Adam(betas=self.betas, eps=self.eps, eps_raw=True),
+            inner=self.adam(eps_raw=True),
             lift=ScaledGradient(betas=self.betas, per=self.scale_type, limit=limit),
             scale=self.scale**0.5,
             stagger=self.stagger,
@@ -89,7 +87,7 @@ class ApolloConfig(LowRankConfig):
         )
 
     def element_rule(self) -> ElementwiseAdamW:
-        return family_adamw(self.betas, self.eps)
+        return self.adamw(eps_raw=True, decay=Decay(after=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from thinrank.optim.inner.adam import Adam
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
+from thinrank.optim.inner.half import WAYS, HalfWeights
+from thinrank.optim.inner.moments import BITS
 from thinrank.optim.rule import MatrixRule
 
 
@@ -56,8 +59,18 @@ class MethodConfig:
         default=0.0,
         metadata={"help": "decoupled weight decay of matrices, embeddings and head; norms and biases have none"},
     )
+    state_bits: int = field(
+        default=32, metadata={"help": "bits of each entry of Adam's moments: 32, or 8 (small tensors keep 32)"}
+    )
+    half_weights: str = field(
+        default="nearest",
+        metadata={
+            "help": "16-bit weights and updates below their spacing: nearest (lost), stochastic (kept on average), "
+            "master (float32 copy)"
+        },
+    )
 
-    GROUP: ClassVar[tuple[str, ...]] = ("betas", "eps")
+    GROUP: ClassVar[tuple[str, ...]] = ("betas", "eps", "state_bits", "half_weights")
     """Fields that a parameter group carries beside lr and weight_decay."""
 
     def __post_init__(self) -> None:
@@ -71,6 +84,9 @@ class MethodConfig:
             decay_rate("betas", beta)
         number("eps", self.eps)
         number("weight_decay", self.weight_decay)
+        if self.state_bits not in BITS:
+            raise ValueError(f"state_bits must be 32 or 8, got {self.state_bits!r}")
+        choice("half_weights", self.half_weights, WAYS)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -101,7 +117,16 @@ class MethodConfig:
 
     def element_rule(self) -> ElementwiseAdamW:
         """The rule for everything else."""
-        return ElementwiseAdamW(betas=self.betas, eps=self.eps)
+        return self.adamw()
+
+    def adamw(self, **how: Any) -> ElementwiseAdamW:
+        """The elementwise AdamW of these betas, eps, bits and 16-bit weights; `how` are its other fields."""
+        half = HalfWeights(self.half_weights)
+        return ElementwiseAdamW(betas=self.betas, eps=self.eps, bits=self.state_bits, half=half, **how)
+
+    def adam(self, **how: Any) -> Adam:
+        """The inner Adam of these betas, eps and bits; `how` are its other fields."""
+        return Adam(betas=self.betas, eps=self.eps, bits=self.state_bits, **how)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from thinrank.optim.inner.adam import Adam
 from thinrank.optim.linalg.fixed import BASES, NORMS
 from thinrank.optim.lowrank.feedback import FEEDBACKS
 from thinrank.optim.lowrank.lift import RESIDUALS, lift_named
@@ -105,7 +104,7 @@ class DCTAdamWConfig(LowRankConfig):
                 dtype=self.dtype,
             ),
             transport=transport_named(self.transport, self.betas),
-            inner=Adam(betas=self.betas, eps=self.eps, ages=self.column_age),
+            inner=self.adam(ages=self.column_age),
             lift=lift_named(self.residual, self.residual_limit),
             scale=self.scale,
             stagger=self.stagger,

@@ -19,19 +19,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from thinrank.optim.inner.adam import Adam
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import PowerIteration, Subspace, Svd, TwoSidedSvd
 from thinrank.optim.matrix import SIDES
 from thinrank.optim.methods.config import LowRankConfig, choice
 from thinrank.optim.rule import Decay
-
-
-def family_adamw(betas: tuple[float, float], eps: float) -> ElementwiseAdamW:
-    """The AdamW of everything else in the codes of GaLore, Fira and APOLLO: eps before the bias correction, decay after
-    the update."""
-    return ElementwiseAdamW(betas=betas, eps=eps, eps_raw=True, decay=Decay(after=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +64,11 @@ class GaLoreConfig(LowRankConfig):
             subspace = PowerIteration(rank=self.rank, every=self.update_proj_gap, dtype=self.dtype)
         return LowRank(
             subspace=subspace,
-            inner=Adam(betas=self.betas, eps=self.eps, eps_raw=True),
+            inner=self.adam(eps_raw=True),
             scale=self.scale,
             stagger=self.stagger,
             decay=Decay(after=True),
         )
 
     def element_rule(self) -> ElementwiseAdamW:
-        return family_adamw(self.betas, self.eps)
+        return self.adamw(eps_raw=True, decay=Decay(after=True))

@@ -26,7 +26,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from thinrank.optim.inner.adam import Adam
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.lowrank.heads import SELECTIONS, SharedHead
 from thinrank.optim.lowrank.lift import Lift, Project
@@ -148,7 +147,7 @@ class GaLorePlusConfig(LowRankConfig):
         return LowRank(
             subspace=subspace,
             transport=transport_named(self.transport, self.betas),
-            inner=Adam(betas=self.betas, eps=self.eps, eps_raw=self._galore, ages=self.transport == "reset"),
+            inner=self.adam(eps_raw=self._galore, ages=self.transport == "reset"),
             lift=lift,
             scale=self.scale,
             stagger=self.stagger,
@@ -156,4 +155,4 @@ class GaLorePlusConfig(LowRankConfig):
         )
 
     def element_rule(self) -> ElementwiseAdamW:
-        return ElementwiseAdamW(betas=self.betas, eps=self.eps, eps_raw=self._galore, decay=Decay(after=self._galore))
+        return self.adamw(eps_raw=self._galore, decay=Decay(after=self._galore))

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.inner.adam import Adam
+from thinrank.optim.inner.moments import first_moment
 from thinrank.optim.linalg.basis import captured_energy, momentum_iteration, svd_basis
 from thinrank.optim.linalg.norms import peak
 from thinrank.optim.lowrank.feedback import FEEDBACKS, Feedback
@@ -74,7 +75,7 @@ class LDAdamRule:
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
         finite = torch.isfinite(peak(grad, step.axis))
         x = self.feedback.enter(torch.where(finite, grad, 0.0).float(), state)
-        old, momentum = state["basis"].clone(), state["exp_avg"].clone()
+        old, momentum = state["basis"].clone(), first_moment(state).clone()
         self.renew(x, state, step)
         change = Rotation(state["basis"].mT @ old)
         self.transport.carry(state, change, step.count)
@@ -82,7 +83,7 @@ class LDAdamRule:
         if self.feedback.listens:
             factor = self.inner.betas[0] / (1.0 - self.inner.betas[0])
             image = torch.baddbmm(
-                momentum @ old.mT, low + factor * state["exp_avg"], state["basis"].mT, beta=-factor
+                momentum @ old.mT, low + factor * first_moment(state), state["basis"].mT, beta=-factor
             )  # what is not remembered: a B'ᵀ + factor · (M' B'ᵀ − M_old Bᵀ)
             self.feedback.sent(x, image, state)
         if step.record is not None:
@@ -97,7 +98,7 @@ class LDAdamRule:
         first = [i for i, count in enumerate(step.count) if count == 0]
         if len(first) < len(step.count):
             count = beside(step.count, x.device).float().clamp(min=1.0)[:, None, None]
-            mean = state["exp_avg"] / (1.0 - self.inner.betas[0] ** count)
+            mean = first_moment(state) / (1.0 - self.inner.betas[0] ** count)
             warm = momentum_iteration(x, basis, mean, self.rho, axis=step.axis)
             if not first:
                 basis.copy_(warm)
@@ -149,7 +150,7 @@ class LDAdamConfig(RankedConfig):
             return None
         return LDAdamRule(
             subspace=PowerIteration(rank=self.rank, every=1, dtype=self.dtype),
-            inner=Adam(betas=self.betas, eps=self.eps),
+            inner=self.adam(),
             transport=Rotate(self.betas, negative=self.negative_variance),
             feedback=FEEDBACKS[self.error_feedback],
             rho=self.rho,

@@ -27,7 +27,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from thinrank.optim.inner.adam import Adam
 from thinrank.optim.inner.base import Whole
 from thinrank.optim.inner.mfac import MFAC
 from thinrank.optim.lowrank.rule import LowRank
@@ -68,7 +67,7 @@ class MFACConfig(LowRankConfig):
     def matrix_rule(self) -> LowRank | Whole | None:
         if self.rank is None:
             return None
-        adam = Adam(betas=self.betas, eps=self.eps) if self.finish == "adam" else None
+        adam = self.adam() if self.finish == "adam" else None
         inner = MFAC(window=self.window, damping=self.damping, momentum=self.betas[0], adam=adam)
         if self.space == "whole":
             return Whole(inner=inner, scale=self.scale)

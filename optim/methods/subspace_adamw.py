@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from thinrank.optim.inner.adam import Adam
 from thinrank.optim.lowrank.lift import RESIDUALS, lift_named
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import PowerIteration
@@ -47,7 +46,7 @@ class SubspaceAdamWConfig(LowRankConfig):
         return LowRank(
             subspace=PowerIteration(rank=self.rank, every=self.update_proj_gap, dtype=self.dtype),
             transport=transport_named(self.transport, self.betas),
-            inner=Adam(betas=self.betas, eps=self.eps),
+            inner=self.adam(),
             lift=lift_named(self.residual, self.residual_limit),
             scale=self.scale,
             stagger=self.stagger,

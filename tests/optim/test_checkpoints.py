@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from thinrank.optim import AdamW, DCTAdamW, build
+from thinrank.optim.linalg.quantise import expand8
 
 pytestmark = pytest.mark.filterwarnings("ignore:rank 3 is above the 1 directions")
 every = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -85,7 +86,7 @@ def test_state_exists_whole_from_construction_on(config):
     before = layout(optimizer, params)
     run(optimizer, params, 0, 5)
     assert layout(optimizer, params) == before
-    assert all("step" in each and {"exp_avg", "momentum"} & each.keys() for each in before)
+    assert all("step" in each and {"exp_avg", "exp_avg_codes", "momentum"} & each.keys() for each in before)
 
 
 class Net(nn.Module):
@@ -240,6 +241,14 @@ def test_state_replaced_from_outside_is_the_state(config, replace):
         assert all(torch.equal(value, twin.state[q][key]) for key, value in optimizer.state[p].items())
 
 
+def first_moment(state):
+    """The first moment, and which of two kinds it is: a mean of gradients or what Muon and its kin call momentum."""
+    if "exp_avg_codes" in state:
+        return expand8(state["exp_avg_codes"], state["exp_avg_scale"]), "exp_avg"
+    key = "exp_avg" if "exp_avg" in state else "momentum"
+    return state[key], key
+
+
 @every
 def test_what_is_written_into_the_state_counts(config):
     """State tensors are live, also while they are stacked: zeroing the moments is a way to restart."""
@@ -247,7 +256,7 @@ def test_what_is_written_into_the_state_counts(config):
     optimizer = make(config, params)
     run(optimizer, params, 0, 2)
     for state in optimizer.state.values():
-        state["exp_avg" if "exp_avg" in state else "momentum"].zero_()
+        next(state[key] for key in ("exp_avg", "exp_avg_codes", "momentum") if key in state).zero_()
     run(optimizer, params, 2, 3)
     others = weights()
     mean = 0.0 if projects(config) else config.group().get("momentum", 0.0)  # Dion's and Trion's momentum is a sum
@@ -256,11 +265,12 @@ def test_what_is_written_into_the_state_counts(config):
     without = make(config, others, **free)  # whose first moment is what entered it last
     run(without, others, 0, 3)
     for p, q in zip(params, others, strict=True):
-        key = "exp_avg" if "exp_avg" in optimizer.state[p] else "momentum"
-        grad, m = p.grad, optimizer.state[p][key]
+        grad, (m, key), (free_m, _) = p.grad, first_moment(optimizer.state[p]), first_moment(without.state[q])
         assert grad is not None
-        entered = max(float(grad.norm()), float(without.state[q][key].norm()))
-        room = 3.0 if any("error" in key for key in optimizer.state[p]) else 1.01  # an error enters with the gradient
+        entered = max(float(grad.norm()), float(free_m.norm()))
+        # an error enters with the gradient; a code of 8 bits is up to twice a small number
+        coded = "exp_avg_codes" in optimizer.state[p]
+        room = 3.0 if any("error" in key for key in optimizer.state[p]) else 1.2 if coded else 1.01
         assert float(m.norm()) <= (1 - decay[key]) * entered * room
 
 

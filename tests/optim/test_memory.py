@@ -73,6 +73,16 @@ FORMULAS = {
     # an age an entry and one a column
     "galore_plus/reselect": 4 * (2 * LONG * R + SHORT * R + R + 4 * 48) + 4,
     "galore_plus/no_entries": 4 * (2 * LONG * R + SHORT * R) + 4,
+    # two codes an entry and two float32 scales for every 256 entries of a row
+    "galore/8bit": 2 * (LONG * R + 4 * LONG * -(-R // BLOCK)) + 4 * SHORT * R + 4,
+    "dct_adamw/8bit moments": 2 * (LONG * R + 4 * LONG * -(-R // BLOCK)) + 4 * (R + R) + 4,
+    "subspace_adamw/8bit": 2 * (LONG * R + 4 * LONG * -(-R // BLOCK)) + 4 * (SHORT * R + 1) + 4,
+    # less than 4096 entries keep float32
+    "adamw/8bit": 4 * (2 * LONG * SHORT) + 4,
+    # float32 weights have no master and nothing to round
+    "adamw/master": 4 * (2 * LONG * SHORT) + 4,
+    "galore/stochastic": 4 * (2 * LONG * R + SHORT * R) + 4,
+    "subspace_adamw/master": 2 * (LONG * R + 4 * LONG * -(-R // BLOCK)) + 4 * (SHORT * R + 1) + 4,
     "subspace_adamw/off": 4 * (2 * LONG * R + SHORT * R) + 4,
     # one moment of the matrix
     **dict.fromkeys(("muon", "muon/you", "muon/polar_express", "muon/bfloat16"), 4 * LONG * SHORT + 4),
@@ -114,8 +124,47 @@ def test_prediction_holds_for_a_model_in_bfloat16(name):
     predicted = route(model, CONFIGS[name]).state_bytes()
     optimizer = build(model, CONFIGS[name])
     assert predicted == optimizer.state_bytes()
-    if name == "adamw":
+    if name in ("adamw", "adamw/8bit"):
         assert predicted == sum(2 * 2 * p.numel() + 4 for p in model.parameters())
+
+
+TABLE = (40, 130)  # 5200 entries: enough for codes
+TABLE_SCALES = -(-40 * 130 // BLOCK)
+BF16_TABLE = {
+    # moments of an embedding in bfloat16: torch's in bfloat16, codes, or float32 where the weight has another way
+    (32, "nearest"): 2 * 2 * 5200,
+    (8, "nearest"): 2 * (5200 + 4 * TABLE_SCALES),
+    (32, "stochastic"): 2 * 4 * 5200,
+    (8, "stochastic"): 2 * (5200 + 4 * TABLE_SCALES),
+    (32, "master"): 3 * 4 * 5200,
+    (8, "master"): 2 * (5200 + 4 * TABLE_SCALES) + 4 * 5200,
+}
+
+
+@pytest.mark.parametrize(("bits", "way"), BF16_TABLE, ids=str)
+def test_bytes_of_codes_and_masters_in_bfloat16(bits, way):
+    """An embedding and a matrix of rank 300, whose rows have two blocks."""
+    long, short, rank = 400, 320, 300
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(*TABLE), nn.Linear(short, long, bias=False)).to(torch.bfloat16)
+    config = small("galore", rank=rank, state_bits=bits, half_weights=way)
+    moments = {32: 2 * 4 * long * rank, 8: 2 * (long * rank + 4 * long * 2)}[bits]
+    master = 4 * long * short if way == "master" else 0
+    by_name = {row.name: row.state_bytes for row in route(model, config).rows}
+    assert by_name == {
+        "0.weight": BF16_TABLE[bits, way] + 4,
+        "1.weight": moments + master + 4 * short * rank + 4,
+    }
+    optimizer = build(model.to_empty(device="cpu"), config)
+    assert optimizer.state_bytes() == sum(by_name.values())
+
+
+def test_rows_for_which_codes_do_not_pay_keep_float32():
+    """One column: a code and a scale are 5 bytes, a number 4. Two: 6 against 8."""
+    for rank, expected in ((1, 2 * 4 * 20), (2, 2 * (2 * 20 + 4 * 20))):
+        params = [nn.Parameter(seeded(20, 7))]
+        optimizer = make(small("galore", rank=rank, state_bits=8), params)
+        assert optimizer.state_bytes() == expected + 4 * 7 * rank + 4
 
 
 def test_predicting_allocates_nothing_and_leaves_the_model_alone():

@@ -1,0 +1,63 @@
+"""Adam's two moments in the state: float32 tensors, or 8-bit codes that are opened for a change and closed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.linalg.quantise import block_shape, compand8, dither, expand8
+from thinrank.optim.rule import State
+
+BITS = (32, 8)
+NAMES = ("exp_avg", "exp_avg_sq")
+
+
+def pays(width: int) -> bool:
+    """True when the codes and scales of a row of `width` are less than its float32 numbers: whenever width > 1.
+
+    `width + 4 ⌈width/256⌉` bytes against `4 width`; narrow rows have short blocks, so that the scales are 4/width of
+    a byte for each entry: 1.3 bytes at 12 columns, 1.02 from 256 on.
+    """
+    return width + 4 * block_shape((width,))[0] < 4 * width
+
+
+def zeros(shape: tuple[int, ...], device: torch.device, bits: int = 32) -> State:
+    """Both moments of `shape`, zero: `exp_avg` and `exp_avg_sq`, or for each of them `…_codes` and `…_scale`.
+
+    With 8 bits, rows for which that does not pay (of one entry) are kept in float32.
+    """
+    if bits == 32 or not pays(shape[-1]):
+        return {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in NAMES}
+    state: State = {}
+    for name, dtype in zip(NAMES, (torch.int8, torch.uint8), strict=True):
+        state[f"{name}_codes"] = torch.zeros(shape, dtype=dtype, device=device)
+        state[f"{name}_scale"] = torch.zeros(block_shape(shape), dtype=torch.float32, device=device)
+    return state
+
+
+def first_moment(state: State) -> Tensor:
+    """The first moment in `state` in float32, to be read."""
+    name = NAMES[0]
+    return state[name] if name in state else expand8(state[f"{name}_codes"], state[f"{name}_scale"])
+
+
+@contextmanager
+def moments(state: State, count: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The float32 moments in `state`, to be changed in place; what was changed is in `state` when the block ends.
+
+    Args:
+        count: the step of each matrix of the batch, by which codes are rounded.
+    """
+    if NAMES[0] in state:
+        yield state[NAMES[0]], state[NAMES[1]]
+        return
+    m, v = (expand8(state[f"{name}_codes"], state[f"{name}_scale"]) for name in NAMES)
+    yield m, v
+    noise = dither(count, m.shape[-1], m.device)
+    for name, moment in zip(NAMES, (m, v), strict=True):
+        codes, scale = compand8(moment, noise, signed=name == NAMES[0])
+        state[f"{name}_codes"].copy_(codes)
+        state[f"{name}_scale"].copy_(scale)
