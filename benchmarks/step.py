@@ -2,6 +2,7 @@
 
     make bench                                       # 9m and 130m presets, on a GPU where there is one
     make bench ARGS="--presets 9m --out table.md"
+    make bench ARGS="--only GaLore galore-torch"       # rows that begin so
 
 Every method steps the same matrices (the linear layers of the preset) with the same gradients, in turns, so that a
 drifting machine hurts all alike; the table shows medians and ratios of medians. `step` is a step between renewals,
@@ -16,7 +17,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,11 +28,19 @@ from torch import nn
 
 from thinrank.optim import (
     AdamWConfig,
+    ApolloConfig,
     DCTAdamWConfig,
+    Dion2Config,
+    DionConfig,
+    FiraConfig,
     GaLoreConfig,
+    GaLorePlusConfig,
+    LDAdamConfig,
     LowRankConfig,
     MethodConfig,
+    MuonConfig,
     SubspaceAdamWConfig,
+    TrionConfig,
     build,
 )
 from thinrank.optim.linalg.fixed import column_norms, dct_matrix, dct_rows_fft, select_columns
@@ -61,21 +70,35 @@ def torch_adamw(**kwargs: Any) -> Callable[[nn.Module, int], torch.optim.Optimiz
     return lambda model, gap: torch.optim.AdamW(model.parameters(), lr=1e-3, **kwargs)
 
 
-def galore_torch(model: nn.Module, gap: int, rank: int) -> torch.optim.Optimizer:
-    from galore_torch import GaLoreAdamW
-
-    group = {
+def galore_group(model: nn.Module, gap: int, rank: int, scale: str) -> dict[str, Any]:
+    return {
         "params": list(model.parameters()),
         "rank": rank,
         "update_proj_gap": gap,
-        "scale": 0.25,
+        scale: 0.25,
         "proj_type": "std",
     }
-    return cast("Any", GaLoreAdamW)([group], lr=0.01, no_deprecation_warning=True)
+
+
+def galore_torch(model: nn.Module, gap: int, rank: int) -> torch.optim.Optimizer:
+    from galore_torch import GaLoreAdamW
+
+    return cast("Any", GaLoreAdamW)([galore_group(model, gap, rank, "scale")], lr=0.01, no_deprecation_warning=True)
+
+
+def fira(model: nn.Module, gap: int, rank: int) -> torch.optim.Optimizer:
+    from fira import FiraAdamW
+
+    return cast("Any", FiraAdamW)([galore_group(model, gap, rank, "alpha")], lr=0.01, no_deprecation_warning=True)
+
+
+def torch_muon(model: nn.Module, gap: int) -> torch.optim.Optimizer:
+    return torch.optim.Muon(model.parameters(), lr=0.02)
 
 
 def contenders(rank: int) -> list[Contender]:
-    """Who is measured; `rank` is a quarter of the preset's width, for all."""
+    """Who is measured; `rank` is a quarter of the preset's width, for all. A peer stands before its method."""
+    plus = GaLorePlusConfig(rank=rank, cross_heads=[], warmup=0)
     return [
         Contender("torch AdamW, fused", torch_adamw(fused=True), renews=False),
         Contender("torch AdamW, foreach", torch_adamw(foreach=True), renews=False),
@@ -83,11 +106,25 @@ def contenders(rank: int) -> list[Contender]:
         Contender("galore-torch 1.0", lambda model, gap: galore_torch(model, gap, rank)),
         ours("GaLore, svd=exact", GaLoreConfig(rank=rank)),
         ours("GaLore, svd=power", GaLoreConfig(rank=rank, svd="power")),
+        ours("GaLore, svd=power, 8-bit states", GaLoreConfig(rank=rank, svd="power", state_bits=8)),
         ours("GaLore, svd=power, bfloat16", GaLoreConfig(rank=rank, svd="power", projection_dtype="bfloat16")),
+        ours("GaLorePlus, density 0", replace(plus, density=0.0)),
+        ours("GaLorePlus, density 1 %", plus),
+        Contender("fira 1.0.2", lambda model, gap: fira(model, gap, rank)),
+        ours("Fira, svd=exact", FiraConfig(rank=rank)),
+        ours("Fira, svd=power", FiraConfig(rank=rank, svd="power")),
+        ours("Apollo", ApolloConfig(rank=rank)),
+        ours("LDAdam", LDAdamConfig(rank=rank)),
         ours("DCTAdamW", DCTAdamWConfig(rank=rank)),
         ours("DCTAdamW, bfloat16", DCTAdamWConfig(rank=rank, projection_dtype="bfloat16")),
         ours("SubspaceAdamW", SubspaceAdamWConfig(rank=rank)),
         ours("SubspaceAdamW, bfloat16", SubspaceAdamWConfig(rank=rank, projection_dtype="bfloat16")),
+        Contender("torch Muon (bfloat16)", torch_muon, renews=False),
+        ours("Muon", MuonConfig()),
+        ours("Muon, bfloat16", MuonConfig(ns_dtype="bfloat16")),
+        ours("Dion", DionConfig(rank=rank)),
+        ours("Trion", TrionConfig(rank=rank)),
+        ours("Dion2", Dion2Config(rank=rank)),
     ]
 
 
@@ -134,9 +171,12 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(t.numel() * t.element_size() for t in found)
 
 
-def measure(model: Matrices, device: torch.device, rounds: int, renewals: int) -> list[dict[str, Any]]:
-    """A row for each contender."""
-    everybody = contenders(model.width // 4)
+def measure(
+    model: Matrices, device: torch.device, rounds: int, renewals: int, only: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A row for each contender; the two that the ratios are of always run."""
+    always = ("torch AdamW, fused", "galore-torch")
+    everybody = [c for c in contenders(model.width // 4) if not only or c.name.startswith((*always, *only))]
     rows: list[dict[str, Any]] = []
     steppers = []
     for contender in everybody:
@@ -235,6 +275,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights and gradients")
     parser.add_argument("--rounds", type=int, default=11, help="timed steps of each method")
     parser.add_argument("--renewals", type=int, default=3, help="timed steps with a renewal of each method")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="rows that begin so (default: all)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--out", type=Path, default=None, help="write the tables to this file too")
     args = parser.parse_args()
@@ -247,7 +288,7 @@ def main() -> None:
         model = Matrices(preset, device, getattr(torch, args.dtype))
         count, weights = len(list(model.parameters())), sum(p.numel() for p in model.parameters())
         text += [f"## {preset}: {count} matrices, {weights:,} weights", ""]
-        text += [table(measure(model, device, args.rounds, args.renewals), model), ""]
+        text += [table(measure(model, device, args.rounds, args.renewals, args.only), model), ""]
         text += [f"### Choosing DCT columns, {preset}", "", selection(model, device, args.rounds), ""]
         print("\n".join(text[-7:]), flush=True)
     if args.out is not None:

@@ -76,7 +76,9 @@ def test_the_whole_help_lists_every_key_of_the_default_choices(schema):
 def test_every_shipped_choice_loads_and_reads_back(schema, choice, tmp_path):
     group, _, name = choice.partition("=")
     loaded = load(schema, [choice, *NEEDED.get(choice, [])])
-    assert loaded.names[group] == name
+    path = schema.choices(group)[name]
+    recipe = None if path is None else read(path).values.get("name")  # a recipe says whose settings it has
+    assert loaded.names[group] == (recipe or name)
     (tmp_path / "x.yaml").write_text(write(loaded.tree))
     again = load(schema, ["--config", str(tmp_path / "x.yaml")])
     assert again.tree == loaded.tree
@@ -112,7 +114,7 @@ def test_yaml_files_hold_only_what_differs_from_the_dataclass():
         resolved = resolve(schema, [choice])
         path = schema.choices(group)[name]
         assert path is not None
-        for key in read(path).values:
+        for key in read(path).values.keys() - {"name"}:
             assert resolved.tree[group][key] != default(resolved.sections[group], key), (
                 f"{choice}: {key} is the default"
             )
@@ -120,6 +122,15 @@ def test_yaml_files_hold_only_what_differs_from_the_dataclass():
 
 def test_models_are_the_presets():
     assert {name: load(PRETRAIN, [f"model={name}"]).config.model for name in PRESETS} == PRESETS
+
+
+def test_recipes_are_the_published_ones():
+    """By name; what they do not say is the method's default, which is the authors', too."""
+    big = load(PRETRAIN, ["optimizer=galore_7b"]).config.optimizer
+    assert type(big) is METHODS["galore"]
+    assert (big.rank, big.lr, big.scale, big.update_proj_gap, big.state_bits) == (1024, 5e-3, 0.25, 500, 8)
+    fira = load(PRETRAIN, ["optimizer=fira_1b"]).config.optimizer
+    assert (fira.rank, fira.lr, fira.scale, fira.update_proj_gap) == (512, 0.01, 0.0625, 200)
 
 
 def test_methods_are_those_of_the_optimizers():
