@@ -119,6 +119,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._images = Images()
         self._hooks: Hooks | None = None
         self.accumulating = False
+        self.dropped_gradients = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -403,7 +404,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
         `step`: every parameter is stepped inside of backward and its gradient freed, for any method. `step()` then has
         nothing left to do. The gradient of each parameter is scaled to a norm of at most `max_norm` by itself,
-        since the norm of all is not known then. While `accumulating` is True, gradients are left to add up.
+        since the norm of all is not known then; one that is not finite is dropped and counted in `dropped_gradients`.
+        While `accumulating` is True, gradients are left to add up.
 
         `off`: as torch does (the default).
 
@@ -454,8 +456,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _step_now(self, param: Tensor) -> None:
         if self.accumulating or param.grad is None:
             return
+        norm = torch.linalg.vector_norm(param.grad)
+        if not bool(torch.isfinite(norm)):  # the host waits: afterwards nobody could undo the step
+            self.dropped_gradients += 1
+            param.grad = None
+            return
         if self._max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_([param], self._max_norm, torch.linalg.vector_norm(param.grad))
+            torch.nn.utils.clip_grads_with_norm_([param], self._max_norm, norm)
         for group, bucket, i in self._homes.get(param, []):
             rule, _ = self.rules(group, bucket.section)
             assert rule is not None  # buckets are made for groups with a matrix rule only

@@ -117,6 +117,7 @@ def _assemble(
         schedule=config.trainer.schedule,
         total_steps=plan.steps,
         clip_norm=config.trainer.clip_norm,
+        in_backward=config.trainer.in_backward,
         seed=config.trainer.seed,
         projection_seed=config.trainer.projection_seed,
         save_frozen=job.keeps_frozen,

@@ -61,6 +61,7 @@ class FinetuneConfig(TrainingConfig):
     adapter: AdapterConfig = field(default_factory=AdapterConfig, metadata={"help": "what is trained"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.data.tokenizer != self.model.path:
             raise ValueError(
                 f"data.tokenizer must be the model's own, {self.model.path}, got {self.data.tokenizer!r}: "

@@ -58,6 +58,9 @@ class CausalLM(pl.LightningModule):
         schedule: of the learning rate, over `total_steps`.
         total_steps: optimizer steps of the whole run; None asks the Trainer.
         clip_norm: largest norm of all gradients together; None does not clip here.
+        in_backward: `off`, `project` or `step`, for optimizers of thinrank (`MatrixOptimizer.in_backward`). With
+            `project` the norm that is logged and clipped is that of the coordinates; with `step` each parameter's
+            gradient is clipped by itself, and there is no norm of all to log.
         bytes_per_token: mean UTF-8 bytes of a token of the evaluated text, for bits per byte: a number, or one for each
             of "val" and "test"; None asks the data module for `validation_bytes_per_token` and `test_bytes_per_token`.
         vocab_size: for a `ModelConfig`; None takes the length of the data module's `tokenizer`.
@@ -78,6 +81,7 @@ class CausalLM(pl.LightningModule):
         schedule: ScheduleConfig | None = None,
         total_steps: int | None = None,
         clip_norm: float | None = 1.0,
+        in_backward: str = "off",
         bytes_per_token: float | Mapping[str, float] | None = None,
         vocab_size: int | None = None,
         seed: int = 0,
@@ -95,6 +99,7 @@ class CausalLM(pl.LightningModule):
         self.schedule = schedule if schedule is not None else ScheduleConfig()
         self.total_steps = total_steps
         self.clip_norm = clip_norm
+        self.in_backward = in_backward
         self.bytes_per_token = bytes_per_token
         self.vocab_size = vocab_size
         self.seed = seed
@@ -129,6 +134,7 @@ class CausalLM(pl.LightningModule):
             optimizer = cast("torch.optim.Optimizer", self.optimizer(model))
         else:
             optimizer = optim.build(model, self.optimizer, seed=self.projection_seed)
+        self._take_in_backward(optimizer)
         total = self.total_steps
         if total is None:
             estimate = self.trainer.estimated_stepping_batches
@@ -137,6 +143,27 @@ class CausalLM(pl.LightningModule):
             total = int(estimate)
         scheduler = build_scheduler(optimizer, self.schedule, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    def _take_in_backward(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.in_backward == "off":
+            return
+        if not isinstance(optimizer, optim.MatrixOptimizer):
+            raise UserError(f"in_backward={self.in_backward!r} needs an optimizer of thinrank: use 'off' with others")
+        if self.trainer.world_size > 1:
+            raise UserError(
+                f"in_backward={self.in_backward!r} needs gradients that are complete after backward, which DDP's are "
+                "not: use 'off' with several processes"
+            )
+        try:
+            optimizer.in_backward(self.in_backward, max_norm=self.clip_norm if self.in_backward == "step" else None)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    @property
+    def _own_optimizer(self) -> optim.MatrixOptimizer | None:
+        """The optimizer, where it takes gradients in backward."""
+        found = self.optimizers(use_pl_optimizer=False) if self.in_backward != "off" else None
+        return found if isinstance(found, optim.MatrixOptimizer) else None
 
     def on_fit_start(self) -> None:
         if self.clip_norm is not None and self.trainer.gradient_clip_val is not None:
@@ -167,6 +194,8 @@ class CausalLM(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Mean nats per label as `loss`; its sum and count as `nats` and `labels` for whoever averages further."""
         self._norm = None
+        if (own := self._own_optimizer) is not None:
+            own.accumulating = self.trainer.fit_loop._should_accumulate()
         nats, count = token_nats(self(batch["input_ids"]), batch["labels"])
         loss = nats / count.clamp(min=1)  # a batch without any label has no gradient rather than NaN
         self._pending_tokens += batch["input_ids"].numel() * self.trainer.world_size
@@ -180,6 +209,9 @@ class CausalLM(pl.LightningModule):
         To be called between the last backward of a step and the step itself: the guard, the clipping and the metrics
         share it.
         """
+        own = self._own_optimizer
+        if self._norm is None and own is not None:
+            self._norm = own.gradient_norm()
         if self._norm is None:
             self._norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         return self._norm
@@ -191,7 +223,10 @@ class CausalLM(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the shared norm; without `clip_norm`, do what the Trainer was told."""
-        if self.clip_norm is None:
+        own = self._own_optimizer
+        if own is not None and self.clip_norm is not None:
+            own.clip_grad_norm_(self.clip_norm)  # nothing is left to clip where backward has stepped
+        elif self.clip_norm is None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.clip_norm, self.gradient_norm())

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from thinrank.optim import MethodConfig, SubspaceAdamWConfig
+from thinrank.optim.backward import MODES
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig
@@ -62,6 +63,10 @@ class TrainerConfig:
     clip_norm: float | None = field(
         default=1.0, metadata={"help": "largest norm of all gradients together; null: no clipping"}
     )
+    in_backward: str = field(
+        default="off",
+        metadata={"help": "gradients of matrices: off (kept), project (as coordinates), step (stepped in backward)"},
+    )
     precision: str = field(default="bf16-mixed", metadata={"help": f"arithmetic: {', '.join(_PRECISIONS)}"})
     accelerator: str = field(default="auto", metadata={"help": "auto (a GPU where there is one), cpu, or gpu"})
     devices: int | str = field(
@@ -106,6 +111,10 @@ class TrainerConfig:
                 )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be above 0, got {self.clip_norm}: use null for no clipping")
+        if self.in_backward not in MODES:
+            raise ValueError(
+                f"in_backward must be one of {', '.join(MODES)}, got {self.in_backward!r}: choose one of them"
+            )
         if self.precision not in _PRECISIONS:
             raise ValueError(
                 f"precision must be one of {', '.join(_PRECISIONS)}, got {self.precision!r}: choose one of them"
@@ -137,6 +146,14 @@ class TrainingConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig, metadata={"help": "how processes share the work"})
     trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata={"help": "how long, how large, how often"})
 
+    def __post_init__(self) -> None:
+        rule = self.optimizer.matrix_rule()
+        if self.trainer.in_backward == "project" and rule is not None and not getattr(rule, "linear", False):
+            raise ValueError(
+                f"trainer.in_backward=project keeps coordinates alone, but optimizer={self.optimizer.name} with these "
+                "settings needs whole gradients: use trainer.in_backward=step, or a method such as galore"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainingConfig):
@@ -145,6 +162,7 @@ class PretrainConfig(TrainingConfig):
     model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "the model"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         longest, length = self.model.max_position_embeddings, self.data.sequence_length
         if self.model.pretrained is None and length > longest:
             raise ValueError(

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from thinrank.configs.arguments import parse
+from thinrank.configs.errors import ConfigError
 from thinrank.configs.fields import default, hints, in_words, leaves, section
 from thinrank.configs.help import help_text, meaning
 from thinrank.configs.load import load, resolve
@@ -150,3 +151,11 @@ def test_the_configuration_carries_what_the_command_line_says():
     assert (config.optimizer.rank, config.trainer.schedule.kind) == (64, "linear")
     assert (config.data.sequence_length, config.run.dir) == (128, "/x/y")
     assert load(PRETRAIN, ["strategy=ddp"]).config.strategy.name == "ddp"
+
+
+def test_coordinates_alone_are_refused_where_a_method_needs_more():
+    with pytest.raises(ConfigError, match="optimizer=subspace_adamw with these settings needs whole gradients: use"):
+        load(PRETRAIN, ["trainer.in_backward=project"])
+    load(PRETRAIN, ["trainer.in_backward=project", "optimizer=galore"])
+    load(PRETRAIN, ["trainer.in_backward=project", "optimizer=adamw"])
+    load(PRETRAIN, ["trainer.in_backward=step"])

@@ -226,3 +226,16 @@ def test_bad_modes():
         optimizer.in_backward("project", max_norm=1.0)
     with pytest.raises(ValueError, match="max_norm must be a number above 0"):
         optimizer.in_backward("step", max_norm=0.0)
+
+
+def test_a_gradient_that_is_not_finite_is_dropped_where_nobody_could_undo_its_step():
+    model = Net()
+    optimizer = build(model, small("galore"))
+    optimizer.in_backward("step")
+    model.up.weight.register_hook(lambda grad: grad * float("nan"))
+    before = model.up.weight.detach().clone()
+    loss(model, 0).backward()
+    assert torch.equal(model.up.weight, before)
+    assert float(optimizer.state[model.up.weight]["step"]) == 0
+    assert float(optimizer.state[model.down.weight]["step"]) == 1
+    assert optimizer.dropped_gradients == 1

@@ -62,6 +62,7 @@ class NonFiniteGuard(pl.Callback):
             return
         for parameter in pl_module.parameters():
             parameter.grad = None
+        optimizer.zero_grad()  # what it keeps of gradients that backward handed to it
         self.skipped += 1
         if not _searching_scale(trainer):
             self.consecutive += 1
