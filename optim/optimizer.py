@@ -7,13 +7,13 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from thinrank.optim.axis import WHOLE, Axis
-from thinrank.optim.backward import MODES, Hooks, Images
+from thinrank.optim.backward import InBackward
 from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
@@ -21,7 +21,7 @@ from thinrank.optim.inner.half import HalfWeights
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
-from thinrank.optim.methods.config import MethodConfig, choice, number
+from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.rule import Decay, MatrixRule, Note, Probe, State, key_of, seed_of
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ ABSENT = ("maximize", "amsgrad", "capturable", "differentiable")
 """Switches of torch's optimizers that change what a step does and that a step here does not know."""
 
 
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(InBackward):
     """Base of all optimizers of the suite; the subclass says which method's rooms its groups are built from.
 
     A parameter group is stepped by the method's rule for matrices wherever a parameter has at least two dimensions,
@@ -104,11 +104,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drops what can be recomputed."""
+        self._forget_gradients()
         self._layouts: list[Layout] | None = None
         self._seen: dict[Tensor, State] = {}
-        self._places: dict[Tensor, list[tuple[dict[str, Any], Bucket, int]]] = {}
-        self._alone: dict[Tensor, tuple[dict[str, Any], int]] = {}
-        self._max_norm: float | None = None
         self._rules: dict[tuple[Any, ...], tuple[MatrixRule | None, ElementwiseAdamW]] = {}
         self._clamped = False
         self.measure = False
@@ -116,10 +114,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.skipped_renewals: dict[str, int] = {}
         self._told: set[tuple[str, str]] = set()
         self.axis: Axis = WHOLE
-        self._images = Images()
-        self._hooks: Hooks | None = None
-        self.accumulating = False
-        self.dropped_gradients = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -360,7 +354,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._layouts is None or not self._untouched():
             self._layouts = [self._assemble(index) for index in range(len(self.param_groups))]
             stepped = [p for layout in self._layouts for bucket in layout.buckets for p in bucket.params]
-            self._places, self._alone = {}, {}
+            self._moved()
             self._seen = {p: dict(self.state[p]) for p in stepped}
         return self._layouts
 
@@ -390,123 +384,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 part = found[start : start + most]
                 buckets.append(Bucket.of(part, [self.state[param] for param, _ in part], view, prefix, section))
         return Layout(buckets, rest)
-
-    # --- in backward ------------------------------------------------------------------------------------------------
-
-    def in_backward(self, mode: str, *, max_norm: float | None = None) -> None:
-        """Takes every gradient the moment backward has finished it, so that few are ever alive together.
-
-        `project`: what is kept of a matrix's gradient are its coordinates in the subspace. They add up over
-        backward passes as gradients do, until `step`, `zero_grad` or `clip_grad_norm_`, so that accumulation and
-        clipping work; training loops stay as they are. The update is that of `off`, with one difference: with several
-        backward passes to a step, a renewal sees the first one's gradient and not their sum. Only for methods
-        whose update needs nothing else of a gradient. Other parameters keep their gradients.
-
-        `step`: every parameter is stepped inside of backward and its gradient freed, for any method. `step()` then has
-        nothing left to do. The gradient of each parameter is scaled to a norm of at most `max_norm` by itself,
-        since the norm of all is not known then; one that is not finite is dropped and counted in `dropped_gradients`.
-        While `accumulating` is True, gradients are left to add up.
-
-        `off`: as torch does (the default).
-
-        It needs gradients that are complete after backward: one process, or replicas that meet in `axis`; not DDP,
-        which averages later.
-
-        Raises:
-            ValueError: for another mode, a method that `project` does not suit, or `max_norm` without `step`.
-        """
-        choice("mode", mode, MODES)
-        if max_norm is not None:
-            number("max_norm", max_norm, open_low=True)
-            if mode != "step":
-                raise ValueError(f"max_norm={max_norm:g} is for mode 'step', got {mode!r}: use clip_grad_norm_ instead")
-        if mode == "project":
-            for group in self.param_groups:
-                rule, _ = self.rules(group)
-                if rule is not None and not (isinstance(rule, LowRank) and rule.linear):
-                    raise ValueError(
-                        f"{type(self).__name__} needs whole gradients, with the settings of group {group['label']}, "
-                        "so mode 'project' cannot keep their coordinates alone: use mode 'step'"
-                    )
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
-        self._images.clear()
-        self._max_norm = max_norm
-        if mode != "off":
-            params = [p for group in self.param_groups for p in group["params"]]
-            self._hooks = Hooks(params, self._take_image if mode == "project" else self._step_now)
-
-    @torch.no_grad()
-    def _take_image(self, param: Tensor) -> None:
-        if param.grad is None or param not in self._homes:
-            return
-        first = param not in self._images
-        for group, bucket, i in self._homes[param]:
-            rule, _ = self.rules(group, bucket.section)
-            assert isinstance(rule, LowRank)  # in_backward has looked
-            state = bucket.state([i])
-            grad = local.bring([param.grad], bucket.view)
-            self._images.add(
-                param, bucket.prefix, rule.image(grad, state, bucket.step([i], group, self.axis, None), renew=first)
-            )
-        param.grad = None
-
-    @torch.no_grad()
-    def _step_now(self, param: Tensor) -> None:
-        if self.accumulating or param.grad is None:
-            return
-        norm = torch.linalg.vector_norm(param.grad)
-        if not bool(torch.isfinite(norm)):  # the host waits: afterwards nobody could undo the step
-            self.dropped_gradients += 1
-            param.grad = None
-            return
-        if self._max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_([param], self._max_norm, norm)
-        for group, bucket, i in self._homes.get(param, []):
-            rule, _ = self.rules(group, bucket.section)
-            assert rule is not None  # buckets are made for groups with a matrix rule only
-            self._step_bucket(bucket, [i], rule, group, None)
-        if param in self._alone:
-            group, key = self._alone[param]
-            self._step_rest([(cast("torch.nn.Parameter", param), key)], self.rules(group)[1], group, None)
-        param.grad = None
-
-    @property
-    def _homes(self) -> dict[Tensor, list[tuple[dict[str, Any], Bucket, int]]]:
-        """Where the matrices of a parameter are stepped."""
-        layouts = self._assembled()
-        if not (self._places or self._alone):
-            for group, layout in zip(self.param_groups, layouts, strict=True):
-                self._alone |= {param: (group, key) for param, key in layout.rest}
-                for bucket in layout.buckets:
-                    for i, param in enumerate(bucket.params):
-                        self._places.setdefault(param, []).append((group, bucket, i))
-        return self._places
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; forgets what backward has left as coordinates, too."""
-        super().zero_grad(set_to_none)
-        self._images.clear()
-
-    @torch.no_grad()
-    def gradient_norm(self) -> Tensor:
-        """Norm of all gradients of this optimizer's parameters (scalar); of the coordinates where those were kept."""
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm([*grads, *self._images.coordinates()])
-
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scales all gradients down together to a norm of at most `max_norm`; returns the norm before.
-
-        With `in_backward("project")` a matrix counts with the norm of its projected gradient.
-        """
-        norm = self.gradient_norm()
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for tensor in (*grads, *self._images.tensors()):
-            tensor.mul_(factor.to(tensor.device))
-        return norm
 
     # --- state ------------------------------------------------------------------------------------------------------
 
