@@ -110,8 +110,8 @@ def spectrum(x: Tensor, sketch: int | None, generator: torch.Generator) -> Tenso
     if sketch is None or sketch >= min(x.shape):
         return torch.linalg.svdvals(x).cpu()
     columns = min(sketch + OVERSAMPLE, *x.shape)
-    basis = subspace_iteration(x, random_columns(x.shape[-1], columns, generator, x.device), sketch, iterations=2)
-    return torch.linalg.vector_norm(x @ basis, dim=-2).cpu()
+    start = random_columns(x.shape[-1], columns, generator, x.device)
+    return torch.linalg.vector_norm(subspace_iteration(x, start, sketch, iterations=2)[1], dim=-2).cpu()
 
 
 @torch.no_grad()

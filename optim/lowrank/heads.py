@@ -86,7 +86,9 @@ class SharedHead:
         if not step.axis.whole:
             raise RuntimeError("a head's basis needs whole matrices: use cross_heads=[] where rows are sharded")
         if self.pooled((x.shape[0], x.shape[1], x.shape[2])) < self.heads:
-            x = take_heads(x, self.heads, self.choose(x, step))
+            shown = take_heads(x, self.heads, self.choose(x, step))
+            change, _ = self.inner.renew(shown, state, step)  # the coordinates of these heads are not those of all
+            return change, None
         return self.inner.renew(x, state, step)
 
     def down(self, x: Tensor, state: State) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from thinrank.optim.inner.base import Inner
 from thinrank.optim.linalg.basis import captured_energy
+from thinrank.optim.linalg.norms import peak
 from thinrank.optim.lowrank.feedback import Feedback, NoFeedback
 from thinrank.optim.lowrank.lift import Lift, LinearLift, Project
 from thinrank.optim.lowrank.subspace import Subspace, second_choice
@@ -103,11 +104,11 @@ class LowRank:
         """
         shared = step.axis.mean(x.float())
         if self.subspace.factorises:
-            strange = step.axis.sum((~torch.isfinite(shared)).sum((-2, -1)).float()).tolist()
+            finite = torch.isfinite(peak(shared, step.axis)).flatten().tolist()  # a maximum passes on what is no number
             for i in due:
-                if strange[i]:
+                if not finite[i]:
                     step.note(i, "its gradient was not finite", skipped=True)
-            due = [i for i in due if not strange[i]]
+            due = [i for i in due if finite[i]]
         overlap = torch.full((len(step.count),), math.nan)
         compare = step.record is not None and self.subspace.orthonormal
         if step.record is not None:

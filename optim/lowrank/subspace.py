@@ -178,10 +178,12 @@ class PowerIteration:
             random = random_columns(short, (r if first else 0) + extra, step.generator(i), basis.device)
             starts.append(random if first else torch.cat([basis[i], random], -1))
         iterations = self.cold if first else self.warm
-        new = subspace_iteration(x, torch.stack(starts), r, iterations=iterations, axis=step.axis)
+        new, low = subspace_iteration(
+            x, torch.stack(starts), r, iterations=iterations, dtype=self.dtype, axis=step.axis
+        )
         change = Rotation(new.mT @ basis)
         basis.copy_(new)
-        return change, None
+        return change, low
 
     def down(self, x: Tensor, state: State) -> Tensor:
         return (x.to(self.dtype) @ state["basis"].to(self.dtype)).float()

@@ -77,12 +77,13 @@ def test_subspace_iteration_nears_the_best_subspace(long, short, data):
     x = decaying(long, short, ratio=0.6, seed=data.draw(st.integers(0, 99)))
     width = min(short, rank + 8)
     start = random_columns(short, width, torch.Generator().manual_seed(1), torch.device("cpu"))
-    basis = subspace_iteration(x, start, rank, iterations=2)
+    basis, low = subspace_iteration(x, start, rank, iterations=2)
     assert basis.shape == (short, rank)
     assert eye_error(basis) < 1e-5
     best = energy(x, svd_basis(x, rank))
     assert 0.98 * best <= energy(x, basis) <= best + 1e-6
-    images = (x @ basis).norm(dim=0)
+    torch.testing.assert_close(low, x @ basis, rtol=0.0, atol=1e-5 * float(x.norm()))
+    images = low.norm(dim=0)
     assert bool((images[1:] <= images[:-1] * (1 + 1e-4) + 1e-6).all())
     assert torch.equal(fix_signs(basis), basis)
 
@@ -93,9 +94,9 @@ def test_a_warm_start_needs_one_product():
     near = x + 0.1 * seeded(64, 40, seed=2)
     best = energy(x, svd_basis(x, 8))
     cold = torch.linalg.qr(seeded(40, 8, seed=3)).Q
-    warm = energy(x, subspace_iteration(x, svd_basis(near, 8), 8, iterations=1))
+    warm = energy(x, subspace_iteration(x, svd_basis(near, 8), 8, iterations=1)[0])
     assert warm > 0.99 * best
-    assert warm > energy(x, subspace_iteration(x, cold, 8, iterations=1)) + 0.02
+    assert warm > energy(x, subspace_iteration(x, cold, 8, iterations=1)[0]) + 0.02
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-6, 1.0, 1e6, 1e30])
@@ -103,14 +104,28 @@ def test_subspace_iteration_knows_no_unit(scale):
     """The products with xᵀx used to overflow (1e30) or vanish (1e-25) in float32, and the basis with them."""
     x = decaying(20, 12)
     start = seeded(12, 12)
-    expected = subspace_iteration(x, start, 3, iterations=2)
-    basis = subspace_iteration(x * scale, start, 3, iterations=2)
+    expected, expected_low = subspace_iteration(x, start, 3, iterations=2)
+    basis, low = subspace_iteration(x * scale, start, 3, iterations=2)
     torch.testing.assert_close(basis, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(low / scale, expected_low, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_products_in_bfloat16_keep_the_energy(iterations):
+    """The basis tilts by about bfloat16's rounding and the energy by its square; the basis itself is float32's."""
+    x, start = decaying(96, 64, ratio=0.95, seed=1), seeded(64, 24, seed=2)
+    exact, _ = subspace_iteration(x, start, 16, iterations=iterations)
+    basis, low = subspace_iteration(x, start, 16, iterations=iterations, dtype=torch.bfloat16)
+    assert basis.dtype == low.dtype == torch.float32
+    assert not torch.equal(basis, exact)
+    assert eye_error(basis) < 1e-5
+    assert energy(x, basis) > energy(x, exact) - 1e-3
+    torch.testing.assert_close(low, x @ basis, rtol=0.0, atol=2**-7 * float((x @ basis).abs().max()))
 
 
 def test_subspace_iteration_of_nothing_is_still_a_basis():
     x = torch.zeros(2, 9, 6)
-    assert eye_error(subspace_iteration(x, seeded(2, 6, 6), 3, iterations=2)) < 1e-5
+    assert eye_error(subspace_iteration(x, seeded(2, 6, 6), 3, iterations=2)[0]) < 1e-5
 
 
 @given(st.integers(1, 16), st.integers(1, 16), st.data())
