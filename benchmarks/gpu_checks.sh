@@ -16,6 +16,7 @@ run gpu-tests "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
 run gpu-step-float32 "$PYTHON" benchmarks/step.py --presets 9m 130m --device cuda --out "$OUT/step-cuda-float32.md"
 run gpu-step-bfloat16 "$PYTHON" benchmarks/step.py --presets 130m 1b --device cuda --dtype bfloat16 --renewals 1 \
     --out "$OUT/step-cuda-bfloat16.md"
+run gpu-renewal "$PYTHON" benchmarks/renewal.py --out "$OUT/renewal-cuda.md"
 run gpu-memory-7b "$PYTHON" benchmarks/memory.py
 run gpu-memory-1b-adamw "$PYTHON" benchmarks/memory.py --preset 1b --method adamw --bits 32 --in-backward off
 run gpu-memory-1b-galore "$PYTHON" benchmarks/memory.py --preset 1b --rank 512 --in-backward project

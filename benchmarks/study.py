@@ -4,9 +4,9 @@
     make study ARGS="benchmarks/studies/pysource-9m.yaml --only adamw subspace_adamw --jobs 2"
     make study ARGS="--stage report"                               # run nothing, write what there is
 
-Every run is `launch/pretrain.py` in a process and a folder of its own; a finished one is never run again and an
-interrupted one goes on from its checkpoint, so the same command after a kill goes on with the study. docs/study.md says
-how tuning goes and what the table shows.
+Every run is `launch/pretrain.py` (or the file's `job`) in a process and a folder of its own; a finished one is never
+run again and an interrupted one goes on from its checkpoint, so the same command after a kill goes on with the study.
+docs/study.md says how tuning goes and what the table shows.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from study_file import Method, Outcome, Point, Run, Study, best_of, load_study, outcome
+from study_file import Found, Method, Outcome, Point, Run, Study, best_of, load_study, outcome, pace
 from study_report import write_results
 
 from thinrank.configs.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
-PRETRAIN = HERE.parent / "launch" / "pretrain.py"
+LAUNCH = HERE.parent / "launch"
 DEFAULT = HERE / "studies" / "pysource-2m.yaml"
 
 
@@ -97,6 +97,38 @@ def finals(study: Study, method: Method) -> Generator[Run, None, list[Outcome]]:
     return found
 
 
+def pacing(study: Study, method: Method) -> Generator[Run, None, list[Outcome]]:
+    """The run that measures a step of a method's best setting; none where the study does not ask for it."""
+    best = best_of(study, peek(tuning(study, method)))
+    if best is None or study.pace_steps is None:
+        return []
+    run = study.run("pace", method, best.point, study.tune_seed)
+    if outcome(run, best.point).state == "missing":
+        yield run
+    return [outcome(run, best.point)]
+
+
+def timed(study: Study, method: Method) -> Generator[Run, None, list[Outcome]]:
+    """The best setting with every seed, for as many steps as fit the time of the baseline's final runs, whose own final
+    runs these are; none before both are paced."""
+    found: list[Outcome] = []
+    if method.name == study.baseline:
+        return peek(finals(study, method)) if pace(peek(pacing(study, method))) else found
+    baseline = next((each for each in study.methods if each.name == study.baseline), None)
+    mine = peek(pacing(study, method))
+    own, theirs = pace(mine), pace(peek(pacing(study, baseline))) if baseline else None
+    if own is None or theirs is None:
+        return found
+    point = mine[0].point
+    steps = round(study.loaded("final", method, point).config.trainer.max_steps * theirs / own)
+    for seed in study.final_seeds:
+        run = study.run("time", method, point, seed, max(1, steps))
+        if outcome(run, point).state == "missing":
+            yield run
+        found.append(outcome(run, point))
+    return found
+
+
 def peek(task: Generator[Run, None, list[Outcome]]) -> list[Outcome]:
     """What a task returns if nothing is run for it."""
     found: list[Outcome] = []
@@ -125,7 +157,7 @@ def launch(run: Run, threads: int) -> Handle:
     count = str(threads)
     with open(log_of(run), "a") as log:
         return subprocess.Popen(
-            [sys.executable, str(PRETRAIN), *run.words],
+            [sys.executable, str(LAUNCH / f"{run.job}.py"), *run.words],
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count},
@@ -199,6 +231,10 @@ def last_line(log: Path) -> str:
     return lines[-1].removeprefix("error: ") if lines else "it said nothing"
 
 
+STAGES = {"tune": tuning, "final": finals, "pace": pacing, "time": timed}
+"""The stages in their order, and what hands out a method's runs of each."""
+
+
 def conduct(
     study: Study,
     start: Callable[[Run], Handle],
@@ -214,7 +250,7 @@ def conduct(
     Args:
         study: what is compared.
         start: starts a run.
-        stage: all, tune, final, or report (nothing runs).
+        stage: all, report (nothing runs), or one of tune, final, pace (one run at a time, whatever `jobs` says), time.
         only: names of the methods to run; all if empty.
         jobs: runs at once.
         deadline: see `execute`.
@@ -225,16 +261,19 @@ def conduct(
     """
     failures: list[str] = []
     chosen = [method for method in study.methods if not only or method.name in only]
-    for name, make in (("tune", tuning), ("final", finals)):
+    for name, make in STAGES.items():
         if stage in ("all", name):
             tasks = [make(study, method) for method in chosen]
-            failures += execute(tasks, start, jobs=jobs, deadline=deadline, say=say)
+            failures += execute(tasks, start, jobs=1 if name == "pace" else jobs, deadline=deadline, say=say)
     return failures
 
 
-def results(study: Study) -> list[tuple[Method, list[Outcome], list[Outcome]]]:
-    """For each method its tuning runs and its final runs, as far as they are there."""
-    return [(method, peek(tuning(study, method)), peek(finals(study, method))) for method in study.methods]
+def results(study: Study) -> list[Found]:
+    """What each method's runs have found, as far as they are there."""
+    return [
+        Found(method=method, **{name: peek(make(study, method)) for name, make in STAGES.items()})
+        for method in study.methods
+    ]
 
 
 def _check_names(only: Sequence[str], study: Study) -> None:
@@ -252,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="METHOD", help="run these methods; what others have is shown"
     )
-    parser.add_argument("--stage", default="all", choices=["all", "tune", "final", "report"], help="what to run")
+    parser.add_argument("--stage", default="all", choices=["all", *STAGES, "report"], help="what to run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; they slow each other, so times need 1")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of a run (default: cores / jobs)")
     parser.add_argument("--budget-minutes", type=float, default=math.inf, help="start no run after this time")

@@ -11,14 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from thinrank.configs.compose import Schema
 from thinrank.configs.errors import ConfigError
 from thinrank.configs.load import Loaded, load
 from thinrank.configs.reader import read
-from thinrank.configs.schema import PRETRAIN
+from thinrank.configs.schema import FINETUNE, PRETRAIN
 from thinrank.trainers import curves
 
 Point = tuple[int, ...]
 """A setting of a grid: the index on each axis."""
+
+JOBS = {"pretrain": PRETRAIN, "finetune": FINETUNE}
+"""What a run may be: launch/NAME.py, and what that configures."""
 
 OWN = (
     "run", "trainer.seed", "trainer.projection_seed", "data.seed", "data.final_validation_unseen", "trainer.max_time",
@@ -28,7 +32,7 @@ OWN = (
 
 QUIET = {"trainer.tensorboard": False, "trainer.export": False, "trainer.sample_tokens": 0}
 
-OF_A_METHOD = ("optimizer", "optimizer.", "trainer.schedule.", "trainer.clip_norm")
+OF_A_METHOD = ("optimizer", "optimizer.", "adapter", "adapter.", "trainer.schedule.", "trainer.clip_norm")
 """What methods may differ in; anything else is the same for all of them."""
 
 
@@ -69,8 +73,9 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run of launch/pretrain.py."""
+    """One run of launch/JOB.py."""
 
+    job: str
     stage: str
     method: str
     setting: Mapping[str, Any]
@@ -98,20 +103,29 @@ class Study:
     """Held-out tokens that tuning reads, data.validation_tokens; the final figure is of the rest."""
     final_seeds: tuple[int, ...]
     methods: tuple[Method, ...]
+    job: str = "pretrain"
+    pace_steps: int | None = None
+    """Steps of the run that measures how long a step is; None: methods are not compared at equal time."""
     left_out: tuple[str, ...] = ()
     """One sentence for each method that this version does not have."""
     root: Path = field(default=Path("runs/study"))
 
-    def run(self, stage: str, method: Method, point: Point, seed: int) -> Run:
-        """The run of a setting. Its folder is named by the whole resolved configuration, so a run is found again if
-        nothing of it has changed, and only then."""
+    @property
+    def schema(self) -> Schema:
+        return JOBS[self.job]
+
+    def run(self, stage: str, method: Method, point: Point, seed: int, steps: int | None = None) -> Run:
+        """The run of a setting, of so many `steps` where the stage is `time`. Its folder is named by the whole resolved
+        configuration, so a run is found again if nothing of it has changed, and only then."""
         setting = method.setting(point)
-        words = _words(self._values(stage, method, setting, seed))
-        tree = {key: value for key, value in load(PRETRAIN, words).tree.items() if key != "run"}
+        values = self._values(stage, method, setting, seed)
+        words = _words(values if steps is None else {**values, "trainer.max_steps": steps})
+        tree = {key: value for key, value in load(self.schema, words).tree.items() if key != "run"}
         digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
         slug = re.sub(r"[^\w.+-]+", "-", "_".join(f"{_short(k)}-{v}" for k, v in setting.items())) or "as-given"
         folder = self.root / self.name / stage / method.name / f"{slug}_seed-{seed}_{digest}"
         return Run(
+            job=self.job,
             stage=stage,
             method=method.name,
             setting=setting,
@@ -122,14 +136,14 @@ class Study:
 
     def loaded(self, stage: str, method: Method, point: Point) -> Loaded:
         """The checked configuration of a setting."""
-        return load(PRETRAIN, _words(self._values(stage, method, method.setting(point), 0)))
+        return load(self.schema, _words(self._values(stage, method, method.setting(point), 0)))
 
     def _values(self, stage: str, method: Method, setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
         values = {**self.base, **method.overrides, **setting, **QUIET}
         values |= {"trainer.seed": seed, "data.seed": seed, "trainer.projection_seed": seed}
-        if stage == "final":
+        if stage in ("final", "time"):
             return {**values, "data.final_validation_unseen": True}
-        values |= self.tune_overrides
+        values |= self.tune_overrides if stage == "tune" else {"trainer.max_steps": self.pace_steps}
         # Tuning never looks further than the part of the held-out text that the final figure leaves out.
         return {**values, "data.final_validation_tokens": self.tuning_tokens}
 
@@ -182,6 +196,29 @@ def best_of(study: Study, tuned: Sequence[Outcome]) -> Outcome | None:
     return best if math.isfinite(best.score) else None
 
 
+def pace(paced: Sequence[Outcome]) -> float | None:
+    """Seconds of a step, renewals of a subspace included, by the run that measured it."""
+    found = [each.report["training"].get("step_seconds_mean") for each in paced if each.report is not None]
+    return found[0] if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a method's runs have found, by stage."""
+
+    method: Method
+    tune: Sequence[Outcome]
+    final: Sequence[Outcome]
+    pace: Sequence[Outcome]
+    """At most one."""
+    time: Sequence[Outcome]
+    """Of as many steps as take the baseline's time."""
+
+    @property
+    def runs(self) -> list[Outcome]:
+        return [*self.tune, *self.final, *self.pace, *self.time]
+
+
 def load_study(path: Path, *, root: Path = Path("runs/study")) -> Study:
     """Reads and checks a study's file; every value of every grid is checked before anything runs.
 
@@ -197,16 +234,18 @@ def load_study(path: Path, *, root: Path = Path("runs/study")) -> Study:
         "",
         read(path).values,
         required=("name", "base", "tune", "final", "methods"),
-        optional=("about", "baseline"),
+        optional=("about", "baseline", "job", "time"),
     )
     _require(_is_name(top["name"]), path, f"name must consist of letters, digits, dots and dashes, got {top['name']!r}")
+    job = top.get("job", "pretrain")
+    _require(job in JOBS, path, f"job must be one of {', '.join(JOBS)}, got {job!r}")
     base = _overrides(path, "base", top["base"])
-    tune, seeds = _stages(path, top)
-    methods, left_out, names = _methods(path, top["methods"])
+    tune, seeds, pace_steps = _stages(path, top)
+    methods, left_out, names = _methods(path, JOBS[job], top["methods"])
     baseline = str(top.get("baseline", names[0]))
     _require(baseline in names, path, f"baseline must be one of the methods, got {baseline}: {', '.join(names)}")
     try:
-        tuning_tokens = load(PRETRAIN, _words(base)).config.data.validation_tokens
+        tuning_tokens = load(JOBS[job], _words(base)).config.data.validation_tokens
     except ConfigError as error:
         raise ConfigError(f"{path}: base: {error}") from error
     study = Study(
@@ -220,6 +259,8 @@ def load_study(path: Path, *, root: Path = Path("runs/study")) -> Study:
         tuning_tokens=tuning_tokens,
         final_seeds=seeds,
         methods=methods,
+        job=job,
+        pace_steps=pace_steps,
         left_out=left_out,
         root=root,
     )
@@ -227,7 +268,7 @@ def load_study(path: Path, *, root: Path = Path("runs/study")) -> Study:
     return study
 
 
-def _stages(path: Path, top: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
+def _stages(path: Path, top: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...], int | None]:
     tune = {"seed": 0, "overrides": {}, **_section(path, "tune", top["tune"], ("runs",), ("seed", "overrides"))}
     tune["overrides"] = _overrides(path, "tune.overrides", tune["overrides"], allowed=("trainer.",))
     runs, seed, seeds = tune["runs"], tune["seed"], _section(path, "final", top["final"], ("seeds",))["seeds"]
@@ -243,17 +284,20 @@ def _stages(path: Path, top: dict[str, Any]) -> tuple[dict[str, Any], tuple[int,
         path,
         f"final.seeds must leave out the seed of tuning ({seed}), got {seeds}: the setting was chosen by its luck",
     )
-    return tune, tuple(seeds)
+    pace = None if top.get("time") is None else _section(path, "time", top["time"], ("steps",))["steps"]
+    _require(pace is None or (_whole(pace) and pace >= 1), path,
+             f"time.steps must be a number of at least 1, got {pace!r}")  # fmt: skip
+    return tune, tuple(seeds), pace
 
 
-def _methods(path: Path, entries: Any) -> tuple[tuple[Method, ...], tuple[str, ...], list[str]]:
+def _methods(path: Path, schema: Schema, entries: Any) -> tuple[tuple[Method, ...], tuple[str, ...], list[str]]:
     """The methods that this version has, a sentence for each that it lacks, and the names of all."""
     _require(isinstance(entries, list) and entries, path, "methods must be a list of methods, each with name and grid")
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
     for name in names:
         _require(_is_name(name), path, f"every method needs a name of letters, digits, dots and dashes, got {name!r}")
         _require(names.count(name) == 1, path, f"the method {name} stands there twice: give each a name of its own")
-    known = PRETRAIN.choices("optimizer")
+    known = schema.choices("optimizer")
     methods, left_out = [], []
     for method in (_method(path, entry) for entry in entries):
         chosen = str(method.overrides["optimizer"])
@@ -315,7 +359,7 @@ def _load(path: Path, study: Study, stage: str, method: Method, point: Point) ->
 
 
 def _overrides(path: Path, where: str, values: Any, allowed: Sequence[str] | None = None) -> dict[str, Any]:
-    _require(isinstance(values, dict), path, f"{where} must be keys and values of launch/pretrain.py, got {values!r}")
+    _require(isinstance(values, dict), path, f"{where} must be keys and values of its launch script, got {values!r}")
     for key in values:
         _require(not key.startswith(OWN), path, f"{where} must not give {key}: the study sets it itself or forbids it")
         if allowed is not None:

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from study_file import Method, Outcome, Study, best_of, shown
+from study_file import Found, Outcome, Study, best_of, pace, shown
 
 from thinrank.trainers import curves
 from thinrank.trainers.files import replacing, write_text
 
-Results = Sequence[tuple[Method, Sequence[Outcome], Sequence[Outcome]]]
-"""For each method its tuning runs and its final runs."""
+Results = Sequence[Found]
 
 
 def write_results(study: Study, results: Results, out: Path, *, command: str, failures: Sequence[str] = ()) -> None:
@@ -44,12 +43,14 @@ def page(
         picture: name of the plot.
         problem: why there is none.
     """
-    everything = [each.report for _, tuned, final in results for each in (*tuned, *final) if each.report]
+    everything = [each.report for found in results for each in found.runs if each.report]
     parts = [f"# Study {study.name}", study.about, f"`{command}`", "\n".join(_facts(study, results, everything))]
     parts.append(_table(study, results))
     notes = _notes(study, results, failures)
     parts.append("\n".join(f"- {note}" for note in notes))
     parts.append(f"![{study.name}]({picture})" if problem is None else problem)
+    if any(pace(found.pace) for found in results):
+        parts += ["## Equal time", _time_table(study, results), TIME_NOTE.format(steps=study.pace_steps)]
     parts += ["## Every tuning run", "In the order in which they were chosen.", _tuning_table(study, results)]
     parts += ["## Every final run", _final_table(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -59,11 +60,11 @@ def _facts(study: Study, results: Results, reports: Sequence[dict[str, Any]]) ->
     """One line for each fact; what differed between runs stands there with all its values."""
     machines = [report["machine"] for report in reports]
     versions = [report["versions"] for report in reports]
-    finals = [each.report for _, _, final in results for each in final if each.report]
+    finals = [each.report for found in results for each in found.final if each.report]
     base = " ".join(f"{key}={value}" for key, value in study.base.items())
     more = " ".join(f"{key}={value}" for key, value in study.tune_overrides.items())
     lines = [
-        f"every run: `launch/pretrain.py {base}`",
+        f"every run: `launch/{study.job}.py {base}`",
         f"tuning: {study.tune_runs} runs of each method, seed {study.tune_seed}{f', `{more}`' if more else ''}, judged "
         f"by bits per byte of the first held-out documents ({study.tuning_tokens:,} tokens at most)",
         f"final: the best setting of each with seeds {', '.join(map(str, study.final_seeds))}, judged by the held-out "
@@ -86,7 +87,7 @@ def _facts(study: Study, results: Results, reports: Sequence[dict[str, Any]]) ->
 
 def _table(study: Study, results: Results) -> str:
     rows = []
-    for method, tuned, final in results:
+    for method, tuned, final in ((found.method, found.tune, found.final) for found in results):
         best, done = best_of(study, tuned), [each for each in final if each.state == "finished"]
         if best is None:
             continue
@@ -95,12 +96,14 @@ def _table(study: Study, results: Results) -> str:
     if not rows:
         return "No method is tuned yet."
     baseline = next((mean for mean, name, *_ in rows if name == study.baseline), math.nan)
+    full = next((_state([e.report for e in (done or [best])]) for _, name, _, best, _, done in rows
+                 if name == study.baseline), math.nan)  # fmt: skip
     head = ["method", "best setting", "runs", "tuning", *(f"seed {seed}" for seed in study.final_seeds), "mean",
-            f"÷ {study.baseline}", "state, MiB", "of AdamW's", "step, ms", "tokens/s", "captured energy"]  # fmt: skip
+            f"÷ {study.baseline}", "state, MiB", f"of {study.baseline}'s", "step, ms", "tokens/s",
+            "captured energy"]  # fmt: skip
     lines = [_row(head), _row(["---", "---", *("---:" for _ in head[2:])])]
     for mean, name, setting, best, final, done in sorted(rows, key=lambda row: (not math.isfinite(row[0]), row[0])):
         reports = [each.report for each in (done or [best])]
-        state = [report["optimizer_state"] for report in reports]
         steps = [report["training"] for report in reports]
         lines.append(
             _row(
@@ -112,8 +115,8 @@ def _table(study: Study, results: Results) -> str:
                     *(_verdict(final[i]) if i < len(final) else "–" for i in range(len(study.final_seeds))),
                     f"**{mean:.4f}**" if math.isfinite(mean) else "–",
                     _number(mean / baseline, ".4f"),
-                    _number(_mean(s["measured_bytes"] for s in state) / 2**20, ".2f"),
-                    _number(100 * _mean(s["measured_bytes"] / s["adamw_bytes"] for s in state), ".0f", " %"),
+                    _number(_state(reports) / 2**20, ".2f"),
+                    _number(100 * _state(reports) / full, ".0f", " %"),
                     _number(1000 * _mean(s.get("step_seconds_median") for s in steps), ".0f"),
                     _number(_mean(_speed(s) for s in steps), ",.0f"),
                     _number(_mean(r["metrics"].get("lowrank/captured_energy") for r in reports), ".3f"),
@@ -126,19 +129,19 @@ def _table(study: Study, results: Results) -> str:
 def _notes(study: Study, results: Results, failures: Sequence[str]) -> list[str]:
     notes = [
         "Bits per byte. Tuning and final are of different held-out documents, so their figures do not compare.",
-        "State: all of the optimizer's tensors, as measured; AdamW's is what it would be for the same model. Step: "
-        "median of the readings. Tokens/s: training steps alone, renewals of a subspace included. Captured energy: "
-        "mean over matrices, readings and seeds. All but bits per byte are means over the seeds.",
+        "State: all of the optimizer's tensors, as measured. Step: median of the readings. Tokens/s: training steps "
+        "alone, renewals of a subspace included. Captured energy: mean over matrices, readings and seeds. All but bits "
+        "per byte are means over the seeds.",
         "Times are of a machine that may have had other work, runs beside each other (`--jobs`) included.",
     ]
     edges = [
         f"{method.name} ({', '.join(key.removeprefix('optimizer.') for key in method.at_edge(best.point))})"
-        for method, tuned, _ in results
+        for method, tuned in ((found.method, found.tune) for found in results)
         if (best := best_of(study, tuned)) and method.at_edge(best.point)
     ]
     if edges:
         notes.append(f"† at the edge of its grid, beyond which nothing was tried: {', '.join(edges)}.")
-    for method, tuned, final in results:
+    for method, tuned, final in ((found.method, found.tune, found.final) for found in results):
         done = [each for each in tuned if each.state != "missing"]
         if len(done) < study.tune_runs:
             error = next((f" The next one ended with: {each.error}." for each in tuned[len(done) :] if each.error), "")
@@ -153,21 +156,59 @@ def _notes(study: Study, results: Results, failures: Sequence[str]) -> list[str]
         ]
     differing = [
         f"{method.name} ({state['predicted_bytes']:,} predicted, {state['measured_bytes']:,} measured)"
-        for method, _, final in results
+        for method, final in ((found.method, found.final) for found in results)
         for state in [each.report["optimizer_state"] for each in final if each.report][:1]
         if state["predicted_bytes"] != state["measured_bytes"]
     ]
     if differing:
         notes.append(f"State bytes differ from the prediction: {', '.join(differing)}.")
-    finished = [each.report for _, _, final in results for each in final if each.report]
+    finished = [each.report for found in results for each in found.final if each.report]
     if len({report["training"]["tokens"] for report in finished}) > 1:
         notes.append("Final runs differ in training tokens, so their figures do not compare.")
     return [*notes, *study.left_out, *(f"Failed: {failure}." for failure in failures)]
 
 
+TIME_NOTE = (
+    "Step: mean of {steps} steps, renewals of a subspace included, of a run of the best setting with no other run "
+    "beside it. Steps: how many fit the time of the baseline's final runs; learning-rate schedules end there. Bits per "
+    "byte of the documents that the final runs are judged by."
+)
+
+
+def _time_table(study: Study, results: Results) -> str:
+    seconds = {found.method.name: pace(found.pace) for found in results}
+    base = seconds.get(study.baseline) or math.nan
+    means = {found.method.name: _mean(e.score for e in found.time if e.state != "missing") for found in results}
+    head = ["method", "step, ms", f"÷ {study.baseline}", "steps", *(f"seed {seed}" for seed in study.final_seeds),
+            "mean", f"÷ {study.baseline}"]  # fmt: skip
+    lines = [_row(head), _row(["---", *("---:" for _ in head[1:])])]
+    for found in sorted(
+        results, key=lambda each: (not math.isfinite(means[each.method.name]), means[each.method.name])
+    ):
+        own, mean = seconds[found.method.name], means[found.method.name]
+        if own is None:
+            continue
+        done = [each.report for each in found.time if each.report]
+        bits = [_verdict(each) if each.state != "missing" else "–" for each in found.time]
+        lines.append(
+            _row(
+                [
+                    found.method.name,
+                    _number(1000 * own, ".0f"),
+                    _number(own / base, ".3f"),
+                    f"{done[0]['training']['steps']:,}" if done else "–",
+                    *(bits or ["–"] * len(study.final_seeds)),
+                    f"**{mean:.4f}**" if math.isfinite(mean) else "–",
+                    _number(mean / means.get(study.baseline, math.nan), ".4f"),
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
 def _tuning_table(study: Study, results: Results) -> str:
     lines = [_row(["method", "run", "setting", "bits per byte", "training, s"]), "| --- | ---: | --- | ---: | ---: |"]
-    for method, tuned, _ in results:
+    for method, tuned in ((found.method, found.tune) for found in results):
         done = [each for each in tuned if each.state != "missing"]
         best = min(done, key=lambda each: each.score, default=None)
         for number, each in enumerate(done, 1):
@@ -190,7 +231,7 @@ def _final_table(results: Results) -> str:
     head = ["method", "seed", "bits per byte", "loss", "tokens", "training, s", "step, ms: median", "mean",
             "state, bytes: predicted", "measured", "peak RSS, MiB"]  # fmt: skip
     lines = [_row(head), _row(["---", *("---:" for _ in head[1:])])]
-    for method, _, final in results:
+    for method, final in ((found.method, found.final) for found in results):
         for each in final:
             if each.report is None:
                 continue
@@ -223,13 +264,13 @@ def plot(study: Study, results: Results, path: Path) -> str | None:
     Returns:
         None, or why nothing was drawn.
     """
-    drawn = [(method.name, [each for each in final if each.state == "finished"]) for method, _, final in results]
+    drawn = [(found.method.name, [each for each in found.final if each.state == "finished"]) for found in results]
     stage = "final runs" if any(runs for _, runs in drawn) else "tuning runs"  # their bits are of different text
     if stage == "tuning runs":
         drawn = [
-            (method.name, [min(tuned, key=lambda each: each.score)])
-            for method, tuned, _ in results
-            if any(math.isfinite(each.score) for each in tuned)
+            (found.method.name, [min(found.tune, key=lambda each: each.score)])
+            for found in results
+            if any(math.isfinite(each.score) for each in found.tune)
         ]
     drawn = [(name, runs) for name, runs in drawn if runs]
     if not drawn:
@@ -303,6 +344,11 @@ def _mean_curve(runs: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[float, f
         )
         for step in sorted(steps)
     ]
+
+
+def _state(reports: Sequence[dict[str, Any]]) -> float:
+    """Bytes of the optimizer's tensors, as a mean over runs."""
+    return _mean(report["optimizer_state"]["measured_bytes"] for report in reports)
 
 
 def _speed(training: dict[str, Any]) -> float | None:

@@ -80,7 +80,7 @@ class InProcess:
     """Runs of launch/pretrain.py without a process each: what is started is over at once."""
 
     def __init__(self):
-        spec = importlib.util.spec_from_file_location("launch_pretrain", study.PRETRAIN)
+        spec = importlib.util.spec_from_file_location("launch_pretrain", study.LAUNCH / "pretrain.py")
         assert spec is not None
         assert spec.loader is not None
         self.script = importlib.util.module_from_spec(spec)
@@ -159,6 +159,41 @@ def test_a_study_from_file_to_table_and_nothing_twice(write, tmp_path):
     assert final["data"]["final_validation_unseen"]
 
 
+def test_at_equal_time_a_slower_method_takes_fewer_steps(write, tmp_path, monkeypatch):
+    """Steps of launch/pretrain.py, but the clock says that one of GaLore takes three of AdamW's."""
+    path = write(time={"steps": 2}, final={"seeds": [1, 2]})
+    chosen = study_file.load_study(path, root=tmp_path / "runs")
+    quiet = {"say": lambda text: None}
+    runs = InProcess()
+    assert study.conduct(chosen, runs, stage="tune", **quiet) == []
+    assert study.conduct(chosen, runs, stage="time", **quiet) == []  # nothing is paced yet
+    assert study.conduct(chosen, runs, stage="pace", jobs=2, **quiet) == []
+    for name, seconds in (("adamw", 0.1), ("galore", 0.3)):
+        (report,) = (tmp_path / "runs" / "tiny" / "pace" / name).glob("*/report.json")
+        tree = json.loads(report.read_text())
+        assert tree["training"]["steps"] == 2
+        tree["training"]["step_seconds_mean"] = seconds
+        report.write_text(json.dumps(tree))
+    del runs.started[:]
+    assert study.conduct(chosen, runs, **quiet) == []
+    assert {(run.stage, run.method, run.seed) for run in runs.started} == {
+        *(("final", name, seed) for name in ("adamw", "galore") for seed in (1, 2)),
+        *(("time", "galore", seed) for seed in (1, 2)),  # AdamW's are its final runs
+    }
+    assert [report["training"]["steps"] for report in reports(chosen, "time", "galore")] == [1, 1]
+    assert [report["training"]["steps"] for report in reports(chosen, "final", "galore")] == [3, 3]
+    out = tmp_path / "study.md"
+    study.write_results(chosen, study.results(chosen), out, command="")
+    part = out.read_text().split("## Equal time")[1].split("## Every")[0]
+    bits = [report["metrics"]["test/bits_per_byte"] for report in reports(chosen, "time", "galore")]
+    base = [report["metrics"]["test/bits_per_byte"] for report in reports(chosen, "final", "adamw")]
+    ratio = sum(bits) / sum(base)
+    assert (
+        f"| galore | 300 | 3.000 | 1 | {bits[0]:.4f} | {bits[1]:.4f} | **{sum(bits) / 2:.4f}** | {ratio:.4f} |" in part
+    )
+    assert "| adamw | 100 | 1.000 | 3 |" in part
+
+
 def test_a_run_that_diverges_is_counted_and_not_repeated(write, tmp_path):
     """A gradient that overflows: the guard stops the run, so its setting is tried, the worst, and never again."""
     methods = [{"name": "adamw", "overrides": {"trainer.clip_norm": None}, "grid": {"optimizer.lr": [1e-3, 1e30]}}]
@@ -166,7 +201,8 @@ def test_a_run_that_diverges_is_counted_and_not_repeated(write, tmp_path):
     chosen = study_file.load_study(path, root=tmp_path / "runs")
     quiet = {"say": lambda text: None}
     assert study.conduct(chosen, InProcess(), stage="tune", **quiet) == []
-    ((_, tuned, _),) = study.results(chosen)
+    (found,) = study.results(chosen)
+    tuned = found.tune
     assert [each.state for each in tuned] == ["finished", "diverged"]
     assert tuned[1].score == math.inf
     again = InProcess()
@@ -190,13 +226,13 @@ def test_a_budget_that_is_spent_starts_nothing_and_still_reports(write, tmp_path
 
 def test_the_command_runs_processes_and_passes_a_refusal_on(write, tmp_path, monkeypatch, capfd):
     """In place of launch/pretrain.py stands a script that says what it was given and refuses."""
-    script, out = tmp_path / "refuse.py", tmp_path / "study.md"
+    script, out = tmp_path / "pretrain.py", tmp_path / "study.md"
     script.write_text(
         "import json, os, sys\n"
         f"json.dump([os.environ['OMP_NUM_THREADS'], *sys.argv[1:]], open({str(tmp_path / 'given')!r}, 'w'))\n"
         "sys.exit(print('error: the disk is full: free some space', file=sys.stderr) or 2)\n"
     )
-    monkeypatch.setattr(study, "PRETRAIN", script)
+    monkeypatch.setattr(study, "LAUNCH", tmp_path)
     argv = [str(write()), "--only", "adamw", "--threads", "1", "--runs", str(tmp_path / "runs"), "--out", str(out)]
     assert study.main(argv) == 1
     sentence = "tune adamw lr=0.001 seed=0 ended with code 2: the disk is full: free some space"
@@ -267,6 +303,8 @@ def test_where_all_diverges_the_search_goes_down():
             {"methods": [{"name": "adamw", "grid": {"optimizer.lr": [1e-3, -1.0]}}]},
             "adamw with lr=-1.0: .*optimizer.lr must be",
         ),
+        ({"job": "train"}, "job must be one of pretrain, finetune, got 'train'"),
+        ({"time": {"steps": 0}}, "time.steps must be a number of at least 1, got 0"),
         (
             {"methods": [{"name": "adamw", "grid": {"optimizer.rnk": [1, 2]}}]},
             "adamw with rnk=1: unknown key optimizer",
@@ -284,5 +322,5 @@ def test_a_bad_file_is_refused_in_one_sentence(write, changes, sentence):
 def test_the_studies_that_are_shipped_can_begin(path):
     chosen = study_file.load_study(path)
     assert chosen.name == path.stem
-    assert {"adamw", "galore", "dct_adamw", "subspace_adamw"} <= {method.name for method in chosen.methods}
+    assert {"adamw", "galore", "galore_plus"} <= {method.name for method in chosen.methods}
     assert set(chosen.methods[0].grid) == {"optimizer.lr", "optimizer.embedding_lr"}
