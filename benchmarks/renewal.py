@@ -92,8 +92,7 @@ def train(args: argparse.Namespace, device: torch.device) -> list[tuple[str, str
     """(matrix, way, milliseconds, energy divided by the SVD's) of every renewal of every matrix."""
     generator = torch.Generator().manual_seed(0)
     preset = replace(PRESETS[args.preset], num_hidden_layers=args.layers)
-    model: nn.Module = build_model(preset, 256, seed=0)
-    model.to(device)
+    model = nn.Module.to(build_model(preset, 256, seed=0), device)
     config = GaLorePlusConfig(rank=args.rank, density=0.0, cross_heads=[], update_proj_gap=args.gap)
     optimizer = build(model, config)
     tokens = source(4 * args.tokens * (args.renewals * args.gap + 1))
