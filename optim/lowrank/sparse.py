@@ -34,6 +34,10 @@ class SparseResidual:
     so that k numbers do in the place of a full matrix of sums; they lie where the first moments will be. With K = 0 the
     first step's scores decide. Then the moments start from zero, with a clock of their own.
 
+    Nothing but the choice of S needs more of a gradient than its coordinates and its entries in S, both linear, so a
+    gradient may come in parts (`in_backward("project")`): their sums then give the update of the sum. The choice sees
+    the first part alone, as a renewal of the basis does.
+
     Entries are multiplied by the method's `scale` like everything else. Equal scores are resolved by the lower place in
     the matrix as it is seen, (long, short).
 
@@ -69,37 +73,75 @@ class SparseResidual:
     def __call__(
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
     ) -> Update:
+        image = self.image(x, low, subspace, state, step, first=True)
+        return self.lift(image, direction, x.shape[-1], subspace, state, step)
+
+    def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step, *, first: bool) -> State:
+        """`at_entries` (batch, k): the entries of `x` in S, and zeros for matrices that still search.
+
+        Where `x` is the first part of a gradient, S is searched by what the subspace misses of this part.
+        """
         if not step.axis.whole:
             raise RuntimeError("sparsely coded residuals need whole matrices: use density=0 where rows are sharded")
-        update = subspace.up(direction, state, x.shape[-1])
-        searching = [i for i, count in enumerate(step.count) if count < max(self.warmup, 1)]
-        again = [i for i, count in enumerate(step.count) if count > self.warmup and self._renews(step, i)]
-        if searching or again:
-            missed = (step.axis.mean(x.float()) - subspace.up(low, state, x.shape[-1]).materialise()).abs_().flatten(1)
-            fine = missed.isfinite().all(-1, keepdim=True)  # a gradient that is no number has no say
-            missed = torch.where(fine, missed, 0.0)
-            if searching:
-                self._search(missed[searching], state, searching, [step.count[i] for i in searching])
-            if again:
-                self._reselect(missed[again], fine[again], state, again)
-        active = [i for i, count in enumerate(step.count) if count >= self.warmup]
+        if first:
+            self._choose(x, low, subspace, state, step)
+        active = self._active(step)
+        if len(active) == len(step.count):
+            return {"at_entries": step.axis.mean(take_entries(x, state["entries"]).float())}
+        taken = torch.zeros(state["entries"].shape, dtype=torch.float32, device=x.device)
+        if active:
+            taken[active] = step.axis.mean(take_entries(x[active], state["entries"][active]).float())
+        return {"at_entries": taken}
+
+    def lift(self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step) -> Update:
+        update = subspace.up(direction, state, short)
+        active = self._active(step)
         if not active:
             return update
         if len(active) == len(step.count):
-            return replace(update, entries=Entries(index=state["entries"], values=self._values(x, state, step)))
-        values = take_entries(update.materialise(), state["entries"])  # those that still search are given what they had
-        some = {key: state[key][active] for key in ("entries", *MOMENTS) if key in state}
-        values[active] = self._values(x[active], some, step.only(active))
-        for key, value in some.items():
-            state[key][active] = value
+            values = self._values(image["at_entries"], state, step)
+        else:  # those that still search are given what they had
+            values = take_entries(update.materialise(), state["entries"])
+            some = {key: state[key][active] for key in MOMENTS if key in state}
+            values[active] = self._values(image["at_entries"][active], some, step.only(active))
+            for key, value in some.items():
+                state[key][active] = value
         return replace(update, entries=Entries(index=state["entries"], values=values))
+
+    def beside(
+        self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step
+    ) -> Tensor | None:
+        """What the subspace misses of the entries: a part of `G − P Pᵀ G`, which is orthogonal to `P Pᵀ G`."""
+        active = self._active(step)
+        if not active:
+            return None
+        held = take_entries(subspace.up(low, state, short).materialise(), state["entries"])
+        missed = image["at_entries"] - held
+        return missed if len(active) == len(step.count) else missed[active]
+
+    def _active(self, step: Step) -> list[int]:
+        """The matrices whose entries have been chosen and step."""
+        return [i for i, count in enumerate(step.count) if count >= self.warmup]
+
+    def _choose(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step) -> None:
+        """Lets `x` have its say in the choice of S, where one is to be made."""
+        searching = [i for i, count in enumerate(step.count) if count < max(self.warmup, 1)]
+        again = [i for i, count in enumerate(step.count) if count > self.warmup and self._renews(step, i)]
+        if not searching and not again:
+            return
+        missed = (step.axis.mean(x.float()) - subspace.up(low, state, x.shape[-1]).materialise()).abs_().flatten(1)
+        fine = missed.isfinite().all(-1, keepdim=True)  # a gradient that is no number has no say
+        missed = torch.where(fine, missed, 0.0)
+        if searching:
+            self._search(missed[searching], state, searching, [step.count[i] for i in searching])
+        if again:
+            self._reselect(missed[again], fine[again], state, again)
 
     def _renews(self, step: Step, index: int) -> bool:
         return self.reselect == "renewal" and step.renews(index, self.every, stagger=self.stagger)
 
-    def _values(self, x: Tensor, state: State, step: Step) -> Tensor:
-        """Adam's direction for the entries of `x`, by the raw gradient's own moments."""
-        grad = step.axis.mean(take_entries(x, state["entries"]).float())
+    def _values(self, grad: Tensor, state: State, step: Step) -> Tensor:
+        """Adam's direction for the entries `grad` (batch, k) of the gradient, by moments of their own."""
         count: Tensor | list[int] = [c - self.warmup + 1 for c in step.count]
         if "entry_age" in state:
             count = state["entry_age"].add_(1.0)
