@@ -45,7 +45,7 @@ class LinearLift(Lift, Protocol):
         self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step
     ) -> Update: ...
 
-    def beside(
+    def remainder(
         self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step
     ) -> Tensor | None:
         """What `image` shows of the gradient that its coordinates `low` do not, for norms; None: nothing.
@@ -73,7 +73,7 @@ class Project:
     def lift(self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step) -> Update:
         return subspace.up(direction, state, short)
 
-    def beside(
+    def remainder(
         self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step
     ) -> Tensor | None:
         return None

@@ -98,8 +98,8 @@ class LowRank:
     def visible(self, image: State, short: int, state: State, step: Step) -> list[Tensor]:
         """Tensors whose joint norm is that of what `image` shows of the gradient (of an orthonormal subspace)."""
         assert isinstance(self.lift, LinearLift)
-        beside = self.lift.beside(image, image["low"], short, self.subspace, state, step)
-        return [image["low"]] if beside is None else [image["low"], beside]
+        rest = self.lift.remainder(image, image["low"], short, self.subspace, state, step)
+        return [image["low"]] if rest is None else [image["low"], rest]
 
     def update_from(self, image: State, short: int, state: State, step: Step) -> Update:
         """The update for the gradient that left this `image`."""
