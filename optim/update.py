@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thinrank.optim.matrix import memory_of, memory_places
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
@@ -76,8 +78,7 @@ class Update:
     def apply_(self, weights: Sequence[Tensor], *, keep: float, step: float) -> None:
         """`weight ← keep·weight − step·update` for the weights of the batch in order, (long, short) views, in place."""
         dtype = weights[0].dtype
-        before = [] if self.entries is None else _places(self.entries.index, weights)
-        kept = [weight[place].float() for weight, place in zip(weights, before, strict=bool(before))]
+        entries = None if self.entries is None else _Kept(self.entries, weights)
         if self.direction is None or self.basis is None:
             if keep != 1.0:
                 torch._foreach_mul_(list(weights), keep)
@@ -101,12 +102,29 @@ class Update:
             else:
                 rows = self.rows.to(dtype).expand_as(rest)
                 torch._foreach_addcmul_(list(weights), rest.unbind(), rows.unbind(), value=-step)
-        if self.entries is not None:
-            for weight, place, old, new in zip(weights, before, kept, self.entries.values, strict=True):
-                weight[place] = (keep * old - step * new).to(dtype)
+        if entries is not None:
+            entries.put_(keep=keep, step=step)
 
 
-def _places(index: Tensor, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    short = weights[0].shape[-1]
-    wide = index.long()
-    return list(zip((wide // short).unbind(), (wide % short).unbind(), strict=True))
+class _Kept:
+    """What weights hold at `entries` now, for when everything else of an update has been applied."""
+
+    def __init__(self, entries: Entries, weights: Sequence[Tensor]) -> None:
+        self.values = entries.values
+        lies = weights[0].stride()
+        if all(weight.stride() == lies for weight in weights):
+            size = memory_of(weights[0]).shape
+            self.memory = [weight.as_strided(size, (1,)) for weight in weights]
+            self.places = memory_places(entries.index, weights[0]).unbind()
+        else:
+            self.memory = [memory_of(weight) for weight in weights]
+            self.places = [memory_places(index, weight) for index, weight in zip(entries.index, weights, strict=True)]
+        # one by one out of the weights, then all of a batch together
+        self.old = torch.stack([flat.gather(0, at) for flat, at in zip(self.memory, self.places, strict=True)])
+
+    def put_(self, *, keep: float, step: float) -> None:
+        """`keep·old − step·value` into the weights."""
+        old = self.old.float()
+        new = torch.add(old if keep == 1.0 else old.mul_(keep), self.values, alpha=-step).to(self.old.dtype)
+        for flat, at, value in zip(self.memory, self.places, new.unbind(), strict=True):
+            flat.scatter_(0, at, value)

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from thinrank.optim.matrix import memory_of, memory_places
+
 
 def largest_entries(score: Tensor, k: int, *, floor: Tensor | None = None) -> Tensor:
     """Places of the `k` largest of each row of `score` (batch, n), which has no NaN; equal ones by the lower place.
@@ -99,9 +101,7 @@ def _places(chosen: Tensor, k: int) -> Tensor:
 
 def take_entries(x: Tensor, index: Tensor) -> Tensor:
     """The entries of `x` (batch, long, short) at `index` (batch, k); `x` may have any strides and is not copied."""
-    wide, short = index.long(), x.shape[-1]
-    batch = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
-    return x[batch, wide // short, wide % short]
+    return memory_of(x).gather(-1, memory_places(index, x))
 
 
 def carry_entries(old: Tensor, new: Tensor, value: Tensor) -> Tensor:
