@@ -67,27 +67,6 @@ def writable(tensor: Tensor) -> bool:
     return True
 
 
-def memory_of(x: Tensor) -> Tensor:
-    """`x` (..., long, short) as it lies in memory, from the first entry of each matrix to its last: (..., length), a
-    view, whatever the strides of a matrix are. `memory_places` are indices into it.
-    """
-    length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape[-2:], x.stride()[-2:], strict=True))
-    return x.as_strided((*x.shape[:-2], length), (*x.stride()[:-2], 1))
-
-
-def memory_places(index: Tensor, x: Tensor) -> Tensor:
-    """Where in `memory_of(x)` the places `index` of a matrix, counted row by row (`row · short + column`), are: int64.
-
-    One gather by one index is several times faster than one by rows and columns, and a matrix that lies row by row,
-    as most do, needs no division.
-    """
-    short, (by_row, by_column) = x.shape[-1], x.stride()[-2:]
-    index = index.long()
-    if by_row == short * by_column:
-        return index if by_column == 1 else index * by_column
-    return index * by_column + (index // short).mul_(by_row - short * by_column)
-
-
 def matrix_views(
     shape: tuple[int, ...],
     side: str = "std",

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinrank.optim.matrix import memory_of, memory_places
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
@@ -22,6 +20,27 @@ class Entries:
 
     index: Tensor
     values: Tensor
+
+
+def memory_of(x: Tensor) -> Tensor:
+    """`x` (..., long, short) as it lies in memory, from the first entry of each matrix to its last: (..., length), a
+    view, whatever the strides of a matrix are. `memory_places` are indices into it.
+    """
+    length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape[-2:], x.stride()[-2:], strict=True))
+    return x.as_strided((*x.shape[:-2], length), (*x.stride()[:-2], 1))
+
+
+def memory_places(index: Tensor, x: Tensor) -> Tensor:
+    """Where in `memory_of(x)` the places `index` of a matrix, counted row by row (`row · short + column`), are: int64.
+
+    One gather by one index is several times faster than one by rows and columns, and a matrix that lies row by row,
+    as most do, needs no division.
+    """
+    short, (by_row, by_column) = x.shape[-1], x.stride()[-2:]
+    index = index.long()
+    if by_row == short * by_column:
+        return index if by_column == 1 else index * by_column
+    return index * by_column + (index // short).mul_(by_row - short * by_column)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from thinrank.optim.matrix import memory_of, memory_places
+from thinrank.optim.update import memory_of, memory_places
 
 
 def largest_entries(score: Tensor, k: int, *, floor: Tensor | None = None) -> Tensor:
