@@ -20,6 +20,13 @@ from thinrank.optim.rule import MatrixRule, Probe
 MODES = ("off", "project", "step")
 
 
+def whole_because(rule: MatrixRule | None) -> str | None:
+    """Why the updates of `rule` need whole gradients, in words; None where coordinates are enough, or no rule is."""
+    if isinstance(rule, LowRank):
+        return rule.whole_because
+    return None if rule is None else "its step reads the gradient itself and not its coordinates in a basis that stays"
+
+
 class Images:
     """Gradients kept as what their updates need of them: coordinates in the subspace instead of whole matrices."""
 
@@ -43,14 +50,18 @@ class Images:
 
     def stacked(self, params: Iterable[Tensor], prefix: str) -> dict[str, Tensor]:
         """The images of equal matrices as one batch."""
-        images = [self._parts[param][prefix] for param in params]
+        images = [self.of(param, prefix) for param in params]
         return {key: torch.cat([image[key] for image in images]) for key in images[0]}
 
-    def coordinates(self) -> list[Tensor]:
-        """All coordinates, for norms and scaling."""
-        return [image["low"] for parts in self._parts.values() for image in parts.values()]
+    def of(self, param: Tensor, prefix: str) -> dict[str, Tensor]:
+        """The image of (the view `prefix` of) `param`."""
+        return self._parts[param][prefix]
+
+    def params(self) -> list[Tensor]:
+        return list(self._parts)
 
     def tensors(self) -> list[Tensor]:
+        """Everything that is linear in the gradients, for scaling: all of it."""
         return [value for parts in self._parts.values() for image in parts.values() for value in image.values()]
 
     def clear(self) -> None:
@@ -115,11 +126,12 @@ class InBackward(torch.optim.Optimizer):
     def in_backward(self, mode: str, *, max_norm: float | None = None) -> None:
         """Takes every gradient the moment backward has finished it, so that few are ever alive together.
 
-        `project`: what is kept of a matrix's gradient are its coordinates in the subspace. They add up over
-        backward passes as gradients do, until `step`, `zero_grad` or `clip_grad_norm_`, so that accumulation and
-        clipping work; training loops stay as they are. The update is that of `off`, with one difference: with several
-        backward passes to a step, a renewal sees the first one's gradient and not their sum. Only for methods
-        whose update needs nothing else of a gradient. Other parameters keep their gradients.
+        `project`: what is kept of a matrix's gradient are its coordinates in the subspace (and, for GaLore+, its
+        entries in S). They add up over backward passes as gradients do, until `step` or `zero_grad`, so that
+        accumulation and clipping work; training loops stay as they are. The update is that of `off`, with one
+        difference: a renewal, and GaLore+'s search for entries, sees the gradient of the first backward pass before it
+        is clipped, and not the sum; what they chose stays chosen when `zero_grad` throws that gradient away. Only for
+        methods whose update needs nothing else of a gradient. Other parameters keep their gradients.
 
         `step`: every parameter is stepped inside of backward and its gradient freed, for any method. `step()` then has
         nothing left to do. The gradient of each parameter is scaled to a norm of at most `max_norm` by itself,
@@ -141,11 +153,11 @@ class InBackward(torch.optim.Optimizer):
                 raise ValueError(f"max_norm={max_norm:g} is for mode 'step', got {mode!r}: use clip_grad_norm_ instead")
         if mode == "project":
             for group in self.param_groups:
-                rule, _ = self.rules(group)
-                if rule is not None and not (isinstance(rule, LowRank) and rule.linear):
+                cause = whole_because(self.rules(group)[0])
+                if cause is not None:
                     raise ValueError(
                         f"{type(self).__name__} needs whole gradients, with the settings of group {group['label']}, "
-                        "so mode 'project' cannot keep their coordinates alone: use mode 'step'"
+                        f"because {cause}; mode 'project' keeps coordinates alone: use mode 'step'"
                     )
         if self._hooks is not None:
             self._hooks.remove()
@@ -167,7 +179,7 @@ class InBackward(torch.optim.Optimizer):
             state = bucket.state([i])
             grad = local.bring([param.grad], bucket.view)
             self._images.add(
-                param, bucket.prefix, rule.image(grad, state, bucket.step([i], group, self.axis, None), renew=first)
+                param, bucket.prefix, rule.image(grad, state, bucket.step([i], group, self.axis, None), first=first)
             )
         param.grad = None
 
@@ -210,15 +222,30 @@ class InBackward(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """Norm of all gradients of this optimizer's parameters (scalar); of the coordinates where those were kept."""
+        """Norm of all gradients of this optimizer's parameters (scalar); of what is left of them where that is less.
+
+        That is, with `in_backward("project")`, a matrix's projection and, of the rest, the entries that GaLore+ steps
+        by themselves: `sqrt(‖P‖² + ‖(G − P)_S‖²)`, P being what the coordinates stand for. Both parts are orthogonal,
+        so nothing is counted twice, the norm is never above the gradient's, and with all entries it is the gradient's.
+        """
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm([*grads, *self._images.coordinates()])
+        return torch.nn.utils.get_total_norm([*grads, *self._visible()])
+
+    def _visible(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        for param in self._images.params():
+            for group, bucket, i in self._homes[param]:
+                rule, _ = self.rules(group, bucket.section)
+                assert isinstance(rule, LowRank)  # no other rule lets gradients become images
+                image, step = self._images.of(param, bucket.prefix), bucket.step([i], group, self.axis, None)
+                found += rule.visible(image, bucket.view.shape[1], bucket.state([i]), step)
+        return found
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales all gradients down together to a norm of at most `max_norm`; returns the norm before.
 
-        With `in_backward("project")` a matrix counts with the norm of its projected gradient.
+        With `in_backward("project")` a matrix counts with the norm of what is left of its gradient (`gradient_norm`).
         """
         norm = self.gradient_norm()
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -22,6 +22,27 @@ class Entries:
     values: Tensor
 
 
+def memory_of(x: Tensor) -> Tensor:
+    """`x` (..., long, short) as it lies in memory, from the first entry of each matrix to its last: (..., length), a
+    view, whatever the strides of a matrix are. `memory_places` are indices into it.
+    """
+    length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape[-2:], x.stride()[-2:], strict=True))
+    return x.as_strided((*x.shape[:-2], length), (*x.stride()[:-2], 1))
+
+
+def memory_places(index: Tensor, x: Tensor) -> Tensor:
+    """Where in `memory_of(x)` the places `index` of a matrix, counted row by row (`row · short + column`), are: int64.
+
+    One gather by one index is several times faster than one by rows and columns, and a matrix that lies row by row,
+    as most do, needs no division.
+    """
+    short, (by_row, by_column) = x.shape[-1], x.stride()[-2:]
+    index = index.long()
+    if by_row == short * by_column:
+        return index if by_column == 1 else index * by_column
+    return index * by_column + (index // short).mul_(by_row - short * by_column)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
     """A basis of unit vectors: what is multiplied by it is put into columns, and no product is needed.
@@ -76,8 +97,7 @@ class Update:
     def apply_(self, weights: Sequence[Tensor], *, keep: float, step: float) -> None:
         """`weight ← keep·weight − step·update` for the weights of the batch in order, (long, short) views, in place."""
         dtype = weights[0].dtype
-        before = [] if self.entries is None else _places(self.entries.index, weights)
-        kept = [weight[place].float() for weight, place in zip(weights, before, strict=bool(before))]
+        entries = None if self.entries is None else _Kept(self.entries, weights)
         if self.direction is None or self.basis is None:
             if keep != 1.0:
                 torch._foreach_mul_(list(weights), keep)
@@ -101,12 +121,29 @@ class Update:
             else:
                 rows = self.rows.to(dtype).expand_as(rest)
                 torch._foreach_addcmul_(list(weights), rest.unbind(), rows.unbind(), value=-step)
-        if self.entries is not None:
-            for weight, place, old, new in zip(weights, before, kept, self.entries.values, strict=True):
-                weight[place] = (keep * old - step * new).to(dtype)
+        if entries is not None:
+            entries.put_(keep=keep, step=step)
 
 
-def _places(index: Tensor, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    short = weights[0].shape[-1]
-    wide = index.long()
-    return list(zip((wide // short).unbind(), (wide % short).unbind(), strict=True))
+class _Kept:
+    """What weights hold at `entries` now, for when everything else of an update has been applied."""
+
+    def __init__(self, entries: Entries, weights: Sequence[Tensor]) -> None:
+        self.values = entries.values
+        lies = weights[0].stride()
+        if all(weight.stride() == lies for weight in weights):
+            size = memory_of(weights[0]).shape
+            self.memory = [weight.as_strided(size, (1,)) for weight in weights]
+            self.places = memory_places(entries.index, weights[0]).unbind()
+        else:
+            self.memory = [memory_of(weight) for weight in weights]
+            self.places = [memory_places(index, weight) for index, weight in zip(entries.index, weights, strict=True)]
+        # one by one out of the weights, then all of a batch together
+        self.old = torch.stack([flat.gather(0, at) for flat, at in zip(self.memory, self.places, strict=True)])
+
+    def put_(self, *, keep: float, step: float) -> None:
+        """`keep·old − step·value` into the weights."""
+        old = self.old.float()
+        new = torch.add(old if keep == 1.0 else old.mul_(keep), self.values, alpha=-step).to(self.old.dtype)
+        for flat, at, value in zip(self.memory, self.places, new.unbind(), strict=True):
+            flat.scatter_(0, at, value)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from thinrank.optim import MethodConfig, SubspaceAdamWConfig
-from thinrank.optim.backward import MODES
+from thinrank.optim.backward import MODES, whole_because
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig
@@ -148,10 +148,12 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         rule = self.optimizer.matrix_rule()
-        if self.trainer.in_backward == "project" and rule is not None and not getattr(rule, "linear", False):
+        cause = whole_because(rule) if self.trainer.in_backward == "project" else None
+        if cause is not None:
             raise ValueError(
                 f"trainer.in_backward=project keeps coordinates alone, but optimizer={self.optimizer.name} with these "
-                "settings needs whole gradients: use trainer.in_backward=step, or a method such as galore"
+                f"settings needs whole gradients, because {cause}: use trainer.in_backward=step, or a method such as "
+                "galore"
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thinrank.optim.axis import WHOLE, Axis
 from thinrank.optim.linalg.norms import peak, reciprocal_peak
+from thinrank.optim.linalg.orthogonal import householder_qr
 
 
 def positive_peaks(basis: Tensor) -> Tensor:
@@ -99,15 +100,6 @@ def subspace_iteration(
     return basis * signs, (last @ (vectors * signs)).div_(unit)
 
 
-def positive_qr(x: Tensor) -> Tensor:
-    """Q of the QR decomposition of `x` (..., n, r) whose R has a diagonal ≥ 0: for independent columns there is one.
-
-    Without a fixed sign a column may turn over from one step to the next where `x` hardly changed.
-    """
-    q, r = torch.linalg.qr(x)
-    return q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
-
-
 def momentum_iteration(x: Tensor, old: Tensor, momentum: Tensor, rho: float, *, axis: Axis = WHOLE) -> Tensor:
     """One block power iteration, warm from `old`, on `b = ρ · momentum oldᵀ + (1−ρ) x`: `qr(bᵀ b old)`.
 
@@ -130,7 +122,7 @@ def momentum_iteration(x: Tensor, old: Tensor, momentum: Tensor, rho: float, *, 
     product = (1.0 - rho) * back[:, :short] + rho * old @ back[:, short:]
     size = peak(product)
     usable = torch.isfinite(size) & (size > 0)
-    return positive_qr(torch.where(usable, product / size, old))
+    return householder_qr(torch.where(usable, product, old), complete=True)
 
 
 def random_columns(short: int, width: int, generator: torch.Generator, device: torch.device) -> Tensor:

@@ -218,16 +218,24 @@ def cholesky_qr(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     return x @ (unit.unsqueeze(-1) * _inverse_factor(gram, 0.0))
 
 
-def householder_qr(x: Tensor) -> Tensor:
+def householder_qr(x: Tensor, *, complete: bool = False) -> Tensor:
     """What `cholesky_qr` gives, by Householder reflections: `x` (..., long, r), long ≥ r, must be whole on this rank.
+
+    R's diagonal is made positive: without a fixed sign a column may turn over from one step to the next where `x`
+    hardly changed.
 
     Where columns stand behind one that is zero here, they lose what they have of the direction that the reflections
     put in its place.
+
+    Args:
+        complete: leave that direction in its place, so that all columns are orthonormal whatever `x` is.
     """
     q, r = torch.linalg.qr(x * reciprocal_peak(x))
     diagonal = r.diagonal(dim1=-2, dim2=-1)
-    own = diagonal.abs() > OWN * _rounding(x) * torch.linalg.vector_norm(r, dim=-2)
-    return q * (torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype) * own).unsqueeze(-2)
+    signs = torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype)
+    if not complete:
+        signs = signs * (diagonal.abs() > OWN * _rounding(x) * torch.linalg.vector_norm(r, dim=-2))
+    return q * signs.unsqueeze(-2)
 
 
 OWN = 0.3

@@ -32,13 +32,27 @@ class Lift(Protocol):
 class LinearLift(Lift, Protocol):
     """A lift that needs no more of `x` than a part linear in it, so that gradients may be added up as images."""
 
-    def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step) -> State:
-        """What `lift` needs of `x` beside its coordinates."""
+    def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step, *, first: bool) -> State:
+        """What `lift` needs of `x` beside its coordinates: tensors of the same keys and shapes for every step.
+
+        Args:
+            first: `x` is a whole gradient or its first part, by which a lift chooses what it has to choose; what it
+                chose holds for the parts that follow.
+        """
         ...
 
     def lift(
         self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step
     ) -> Update: ...
+
+    def remainder(
+        self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step
+    ) -> Tensor | None:
+        """What `image` shows of the gradient that its coordinates `low` do not, for norms; None: nothing.
+
+        It is orthogonal to what has these coordinates, so that the squares of both norms add up.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +67,16 @@ class Project:
     ) -> Update:
         return self.lift({}, direction, x.shape[-1], subspace, state, step)
 
-    def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step) -> State:
+    def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step, *, first: bool) -> State:
         return {}
 
     def lift(self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step) -> Update:
         return subspace.up(direction, state, short)
+
+    def remainder(
+        self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step
+    ) -> Tensor | None:
+        return None
 
 
 def limited_rows(

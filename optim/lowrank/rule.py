@@ -75,17 +75,32 @@ class LowRank:
     @property
     def linear(self) -> bool:
         """True when an update needs no more of a gradient than its `image`, which is linear between renewals."""
-        return isinstance(self.feedback, NoFeedback) and isinstance(self.lift, LinearLift)
+        return self.whole_because is None
 
-    def image(self, grad: Tensor, state: State, step: Step, *, renew: bool) -> State:
+    @property
+    def whole_because(self) -> str | None:
+        """Why an update needs whole gradients, in words; None where it does not."""
+        if not isinstance(self.feedback, NoFeedback):
+            return "its error feedback keeps what the subspace missed of the gradient"
+        if not isinstance(self.lift, LinearLift):
+            return "its update is as large as the gradient and made of the gradient's rows"
+        return None
+
+    def image(self, grad: Tensor, state: State, step: Step, *, first: bool) -> State:
         """What an update needs of `grad`, to be added up over the parts of a gradient; only for a `linear` rule.
 
         Args:
-            renew: for the first part of a gradient: renew what is due, from this part.
+            first: for the first part of a gradient: renew, and choose, what is due, from this part.
         """
         assert isinstance(self.lift, LinearLift)
-        low = self.coordinates(grad, state, step) if renew else step.axis.mean(self.subspace.down(grad, state))
-        return {"low": low, **self.lift.image(grad, low, self.subspace, state, step)}
+        low = self.coordinates(grad, state, step) if first else step.axis.mean(self.subspace.down(grad, state))
+        return {"low": low, **self.lift.image(grad, low, self.subspace, state, step, first=first)}
+
+    def visible(self, image: State, short: int, state: State, step: Step) -> list[Tensor]:
+        """Tensors whose joint norm is that of what `image` shows of the gradient (of an orthonormal subspace)."""
+        assert isinstance(self.lift, LinearLift)
+        rest = self.lift.remainder(image, image["low"], short, self.subspace, state, step)
+        return [image["low"]] if rest is None else [image["low"], rest]
 
     def update_from(self, image: State, short: int, state: State, step: Step) -> Update:
         """The update for the gradient that left this `image`."""

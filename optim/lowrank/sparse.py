@@ -12,7 +12,7 @@ from torch import Tensor
 from thinrank.optim.linalg.adam import adam_direction
 from thinrank.optim.linalg.entries import carry_entries, largest_entries, take_entries
 from thinrank.optim.lowrank.subspace import Subspace
-from thinrank.optim.rule import State, Step
+from thinrank.optim.rule import State, Step, beside
 from thinrank.optim.update import Entries, Update
 
 RESELECT = ("never", "renewal")
@@ -33,6 +33,10 @@ class SparseResidual:
     `|G − P Pᵀ G|`, and each step the k best of candidates and newcomers stay. A newcomer starts with this step's score,
     so that k numbers do in the place of a full matrix of sums; they lie where the first moments will be. With K = 0 the
     first step's scores decide. Then the moments start from zero, with a clock of their own.
+
+    Nothing but the choice of S needs more of a gradient than its coordinates and its entries in S, both linear, so a
+    gradient may come in parts (`in_backward("project")`): their sums then give the update of the sum. The choice sees
+    the first part alone, as a renewal of the basis does.
 
     Entries are multiplied by the method's `scale` like everything else. Equal scores are resolved by the lower place in
     the matrix as it is seen, (long, short).
@@ -69,37 +73,83 @@ class SparseResidual:
     def __call__(
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
     ) -> Update:
+        image = self.image(x, low, subspace, state, step, first=True)
+        return self.lift(image, direction, x.shape[-1], subspace, state, step)
+
+    def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step, *, first: bool) -> State:
+        """`at_entries` (batch, k): the entries of `x` in S, and zeros for matrices that still search.
+
+        Where `x` is the first part of a gradient, S is searched by what the subspace misses of this part.
+        """
         if not step.axis.whole:
             raise RuntimeError("sparsely coded residuals need whole matrices: use density=0 where rows are sharded")
-        update = subspace.up(direction, state, x.shape[-1])
-        searching = [i for i, count in enumerate(step.count) if count < max(self.warmup, 1)]
-        again = [i for i, count in enumerate(step.count) if count > self.warmup and self._renews(step, i)]
-        if searching or again:
-            missed = (step.axis.mean(x.float()) - subspace.up(low, state, x.shape[-1]).materialise()).abs_().flatten(1)
-            fine = missed.isfinite().all(-1, keepdim=True)  # a gradient that is no number has no say
-            missed = torch.where(fine, missed, 0.0)
-            if searching:
-                self._search(missed[searching], state, searching, [step.count[i] for i in searching])
-            if again:
-                self._reselect(missed[again], fine[again], state, again)
-        active = [i for i, count in enumerate(step.count) if count >= self.warmup]
+        if first:
+            self._choose(x, low, subspace, state, step)
+        active = self._active(step)
+        if len(active) == len(step.count):
+            return {"at_entries": step.axis.mean(take_entries(x, state["entries"]).float())}
+        taken = torch.zeros(state["entries"].shape, dtype=torch.float32, device=x.device)
+        if active:
+            taken[active] = step.axis.mean(take_entries(x[active], state["entries"][active]).float())
+        return {"at_entries": taken}
+
+    def lift(self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step) -> Update:
+        update = subspace.up(direction, state, short)
+        active = self._active(step)
         if not active:
             return update
         if len(active) == len(step.count):
-            return replace(update, entries=Entries(index=state["entries"], values=self._values(x, state, step)))
-        values = take_entries(update.materialise(), state["entries"])  # those that still search are given what they had
-        some = {key: state[key][active] for key in ("entries", *MOMENTS) if key in state}
-        values[active] = self._values(x[active], some, step.only(active))
-        for key, value in some.items():
-            state[key][active] = value
+            values = self._values(image["at_entries"], state, step)
+        else:  # those that still search are given what they had
+            values = take_entries(update.materialise(), state["entries"])
+            some = {key: state[key][active] for key in MOMENTS if key in state}
+            values[active] = self._values(image["at_entries"][active], some, step.only(active))
+            for key, value in some.items():
+                state[key][active] = value
         return replace(update, entries=Entries(index=state["entries"], values=values))
+
+    def remainder(
+        self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step
+    ) -> Tensor | None:
+        """What the subspace misses of the entries: a part of `G − P Pᵀ G`, which is orthogonal to `P Pᵀ G`."""
+        active = self._active(step)
+        if not active:
+            return None
+        held = take_entries(subspace.up(low, state, short).materialise(), state["entries"])
+        missed = image["at_entries"] - held
+        return missed if len(active) == len(step.count) else missed[active]
+
+    def _active(self, step: Step) -> list[int]:
+        """The matrices whose entries have been chosen and step."""
+        return [i for i, count in enumerate(step.count) if count >= self.warmup]
+
+    def _choose(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step) -> None:
+        """Lets `x` have its say in the choice of S, where one is to be made."""
+        searching = [i for i, count in enumerate(step.count) if count < max(self.warmup, 1)]
+        again = [i for i, count in enumerate(step.count) if count > self.warmup and self._renews(step, i)]
+        if not searching and not again:
+            return
+        # in place, and in one order: a processor takes five times longer to subtract a matrix that lies transposed than
+        # to turn it round
+        missed = subspace.up(low, state, x.shape[-1]).materialise()
+        missed = missed.sub_(step.axis.mean(x.float()).contiguous()).abs_().flatten(1)
+        fine = missed.amax(-1, keepdim=True).isfinite()  # a gradient that is no number has no say
+        if missed.device.type != "cpu" or not bool(fine.all()):  # a GPU is not waited for
+            missed = torch.where(fine, missed, 0.0)
+        if searching:
+            every = len(searching) == len(step.count)
+            some = state if every else {key: state[key][searching] for key in ("entries", "entry_avg")}
+            self._search(missed if every else missed[searching], some, [step.count[i] for i in searching])
+            if not every:
+                state["entries"][searching], state["entry_avg"][searching] = some["entries"], some["entry_avg"]
+        if again:
+            self._reselect(missed[again], fine[again], state, again)
 
     def _renews(self, step: Step, index: int) -> bool:
         return self.reselect == "renewal" and step.renews(index, self.every, stagger=self.stagger)
 
-    def _values(self, x: Tensor, state: State, step: Step) -> Tensor:
-        """Adam's direction for the entries of `x`, by the raw gradient's own moments."""
-        grad = step.axis.mean(take_entries(x, state["entries"]).float())
+    def _values(self, grad: Tensor, state: State, step: Step) -> Tensor:
+        """Adam's direction for the entries `grad` (batch, k) of the gradient, by moments of their own."""
         count: Tensor | list[int] = [c - self.warmup + 1 for c in step.count]
         if "entry_age" in state:
             count = state["entry_age"].add_(1.0)
@@ -107,13 +157,15 @@ class SparseResidual:
             grad, state["entry_avg"], state["entry_avg_sq"], count, betas=self.betas, eps=self.eps, eps_raw=self.eps_raw
         )
 
-    def _search(self, missed: Tensor, state: State, which: Sequence[int], count: Sequence[int]) -> None:
-        held = state["entries"][which].long()
-        sums = missed.scatter(-1, held, state["entry_avg"][which] + missed.gather(-1, held))
-        best = largest_entries(sums, held.shape[-1])
-        goes_on = torch.tensor([[c + 1.0 < self.warmup] for c in count]).to(sums.device)
-        state["entries"][which] = best.to(state["entries"].dtype)
-        state["entry_avg"][which] = torch.where(goes_on, sums.gather(-1, best), 0.0)
+    def _search(self, missed: Tensor, state: State, count: Sequence[int]) -> None:
+        held = state["entries"].long()
+        sums = missed.scatter_add_(-1, held, state["entry_avg"])
+        # as many candidates as are wanted have at least this much; at first they are any entries, and it says nothing
+        floor = sums.gather(-1, held).amin(-1, keepdim=True) if min(count) > 0 else None
+        best = largest_entries(sums, held.shape[-1], floor=floor)
+        goes_on = beside([c + 1 < self.warmup for c in count], sums.device).bool().unsqueeze(-1)
+        state["entries"].copy_(best)
+        state["entry_avg"].copy_(torch.where(goes_on, sums.gather(-1, best), 0.0))
 
     def _reselect(self, missed: Tensor, fine: Tensor, state: State, which: Sequence[int]) -> None:
         old = state["entries"][which].long()

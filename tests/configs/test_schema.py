@@ -154,7 +154,7 @@ def test_the_configuration_carries_what_the_command_line_says():
 
 
 def test_coordinates_alone_are_refused_where_a_method_needs_more():
-    with pytest.raises(ConfigError, match="optimizer=subspace_adamw with these settings needs whole gradients: use"):
+    with pytest.raises(ConfigError, match=r"optimizer=subspace_adamw with .* needs whole gradients, because .*: use"):
         load(PRETRAIN, ["trainer.in_backward=project"])
     load(PRETRAIN, ["trainer.in_backward=project", "optimizer=galore"])
     load(PRETRAIN, ["trainer.in_backward=project", "optimizer=adamw"])

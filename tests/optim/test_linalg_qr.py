@@ -74,6 +74,26 @@ def test_columns_without_a_direction_are_zero(factor, long, r, true):
     torch.testing.assert_close(neighbour, factor(sound.unsqueeze(0))[0])
 
 
+@given(st.integers(1, 6), st.booleans(), st.integers(0, 99))
+@LAW
+def test_a_complete_qr_is_a_qr_and_the_only_one(rank, dependent, seed):
+    """Orthonormal whatever the columns are; for independent ones R has a positive diagonal, and signs are R's."""
+    x = seeded(2, 6, rank, seed=seed, dtype=torch.float64)
+    if dependent:
+        x[0, :, rank // 2] = x[0, :, 0] * (rank // 2 > 0)
+    q = householder_qr(x, complete=True)
+    assert all(eye_error(each) < 1e-13 for each in q)
+    r = q.mT @ x
+    torch.testing.assert_close(q @ r, x)
+    torch.testing.assert_close(r.triu(), r, rtol=0, atol=1e-12)
+    assert bool((torch.diagonal(r[dependent:], dim1=-2, dim2=-1) > 0).all())
+    turned = x * torch.tensor([(-1.0) ** i for i in range(rank)], dtype=torch.float64)
+    twin = householder_qr(turned, complete=True)
+    torch.testing.assert_close((q * twin).sum(-2)[dependent:].abs(), torch.ones(2 - dependent, rank).double())
+    if not dependent:
+        assert torch.equal(q, householder_qr(x))
+
+
 @pytest.mark.parametrize("dependent", [False, True], ids=["zero", "dependent"])
 def test_a_column_without_a_direction_among_others(dependent):
     """Those behind it are what they are without it. (Reflections put some direction in its place.)"""
