@@ -30,9 +30,10 @@ from torch import Tensor
 
 from thinrank.optim.linalg.basis import captured_energy, random_columns
 from thinrank.optim.linalg.norms import finite_or_zero, unit_columns
-from thinrank.optim.linalg.orthogonal import SHAPE_SCALES, cholesky_qr, householder_qr, shape_scale
+from thinrank.optim.linalg.orthogonal import cholesky_qr, householder_qr, shape_scale
 from thinrank.optim.lowrank.subspace import width
-from thinrank.optim.methods.config import RankedConfig, choice, decay_rate
+from thinrank.optim.methods.config import RankedConfig, choice
+from thinrank.optim.methods.momentum import OrthonormalConfig
 from thinrank.optim.rule import Decay, State, Step
 from thinrank.optim.update import Update
 
@@ -96,19 +97,11 @@ class DionRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DionConfig(RankedConfig):
+class DionConfig(OrthonormalConfig, RankedConfig):
     """Dion with its authors' rate, decay and momentum; its right factor follows at every step, so there is no gap."""
 
     name: str = field(default="dion", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=0.01, metadata={"help": "learning rate of the matrices (theirs: 0.01 to 0.02)"})
-    embedding_lr: float | None = field(
-        default=3e-3,
-        # AdamW's steps have entries of about 1, an update of rank r of sqrt(r/(m n)): one rate is not for both
-        metadata={"help": "learning rate of embeddings and output head, which AdamW steps; null: as lr"},
-    )
-    betas: tuple[float, float] = field(
-        default=(0.9, 0.95), metadata={"help": "decay rates of Adam's two moments, for all but matrices"}
-    )
     weight_decay: float = field(
         default=0.01,
         metadata={"help": "decoupled weight decay of matrices, embeddings and head; norms and biases have none"},
@@ -129,12 +122,11 @@ class DionConfig(RankedConfig):
         *RankedConfig.GROUP, "momentum", "orthogonalizer", "right_factor", "adjust_lr",
     )  # fmt: skip
 
+    ORTHOGONALIZERS: ClassVar[tuple[str, ...]] = ("cholesky_qr", "qr")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        decay_rate("momentum", self.momentum)
-        choice("orthogonalizer", self.orthogonalizer, ("cholesky_qr", "qr"))
         choice("right_factor", self.right_factor, ("column_norm", "qr"))
-        choice("adjust_lr", self.adjust_lr, SHAPE_SCALES)
 
     def matrix_rule(self) -> DionRule | None:
         if self.rank is None:
