@@ -67,6 +67,7 @@ class AuONConfig(NewtonSchulzConfig):
                 steps=self.newton_schulz_steps,
                 dtype=self.products,
                 normalise=self.normalize_update,
+                bits=self.state_bits,
             ),
             scale=self.scale,
         )

@@ -13,6 +13,9 @@ for wide matrices with the sides exchanged: P is on the longer side. s is sqrt(m
 with the data on several ranks, P and R (r numbers a row and a column) are averaged and no gradient is, and the weights
 are those of one rank that has all data; a rank's M is its own.
 
+M stays float32 where AdamW's moments are codes (`state_bits=8`): what was not captured does not decay, nor would
+the errors that codes make in it, which are in proportion to the captured part beside it.
+
 The paper's: all of the above. Ours: signs for which Q and P agree (R's triangular factor has a positive diagonal, else
 `right_factor="qr"` could step uphill); a column of P that rounding alone would make is left out, and its column of Q
 kept, where the paper keeps Q for a zero momentum only; a gradient that is not finite counts as zero, since M would keep
@@ -105,6 +108,10 @@ class DionConfig(OrthonormalConfig, RankedConfig):
     weight_decay: float = field(
         default=0.01,
         metadata={"help": "decoupled weight decay of matrices, embeddings and head; norms and biases have none"},
+    )
+    state_bits: int = field(
+        default=32,
+        metadata={"help": "bits of each entry of Adam's moments: 32, or 8; the matrices' momentum is always float32"},
     )
     momentum: float = field(default=0.95, metadata={"help": "what remains of the part of the momentum that was sent"})
     orthogonalizer: str = field(

@@ -28,6 +28,10 @@ class MomentumConfig(MatrixConfig):
     betas: tuple[float, float] = field(
         default=(0.9, 0.95), metadata={"help": "decay rates of Adam's two moments, for all but matrices"}
     )
+    state_bits: int = field(
+        default=32,
+        metadata={"help": "bits of each entry of the momentum and of Adam's moments: 32, or 8 (small tensors keep 32)"},
+    )
     momentum: float = field(default=0.95, metadata={"help": "decay rate of the matrices' running mean"})
 
     GROUP: ClassVar[tuple[str, ...]] = (*MatrixConfig.GROUP, "momentum")

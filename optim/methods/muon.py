@@ -12,7 +12,9 @@ AdamW's, as the authors advise. With `orthogonalizer="jordan"` the step is that 
 
 Theirs: coefficients by Jordan, You (2025) and Amsel et al. (2025, arXiv 2505.16932, Polar Express). Ours: gradients of
 any size (theirs shrink below a norm of 1e-7), and the Gram form where it is faster. There is no rank: the state is one
-full moment.
+full moment, half of AdamW's, or with `state_bits=8` an eighth. Codes that lie evenly serve Muon as well (Gupta et al.
+2025, arXiv 2509.23106); ours are Adam's (`linalg/quantise.py`), which keep small columns beside large ones. Their noise
+is 3 to 4 % of the momentum, spread over all directions: what is weaker than that turns.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class MuonConfig(NewtonSchulzConfig, OrthonormalConfig):
                 coefficients=SETS[self.orthogonalizer],
                 dtype=self.products,
                 shape=self.adjust_lr,
+                bits=self.state_bits,
             ),
             scale=self.scale,
         )

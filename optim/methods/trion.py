@@ -13,7 +13,8 @@ a second pass over M:
 
     H ← H + G Cᵀ ;  b = H[:, idx] ;  H[:, idx] ← μ b
 
-The memory is a full momentum and r integers: as Muon's, which orthogonalises all of it.
+The memory is a full momentum and r integers: as Muon's, which orthogonalises all of it. H stays float32 with
+`state_bits=8`, for Dion's reason: what was not chosen does not decay, nor would the codes' errors in it.
 
 The paper's: everything above the last formula. Ours: the last, bases other than the DCT, columns by l2 norm. With
 replicas of other data only b and the columns' norms are averaged (r·m + n numbers) and every rank keeps its own H. The
@@ -94,6 +95,10 @@ class TrionConfig(OrthonormalConfig, RankedConfig):
     weight_decay: float = field(
         default=0.01,
         metadata={"help": "decoupled weight decay of matrices, embeddings and head; norms and biases have none"},
+    )
+    state_bits: int = field(
+        default=32,
+        metadata={"help": "bits of each entry of Adam's moments: 32, or 8; the matrices' momentum is always float32"},
     )
     momentum: float = field(default=0.95, metadata={"help": "what remains of the columns that were sent"})
     basis: str = field(default="dct", metadata={"help": "fixed orthogonal basis: dct, identity, hadamard, random"})
