@@ -106,7 +106,7 @@ def train(args: argparse.Namespace, device: torch.device) -> list[tuple[str, str
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         if step >= args.first - 1 and (step - args.first + 1) % args.gap == 0:
-            print(f"step {step + 1}, loss {float(loss):.3f}", file=sys.stderr, flush=True)
+            print(f"step {step + 1}, loss {loss.item():.3f}", file=sys.stderr, flush=True)
             for name, x in gradients(model).items():
                 mine, best, bases = kept.setdefault(name, {}), 0.0, {}
                 for way, call in ways(x, mine, args.rank, generator).items():

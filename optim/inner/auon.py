@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thinrank.optim.inner.moments import MOMENTUM, moments, zeros
 from thinrank.optim.linalg.momentum import momentum_direction
 from thinrank.optim.linalg.norms import cosh_rms, frobenius, reciprocal_peak
 from thinrank.optim.linalg.orthogonal import JORDAN, newton_schulz
@@ -24,6 +25,7 @@ class AuON:
         dtype: of their products; None: bfloat16 on a GPU and float32 on a CPU.
         normalise: divide the direction by its Frobenius norm (the paper) and not its copy under cosh alone (the
             authors' code).
+        bits: of an entry of the momentum: 32, or 8 (`linalg/quantise.py`, `compand8`).
     """
 
     momentum: float = 0.95
@@ -31,13 +33,15 @@ class AuON:
     steps: int = 0
     dtype: torch.dtype | None = None
     normalise: bool = True
+    bits: int = 32
 
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
-        """One moment of `shape` (batch, long, width) in float32."""
-        return {"momentum": torch.zeros(shape, dtype=torch.float32, device=device)}
+        """One moment of `shape` (batch, long, width)."""
+        return zeros(shape, device, self.bits, MOMENTUM)
 
     def direction(self, low: Tensor, state: State, step: Step) -> Tensor:
-        mean = momentum_direction(low, state["momentum"], self.momentum, nesterov=True)
+        with moments(state, step.count, MOMENTUM) as (buffer,):
+            mean = momentum_direction(low, buffer, self.momentum, nesterov=True)
         if self.steps:
             mean = newton_schulz(mean, JORDAN.first(self.steps), dtype=self.dtype, axis=step.axis)
         unit = mean * reciprocal_peak(mean, step.axis)

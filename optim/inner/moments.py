@@ -1,4 +1,4 @@
-"""Adam's two moments in the state: float32 tensors, or 8-bit codes that are opened for a change and closed again."""
+"""Moments in the state: float32 tensors, or 8-bit codes that are opened for a change and closed again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from thinrank.optim.rule import State
 
 BITS = (32, 8)
 NAMES = ("exp_avg", "exp_avg_sq")
+"""Adam's two moments."""
+
+MOMENTUM = ("momentum",)
+"""The one of methods that have no second moment."""
 
 
 def pays(width: int) -> bool:
@@ -24,15 +28,16 @@ def pays(width: int) -> bool:
     return width + 4 * block_shape((width,))[0] < 4 * width
 
 
-def zeros(shape: tuple[int, ...], device: torch.device, bits: int = 32) -> State:
-    """Both moments of `shape`, zero: `exp_avg` and `exp_avg_sq`, or for each of them `…_codes` and `…_scale`.
+def zeros(shape: tuple[int, ...], device: torch.device, bits: int = 32, names: tuple[str, ...] = NAMES) -> State:
+    """The moments `names` of `shape`, zero: a tensor of that name, or for each of them `…_codes` and `…_scale`.
 
     With 8 bits, rows for which that does not pay (of one entry) are kept in float32.
     """
     if bits == 32 or not pays(shape[-1]):
-        return {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in NAMES}
+        return {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in names}
     state: State = {}
-    for name, dtype in zip(NAMES, (torch.int8, torch.uint8), strict=True):
+    for name in names:
+        dtype = torch.uint8 if name == "exp_avg_sq" else torch.int8
         state[f"{name}_codes"] = torch.zeros(shape, dtype=dtype, device=device)
         state[f"{name}_scale"] = torch.zeros(block_shape(shape), dtype=torch.float32, device=device)
     return state
@@ -45,19 +50,20 @@ def first_moment(state: State) -> Tensor:
 
 
 @contextmanager
-def moments(state: State, count: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The float32 moments in `state`, to be changed in place; what was changed is in `state` when the block ends.
+def moments(state: State, count: Sequence[int], names: tuple[str, ...] = NAMES) -> Iterator[tuple[Tensor, ...]]:
+    """The float32 moments `names` in `state`, to be changed in place; when the block ends they are in `state`.
 
     Args:
         count: the step of each matrix of the batch, by which codes are rounded.
     """
-    if NAMES[0] in state:
-        yield state[NAMES[0]], state[NAMES[1]]
+    if names[0] in state:
+        yield tuple(state[name] for name in names)
         return
-    m, v = (expand8(state[f"{name}_codes"], state[f"{name}_scale"]) for name in NAMES)
-    yield m, v
-    noise = dither(count, m.shape[-1], m.device)
-    for name, moment in zip(NAMES, (m, v), strict=True):
-        codes, scale = compand8(moment, noise, signed=name == NAMES[0])
-        state[f"{name}_codes"].copy_(codes)
+    opened = tuple(expand8(state[f"{name}_codes"], state[f"{name}_scale"]) for name in names)
+    yield opened
+    noise = dither(count, opened[0].shape[-1], opened[0].device)
+    for name, moment in zip(names, opened, strict=True):
+        own = state[f"{name}_codes"]
+        codes, scale = compand8(moment, noise, signed=own.dtype is torch.int8)
+        own.copy_(codes)
         state[f"{name}_scale"].copy_(scale)

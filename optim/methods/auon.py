@@ -24,32 +24,21 @@ from typing import ClassVar
 
 from thinrank.optim.inner.auon import AuON
 from thinrank.optim.inner.base import Whole
-from thinrank.optim.linalg.orthogonal import DTYPES, JORDAN
-from thinrank.optim.methods.config import MatrixConfig, choice, decay_rate, number
+from thinrank.optim.linalg.orthogonal import JORDAN
+from thinrank.optim.methods.config import MatrixConfig, number
+from thinrank.optim.methods.momentum import NewtonSchulzConfig
 
 MOST = len(JORDAN.triples)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuONConfig(MatrixConfig):
+class AuONConfig(NewtonSchulzConfig):
     """AuON as its paper has it; `newton_schulz_steps` above zero is Hybrid-AuON."""
 
     name: str = field(default="auon", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=0.055, metadata={"help": "learning rate: a matrix moves by this in Frobenius norm"})
-    embedding_lr: float | None = field(
-        default=3e-3,  # as in the room `muon`, for the same reason
-        metadata={"help": "learning rate of embeddings and output head, which AdamW steps; null: as lr"},
-    )
-    betas: tuple[float, float] = field(
-        default=(0.9, 0.95), metadata={"help": "decay rates of Adam's two moments, for all but matrices"}
-    )
-    momentum: float = field(default=0.95, metadata={"help": "decay rate of the matrices' running mean"})
     newton_schulz_steps: int = field(
         default=0, metadata={"help": "iterations before the bound: 0 (AuON), 1 to 5 (Hybrid-AuON)"}
-    )
-    ns_dtype: str = field(
-        default="auto",
-        metadata={"help": "precision of their products: auto (bfloat16 on a GPU, else float32), float32, bfloat16"},
     )
     normalize_update: bool = field(
         default=True,
@@ -63,11 +52,9 @@ class AuONConfig(MatrixConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        decay_rate("momentum", self.momentum)
         steps = self.newton_schulz_steps
         if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps <= MOST:
             raise ValueError(f"newton_schulz_steps must be a whole number from 0 to {MOST}, got {steps!r}")
-        choice("ns_dtype", self.ns_dtype, tuple(DTYPES))
         if not isinstance(self.normalize_update, bool):
             raise ValueError(f"normalize_update must be true or false, got {self.normalize_update!r}")
         number("gamma", self.gamma, high=30.0)
@@ -78,8 +65,9 @@ class AuONConfig(MatrixConfig):
                 momentum=self.momentum,
                 gamma=self.gamma,
                 steps=self.newton_schulz_steps,
-                dtype=DTYPES[self.ns_dtype],
+                dtype=self.products,
                 normalise=self.normalize_update,
+                bits=self.state_bits,
             ),
             scale=self.scale,
         )

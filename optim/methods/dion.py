@@ -13,6 +13,9 @@ for wide matrices with the sides exchanged: P is on the longer side. s is sqrt(m
 with the data on several ranks, P and R (r numbers a row and a column) are averaged and no gradient is, and the weights
 are those of one rank that has all data; a rank's M is its own.
 
+M stays float32 where AdamW's moments are codes (`state_bits=8`): what was not captured does not decay, nor would
+the errors that codes make in it, which are in proportion to the captured part beside it.
+
 The paper's: all of the above. Ours: signs for which Q and P agree (R's triangular factor has a positive diagonal, else
 `right_factor="qr"` could step uphill); a column of P that rounding alone would make is left out, and its column of Q
 kept, where the paper keeps Q for a zero momentum only; a gradient that is not finite counts as zero, since M would keep
@@ -30,9 +33,10 @@ from torch import Tensor
 
 from thinrank.optim.linalg.basis import captured_energy, random_columns
 from thinrank.optim.linalg.norms import finite_or_zero, unit_columns
-from thinrank.optim.linalg.orthogonal import SHAPE_SCALES, cholesky_qr, householder_qr, shape_scale
+from thinrank.optim.linalg.orthogonal import cholesky_qr, householder_qr, shape_scale
 from thinrank.optim.lowrank.subspace import width
-from thinrank.optim.methods.config import RankedConfig, choice, decay_rate
+from thinrank.optim.methods.config import RankedConfig, choice
+from thinrank.optim.methods.momentum import OrthonormalConfig
 from thinrank.optim.rule import Decay, State, Step
 from thinrank.optim.update import Update
 
@@ -96,22 +100,18 @@ class DionRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DionConfig(RankedConfig):
+class DionConfig(OrthonormalConfig, RankedConfig):
     """Dion with its authors' rate, decay and momentum; its right factor follows at every step, so there is no gap."""
 
     name: str = field(default="dion", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=0.01, metadata={"help": "learning rate of the matrices (theirs: 0.01 to 0.02)"})
-    embedding_lr: float | None = field(
-        default=3e-3,
-        # AdamW's steps have entries of about 1, an update of rank r of sqrt(r/(m n)): one rate is not for both
-        metadata={"help": "learning rate of embeddings and output head, which AdamW steps; null: as lr"},
-    )
-    betas: tuple[float, float] = field(
-        default=(0.9, 0.95), metadata={"help": "decay rates of Adam's two moments, for all but matrices"}
-    )
     weight_decay: float = field(
         default=0.01,
         metadata={"help": "decoupled weight decay of matrices, embeddings and head; norms and biases have none"},
+    )
+    state_bits: int = field(
+        default=32,
+        metadata={"help": "bits of each entry of Adam's moments: 32, or 8; the matrices' momentum is always float32"},
     )
     momentum: float = field(default=0.95, metadata={"help": "what remains of the part of the momentum that was sent"})
     orthogonalizer: str = field(
@@ -129,12 +129,11 @@ class DionConfig(RankedConfig):
         *RankedConfig.GROUP, "momentum", "orthogonalizer", "right_factor", "adjust_lr",
     )  # fmt: skip
 
+    ORTHOGONALIZERS: ClassVar[tuple[str, ...]] = ("cholesky_qr", "qr")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        decay_rate("momentum", self.momentum)
-        choice("orthogonalizer", self.orthogonalizer, ("cholesky_qr", "qr"))
         choice("right_factor", self.right_factor, ("column_norm", "qr"))
-        choice("adjust_lr", self.adjust_lr, SHAPE_SCALES)
 
     def matrix_rule(self) -> DionRule | None:
         if self.rank is None:

@@ -18,8 +18,9 @@ the size of 1/‖g‖ where ‖g‖² is above λ, and of ‖g‖/λ below, so t
 `finish="adam"` is Natural GaLore (Das 2024, arXiv 2410.16029): Adam steps on F⁻¹ g. There m = 20 and λ = 1e-3 without
 the division by k.
 
-Memory: m numbers for each projected one. `space="whole"` has no subspace, for parameters that are small themselves:
-factors of LoRA.
+Memory: m numbers for each projected one, float32 with `state_bits=8`, too, which is for AdamW's moments and those of
+`finish="adam"`: what the errors of codes would do to F⁻¹ is not known. `space="whole"` has no subspace, for parameters
+that are small themselves: factors of LoRA.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class MFACConfig(LowRankConfig):
     """M-FAC on projected gradients; `betas[0]` is the momentum, `betas[1]` is AdamW's alone."""
 
     name: str = field(default="mfac", metadata={"help": "method (chosen by `optimizer=…`)"})
+    state_bits: int = field(
+        default=32,
+        metadata={"help": "bits of each entry of Adam's moments: 32, or 8; the window and its momentum are float32"},
+    )
     window: int = field(
         default=32, metadata={"help": "gradients remembered, each as large as the projection (the paper: 1024)"}
     )

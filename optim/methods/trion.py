@@ -13,7 +13,8 @@ a second pass over M:
 
     H ← H + G Cᵀ ;  b = H[:, idx] ;  H[:, idx] ← μ b
 
-The memory is a full momentum and r integers: as Muon's, which orthogonalises all of it.
+The memory is a full momentum and r integers: as Muon's, which orthogonalises all of it. H stays float32 with
+`state_bits=8`, for Dion's reason: what was not chosen does not decay, nor would the codes' errors in it.
 
 The paper's: everything above the last formula. Ours: the last, bases other than the DCT, columns by l2 norm. With
 replicas of other data only b and the columns' norms are averaged (r·m + n numbers) and every rank keeps its own H. The
@@ -34,11 +35,12 @@ from torch import Tensor
 from thinrank.optim.linalg.basis import captured_energy
 from thinrank.optim.linalg.fixed import column_norms, select_columns
 from thinrank.optim.linalg.norms import finite_or_zero
-from thinrank.optim.linalg.orthogonal import SETS, SHAPE_SCALES, newton_schulz, shape_scale
+from thinrank.optim.linalg.orthogonal import SETS, newton_schulz, shape_scale
 from thinrank.optim.lowrank.subspace import FixedColumns
 from thinrank.optim.lowrank.transport import Slots
-from thinrank.optim.methods.config import RankedConfig, choice, decay_rate
+from thinrank.optim.methods.config import RankedConfig
 from thinrank.optim.methods.dct_adamw import check_columns
+from thinrank.optim.methods.momentum import OrthonormalConfig
 from thinrank.optim.rule import Decay, State, Step
 from thinrank.optim.update import Update
 
@@ -84,35 +86,24 @@ class TrionRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrionConfig(RankedConfig):
+class TrionConfig(OrthonormalConfig, RankedConfig):
     """Trion with the paper's constants; columns are chosen at every step, so there is no gap to set."""
 
     name: str = field(default="trion", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=0.01, metadata={"help": "learning rate of the matrices"})
-    embedding_lr: float | None = field(
-        default=3e-3,
-        # AdamW's steps have entries of about 1, an update of rank r of sqrt(r/(m n)): one rate is not for both
-        metadata={"help": "learning rate of embeddings and output head, which AdamW steps; null: as lr"},
-    )
-    betas: tuple[float, float] = field(
-        default=(0.9, 0.95), metadata={"help": "decay rates of Adam's two moments, for all but matrices"}
-    )
     eps: float = field(default=1e-10, metadata={"help": "added to Adam's denominator"})
     weight_decay: float = field(
         default=0.01,
         metadata={"help": "decoupled weight decay of matrices, embeddings and head; norms and biases have none"},
     )
+    state_bits: int = field(
+        default=32,
+        metadata={"help": "bits of each entry of Adam's moments: 32, or 8; the matrices' momentum is always float32"},
+    )
     momentum: float = field(default=0.95, metadata={"help": "what remains of the columns that were sent"})
     basis: str = field(default="dct", metadata={"help": "fixed orthogonal basis: dct, identity, hadamard, random"})
     norm: str = field(default="l1", metadata={"help": "columns are ranked by this norm: l1 (the paper), l2"})
     engine: str = field(default="auto", metadata={"help": "how coordinates are computed: auto, matmul, fft (dct only)"})
-    orthogonalizer: str = field(
-        default="jordan",
-        metadata={"help": "coefficients of Newton-Schulz: jordan, you (closer to one), polar_express (small values)"},
-    )
-    adjust_lr: str = field(
-        default="original", metadata={"help": "scale for the shape: original, spectral, match_rms_adamw, none"}
-    )
 
     GROUP: ClassVar[tuple[str, ...]] = (
         *RankedConfig.GROUP, "momentum", "basis", "norm", "engine", "orthogonalizer", "adjust_lr",
@@ -120,10 +111,7 @@ class TrionConfig(RankedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        decay_rate("momentum", self.momentum)
         check_columns(self.basis, self.norm, self.engine)
-        choice("orthogonalizer", self.orthogonalizer, tuple(SETS))
-        choice("adjust_lr", self.adjust_lr, SHAPE_SCALES)
 
     def matrix_rule(self) -> TrionRule | None:
         if self.rank is None:

@@ -74,6 +74,10 @@ def test_every_method_resumes_to_the_bit_in_a_fresh_process(tmp_path):
         assert equal(ends[name], found), name
 
 
+FIRST = ("exp_avg", "exp_avg_codes", "momentum", "momentum_codes")
+"""Keys of a first moment, of which a parameter has one."""
+
+
 @every
 def test_state_exists_whole_from_construction_on(config):
     """The same keys, shapes and dtypes before the first step as after many."""
@@ -86,7 +90,7 @@ def test_state_exists_whole_from_construction_on(config):
     before = layout(optimizer, params)
     run(optimizer, params, 0, 5)
     assert layout(optimizer, params) == before
-    assert all("step" in each and {"exp_avg", "exp_avg_codes", "momentum"} & each.keys() for each in before)
+    assert all("step" in each and set(FIRST) & each.keys() for each in before)
 
 
 class Net(nn.Module):
@@ -243,10 +247,9 @@ def test_state_replaced_from_outside_is_the_state(config, replace):
 
 def first_moment(state):
     """The first moment, and which of two kinds it is: a mean of gradients or what Muon and its kin call momentum."""
-    if "exp_avg_codes" in state:
-        return expand8(state["exp_avg_codes"], state["exp_avg_scale"]), "exp_avg"
-    key = "exp_avg" if "exp_avg" in state else "momentum"
-    return state[key], key
+    key = next(key for key in FIRST if key in state)
+    name = key.removesuffix("_codes")
+    return (state[key] if key == name else expand8(state[key], state[f"{name}_scale"])), name
 
 
 @every
@@ -256,7 +259,7 @@ def test_what_is_written_into_the_state_counts(config):
     optimizer = make(config, params)
     run(optimizer, params, 0, 2)
     for state in optimizer.state.values():
-        next(state[key] for key in ("exp_avg", "exp_avg_codes", "momentum") if key in state).zero_()
+        next(state[key] for key in FIRST if key in state).zero_()
     run(optimizer, params, 2, 3)
     others = weights()
     mean = 0.0 if projects(config) else config.group().get("momentum", 0.0)  # Dion's and Trion's momentum is a sum
@@ -269,7 +272,7 @@ def test_what_is_written_into_the_state_counts(config):
         assert grad is not None
         entered = max(float(grad.norm()), float(free_m.norm()))
         # an error enters with the gradient; a code of 8 bits is up to twice a small number
-        coded = "exp_avg_codes" in optimizer.state[p]
+        coded = f"{key}_codes" in optimizer.state[p]
         room = 3.0 if any("error" in key for key in optimizer.state[p]) else 1.2 if coded else 1.01
         assert float(m.norm()) <= (1 - decay[key]) * entered * room
 

@@ -1,6 +1,7 @@
 """Bad values are refused at construction, in a sentence that names the field and the rule."""
 
 import math
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from thinrank.optim import (
+    METHODS,
     OPTIMIZERS,
     AdamWConfig,
     ApolloConfig,
@@ -145,6 +147,15 @@ def test_classes_refuse_the_same_by_name(config: type, values: dict[str, Any], s
     arguments = {"rank": 4} | values if issubclass(cls, RankedGroups) else values
     with pytest.raises(ValueError, match=f"{cls.__name__}: .*{sentence}"):
         cls([nn.Parameter(torch.ones(8, 8))], **arguments)
+
+
+@pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)
+def test_defaults_of_a_method_with_two_bases_are_those_of_the_first(cls: type):
+    """A dataclass takes its fields' defaults from its bases in another way than a class takes its attributes: where a
+    base that changes a default is named after one that does not, the two disagree."""
+    for each in fields(cls):
+        if each.default is not MISSING:
+            assert getattr(cls, each.name) == each.default, each.name
 
 
 def test_galore_without_any_rank_is_not_silently_adam():

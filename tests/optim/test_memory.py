@@ -86,6 +86,13 @@ FORMULAS = {
     "subspace_adamw/off": 4 * (2 * LONG * R + SHORT * R) + 4,
     # one moment of the matrix
     **dict.fromkeys(("muon", "muon/you", "muon/polar_express", "muon/bfloat16"), 4 * LONG * SHORT + 4),
+    # a code an entry and a float32 scale for every 256 entries of a row
+    **dict.fromkeys(("muon/8bit", "muon/8bit mean", "auon/8bit"), LONG * SHORT + 4 * LONG * -(-SHORT // BLOCK) + 4),
+    # codes are for AdamW's moments, and for Adam's in M-FAC's place of the momentum
+    "dion/8bit": 4 * (LONG * SHORT + SHORT * R) + 4,
+    "trion/8bit": 4 * (LONG * SHORT + R) + 4,
+    "mfac/8bit": 4 * (LONG * R + SHORT * R + 32 * (LONG * R + 1)) + 4,
+    "mfac/adam 8bit": 2 * (LONG * R + 4 * LONG * -(-R // BLOCK)) + 4 * (SHORT * R + 4 * (LONG * R + 1)) + 4,
     **dict.fromkeys(("auon", "auon/code", "auon/hybrid", "auon/hybrid code"), 4 * LONG * SHORT + 4),
 }
 

@@ -1,6 +1,7 @@
 """Moments in 8 bits: the codes' laws, what they do to Adam's direction, and Adam on them in every place it has."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from torch import nn
 from thinrank.optim import AdamW, GaLore
 from thinrank.optim.inner import elementwise
 from thinrank.optim.inner.adam import Adam
-from thinrank.optim.inner.moments import moments, zeros
+from thinrank.optim.inner.auon import AuON
+from thinrank.optim.inner.moments import MOMENTUM, moments, zeros
+from thinrank.optim.inner.polar import Polar
+from thinrank.optim.linalg.orthogonal import YOU, newton_schulz
 from thinrank.optim.linalg.quantise import block_shape, compand8, dequantise8, dither, expand8, quantise8
 from thinrank.optim.lowrank.transport import Reset, Rotate, Rotation, Slots
 from thinrank.optim.rule import Step
@@ -253,6 +257,56 @@ def test_adam_on_codes_follows_adam():
     assert float(cosine) > 0.97
 
 
+def gradients_of_columns(spread, steps=60):
+    """Gradients (1, 256, 128) around a mean with singular values over one decade, columns of sizes `exp(±spread)`."""
+    left = torch.linalg.qr(seeded(256, 128, seed=1)).Q * torch.logspace(0, -1, 128)
+    right = torch.linalg.qr(seeded(128, 128, seed=2)).Q * (spread * seeded(128, seed=3)).exp()
+    for t in range(steps):
+        noise = 0.3 * left @ seeded(128, 128, seed=900 + t) / 11.0
+        yield ((left * (1.0 + 0.5 * seeded(128, seed=100 + t)) + noise) @ right)[None]
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.5])
+@pytest.mark.parametrize("inner", [Polar(coefficients=YOU, nesterov=False), Polar(coefficients=YOU), AuON(steps=5)])
+def test_momentum_on_codes_follows_momentum(inner, spread):
+    """A code's levels are 4/c of the number apart, at a third of the block's largest (c = 96) 4.2 %, and dither is off
+    by 0.41 of that in the root mean square: 1.7 %. A mean with μ = 0.95 gathers sqrt(1/(1−μ²)) = 3.2 of such errors
+    when they are independent, fewer when they cancel: 5.5 %. Newton-Schulz makes the error in a singular direction
+    larger by what it makes the direction larger, here up to ten times, so that the update is held to a cosine, one of
+    an error of 14 %."""
+    ends = {}
+    for bits in (32, 8):
+        own = replace(inner, bits=bits)
+        state = own.init((1, 256, 128), CPU)
+        steps = [
+            own.direction(grad, state, Step(count=[t])).clone() for t, grad in enumerate(gradients_of_columns(spread))
+        ]
+        with moments(state, [60], MOMENTUM) as (momentum,):
+            ends[bits] = momentum.clone(), steps[-1]
+    assert 0.0 < distance(ends[8][0], ends[32][0]) < 0.055
+    cosine = torch.nn.functional.cosine_similarity(ends[8][1].flatten(), ends[32][1].flatten(), dim=0)
+    assert float(cosine) > 0.99
+
+
+def test_codes_of_powers_serve_columns_of_different_sizes():
+    """Linear codes lose small columns beside large ones of the same block, which the update makes as long as those."""
+    mean, linear = torch.zeros(1, 256, 128), quantise8(torch.zeros(1, 256, 128))
+    state = zeros((1, 256, 128), CPU, 8, MOMENTUM)
+    for t, grad in enumerate(gradients_of_columns(1.5)):
+        mean.lerp_(grad, 0.05)
+        linear = quantise8(dequantise8(*linear).lerp_(grad, 0.05))
+        with moments(state, [t], MOMENTUM) as (momentum,):
+            momentum.lerp_(grad, 0.05)
+    with moments(state, [60], MOMENTUM) as (momentum,):
+        exact, ours, theirs = (newton_schulz(x, YOU) for x in (mean, momentum, dequantise8(*linear)))
+    assert distance(ours, exact) < 0.15
+    assert distance(theirs, exact) > 2.0 * distance(ours, exact)
+
+
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
 WEIGHT = (64, 80)  # 5120 entries, the last of them in a block of full length
@@ -319,7 +373,7 @@ def test_memory_order_does_not_matter():
 
 @pytest.mark.parametrize("half", ["nearest", "stochastic", "master"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["adamw", "galore", "dct_adamw", "subspace_adamw"])
+@pytest.mark.parametrize("name", ["adamw", "galore", "dct_adamw", "subspace_adamw", "muon", "auon"])
 def test_resumes_to_the_bit(name, dtype, half):
     config = small(name, state_bits=8, half_weights=half)
     params = large(dtype)
