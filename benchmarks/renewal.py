@@ -93,7 +93,9 @@ def train(args: argparse.Namespace, device: torch.device) -> list[tuple[str, str
     generator = torch.Generator().manual_seed(0)
     preset = replace(PRESETS[args.preset], num_hidden_layers=args.layers)
     model = nn.Module.to(build_model(preset, 256, seed=0), device)
-    config = GaLorePlusConfig(rank=args.rank, density=0.0, cross_heads=[], update_proj_gap=args.gap)
+    config = GaLorePlusConfig(
+        rank=args.rank, density=0.0, cross_heads=[], update_proj_gap=args.gap, lr=2e-3, embedding_lr=3e-4
+    )  # small enough for the widest preset: gradients of a model that diverges are nobody's
     optimizer = build(model, config)
     tokens = source(4 * args.tokens * (args.renewals * args.gap + 1))
     kept: dict[str, dict[str, Tensor]] = {}
