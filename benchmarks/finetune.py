@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
+from machine import command_line, describe, save
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
@@ -72,13 +71,11 @@ def main() -> int:
         reports[name] = json.loads((args.dir / folder / "report.json").read_text())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = next(iter(reports.values()))["training"]
-    text = ["# Fine-tuning", "", f"`python benchmarks/{shlex.join([Path(__file__).name, *sys.argv[1:]])}`", ""]
+    text = ["# Fine-tuning", "", command_line(), ""]
     text += [f"- {line}" for line in describe(device)]
     text += [f"- {first['steps']:,} steps, {first['tokens']:,} tokens", "", table(reports), ""]
     print("\n".join(text))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(text))
+    save(text, args.out)
     return 0
 
 

@@ -1,10 +1,13 @@
-"""What a figure has to be read with: the machine, the versions, the commit."""
+"""What a figure has to be read with: the machine, the versions, the commit, the command; and its page."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +25,18 @@ def describe(device: torch.device) -> list[str]:
     if commit:
         lines.append(f"commit {commit}")
     return lines
+
+
+def command_line() -> str:
+    """The command line of this process, as one types it in the project's folder."""
+    return f"`python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`"
+
+
+def save(lines: Sequence[str], out: Path | None) -> None:
+    """Writes a page to the file `out`, if there is one, in a folder that need not exist yet."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(lines))
 
 
 def _processor() -> str:

@@ -14,7 +14,6 @@ The second table is of another preset's shapes: a whole gap of steps, all renewa
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 import sysconfig
@@ -23,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from machine import describe
+from machine import command_line, describe, save
 from step import Matrices, timed
 from torch import Tensor, nn
 
@@ -179,7 +178,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="write the tables to this file too")
     args = parser.parse_args()
     device = torch.device(args.device)
-    text = ["# Renewals", "", f"`python benchmarks/{shlex.join([Path(__file__).name, *sys.argv[1:]])}`", ""]
+    text = ["# Renewals", "", command_line(), ""]
     text += [f"- {line}" for line in describe(device)]
     text += ["", f"## Ways to a basis of rank {args.rank}, {args.preset} with {args.layers} layers", ""]
     text += [first_table(train(args, device)), ""]
@@ -189,9 +188,7 @@ def main() -> None:
     ]
     text += [even(args.even_preset, args.even_gap, device), ""]
     print("\n".join(text), flush=True)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(text))
+    save(text, args.out)
 
 
 if __name__ == "__main__":

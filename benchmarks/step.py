@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from machine import describe
+from machine import command_line, describe, save
 from torch import nn
 
 from thinrank.optim import (
@@ -282,7 +280,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    text = ["# Optimizer step", "", f"`python benchmarks/{shlex.join([Path(__file__).name, *sys.argv[1:]])}`", ""]
+    text = ["# Optimizer step", "", command_line(), ""]
     text += [f"- {line}" for line in describe(device)] + [f"- weights and gradients {args.dtype}, rank = width / 4", ""]
     for preset in args.presets:
         model = Matrices(preset, device, getattr(torch, args.dtype))
@@ -291,9 +289,7 @@ def main() -> None:
         text += [table(measure(model, device, args.rounds, args.renewals, args.only), model), ""]
         text += [f"### Choosing DCT columns, {preset}", "", selection(model, device, args.rounds), ""]
         print("\n".join(text[-7:]), flush=True)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(text))
+    save(text, args.out)
 
 
 if __name__ == "__main__":
