@@ -50,20 +50,28 @@ def first_moment(state: State) -> Tensor:
 
 
 @contextmanager
-def moments(state: State, count: Sequence[int], names: tuple[str, ...] = NAMES) -> Iterator[tuple[Tensor, ...]]:
+def moments(
+    state: State, count: Sequence[int], names: tuple[str, ...] = NAMES, spare: Sequence[Tensor] = ()
+) -> Iterator[tuple[Tensor, ...]]:
     """The float32 moments `names` in `state`, to be changed in place; when the block ends they are in `state`.
 
     Args:
         count: the step of each matrix of the batch, by which codes are rounded.
+        spare: contiguous float32 tensors of their shape to compute in, one for each of `names` and two more, for
+            whoever opens many of one shape.
     """
     if names[0] in state:
         yield tuple(state[name] for name in names)
         return
-    opened = tuple(expand8(state[f"{name}_codes"], state[f"{name}_scale"]) for name in names)
+    work = spare[len(names) :]
+    opened = tuple(
+        expand8(state[f"{name}_codes"], state[f"{name}_scale"], spare=(spare[i], work[0]) if spare else ())
+        for i, name in enumerate(names)
+    )
     yield opened
     noise = dither(count, opened[0].shape[-1], opened[0].device)
     for name, moment in zip(names, opened, strict=True):
         own = state[f"{name}_codes"]
-        codes, scale = compand8(moment, noise, signed=own.dtype is torch.int8)
+        codes, scale = compand8(moment, noise, signed=own.dtype is torch.int8, spare=work)
         own.copy_(codes)
         state[f"{name}_scale"].copy_(scale)

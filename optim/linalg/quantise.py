@@ -102,7 +102,12 @@ def dither(count: Sequence[int], width: int, device: torch.device, block: int = 
 
 
 def compand8(
-    x: Tensor, noise: Tensor | None = None, *, signed: bool = True, block: int = BLOCK
+    x: Tensor,
+    noise: Tensor | None = None,
+    *,
+    signed: bool = True,
+    block: int = BLOCK,
+    spare: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """8-bit codes whose levels lie as fourth powers: `x ≈ ± scale · (code / L)⁴`, L = 127 with a sign, 255 without.
 
@@ -125,34 +130,49 @@ def compand8(
     Args:
         x: (..., width); not negative unless `signed`.
         noise: in [0, 1), broadcast against (..., blocks, block).
+        spare: two contiguous float32 tensors of x's shape to compute in, for whoever calls this often.
 
     Returns:
         codes of x's shape, int8 or uint8, and scales float32 of `block_shape(x.shape)`, the largest |x| of each block.
     """
-    levels = 127.0 if signed else 255.0
+    normal = torch.finfo(torch.float32)
     blocks = _by_blocks(x.float(), block)
-    scale = (blocks.abs() if signed else blocks).amax(-1).clamp_(max=torch.finfo(torch.float32).max)
-    level = blocks / torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
-    level = (level.abs_() if signed else level).sqrt_().sqrt_().mul_(levels)
+    fits = len(spare) > 0 and blocks.numel() == x.numel()
+    level, other = (each.view(blocks.shape) for each in spare) if fits else (None, None)
+    size = torch.abs(blocks, out=level) if signed else blocks
+    scale = size.amax(-1).clamp_(max=normal.max)
+    level = torch.div(size, torch.where(scale == 0, 1.0, scale).unsqueeze(-1), out=size if signed else level)
+    # No zeros, because MKL takes the roots of zeros and subnormal numbers one by one, four and thirty times as long. Of
+    # the least normal number the level is 1e-7, which no dither lifts to 1. An infinite number counts as the scale.
+    level.clamp_(normal.tiny, 1.0).sqrt_().sqrt_().mul_(127.0 if signed else 255.0)
     if noise is None:
         level.round_()
     else:
-        level.add_(noise * (1.0 - 2.0 * DITHER_MARGIN) + DITHER_MARGIN).floor_()
-    level.clamp_(max=levels)
-    level = level.copysign_(blocks) if signed else torch.maximum(level, blocks.sign())
-    # by way of int16, which torch converts from and to in vectors: from float32 to uint8 takes three times as long
-    codes = level.flatten(-2)[..., : x.shape[-1]].to(torch.int16).to(torch.int8 if signed else torch.uint8)
-    return codes, scale
-
-
-def expand8(codes: Tensor, scale: Tensor, block: int = BLOCK) -> Tensor:
-    """The float32 tensor that the codes of `compand8` and their scales stand for."""
-    level = _by_blocks(codes.float(), block)
-    if codes.dtype is torch.uint8:
-        power = level.div_(255.0).square_().square_()
+        level.add_(noise * (1.0 - 2.0 * DITHER_MARGIN) + DITHER_MARGIN)
+    if signed:
+        level.copysign_(blocks)
     else:
-        power = level.div_(127.0).square().square_().copysign_(level)
-    return power.mul_(scale.unsqueeze(-1)).flatten(-2)[..., : codes.shape[-1]]
+        torch.maximum(level, torch.sign(blocks, out=other), out=level)
+    # The conversion cuts the fraction off. By way of int16 to uint8, since torch has no vectors for the direct way.
+    whole = level.flatten(-2)[..., : x.shape[-1]]
+    return whole.to(torch.int8) if signed else whole.to(torch.int16).to(torch.uint8), scale
+
+
+def expand8(codes: Tensor, scale: Tensor, block: int = BLOCK, *, spare: Sequence[Tensor] = ()) -> Tensor:
+    """The float32 tensor that the codes of `compand8` and their scales stand for.
+
+    Args:
+        spare: two contiguous float32 tensors of codes' shape to compute in, for whoever calls this often; the result
+            lies in the first unless rows must be filled up.
+    """
+    signed = codes.dtype is torch.int8
+    level = spare[1 if signed else 0].copy_(codes) if spare else codes.float()
+    if signed:
+        level.div_(127.0)
+        power = torch.square(level, out=spare[0] if spare else None).square_().copysign_(level)
+    else:
+        power = level.div_(255.0).square_().square_()
+    return _by_blocks(power, block).mul_(scale.unsqueeze(-1)).flatten(-2)[..., : codes.shape[-1]]
 
 
 def _by_blocks(x: Tensor, block: int) -> Tensor:

@@ -81,6 +81,32 @@ def test_codes_are_a_fixed_point(signed, dithered, width, seed, decades, count):
         assert torch.equal(scale_again, scale)
 
 
+@modes
+@pytest.mark.parametrize("width", [7, 256, 600, 1024])
+def test_where_it_is_computed_does_not_matter(signed, dithered, width):
+    """Memory that was given is written over, nothing of what was in it counts, and the numbers to code stay."""
+    x, noise = values(width, 3, 6, signed), noise_of(dithered, width, 5)
+    spare = [torch.full_like(x, torch.nan) for _ in range(2)]
+    before = x.clone()
+    codes, scale = compand8(x, noise, signed=signed, spare=spare)
+    assert torch.equal(x, before)
+    plain = compand8(x, noise, signed=signed)
+    assert torch.equal(codes, plain[0])
+    assert torch.equal(scale, plain[1])
+    spare = [torch.full_like(x, torch.nan) for _ in range(2)]
+    assert torch.equal(expand8(codes, scale, spare=spare), expand8(codes, scale))
+
+
+def test_numbers_below_all_levels():
+    """Codes of what is too small to have one: roots are taken of normal numbers alone, and no code shows it."""
+    tiny = torch.finfo(torch.float32).tiny
+    x = torch.tensor([[1.0, tiny, tiny / 4, tiny * 2.0**-23, 0.0]])
+    for noise in (None, torch.zeros(5), torch.full((5,), 1.0 - 2.0**-24)):
+        assert compand8(x, noise)[0].tolist() == [[127, 0, 0, 0, 0]]
+        assert compand8(x, noise, signed=False)[0].tolist() == [[255, 1, 1, 1, 0]]
+    assert compand8(-x)[0].tolist() == [[-127, 0, 0, 0, 0]]
+
+
 def test_every_code_is_its_own_fixed_point():
     """All levels, at scales whose quotients round differently, with the dithers nearest to either end."""
     ends = torch.tensor([0.0, 1.0 - 2.0**-24])
@@ -347,7 +373,7 @@ def test_elementwise_codes_follow_full_precision(cls, dtype):
 
 def test_pieces_do_not_matter(monkeypatch):
     ends = []
-    for size in (2**17, 256, 1024):
+    for size in (2**18, 256, 1024):
         monkeypatch.setattr(elementwise, "CPU_PIECE", size)
         params = large()
         run(AdamW(params, lr=0.01, weight_decay=0.1, state_bits=8), params, 0, 4)
