@@ -153,6 +153,12 @@ class TrainingConfig:
                 f"trainer.in_backward=project keeps coordinates alone, but optimizer={self.optimizer.name} with these "
                 "settings needs whole gradients: use trainer.in_backward=step, or a method such as galore"
             )
+        if self.trainer.in_backward != "off" and getattr(self.optimizer, "rank_allocation", None) == "gradient":
+            raise ValueError(
+                f"trainer.in_backward={self.trainer.in_backward} keeps no whole gradients until the step, by which "
+                "optimizer.rank_allocation=gradient shares ranks out: use optimizer.rank_allocation=weight, or "
+                "trainer.in_backward=off"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
