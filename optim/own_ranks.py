@@ -42,7 +42,7 @@ class OwnRanks(InBackward):
     def ranks(self) -> dict[str, int | float | None]:
         """The ranks of one's own that matrices have, by name; {} where every one has its group's.
 
-        With them, `build` and `route` give what is here: `build(model, config, ranks=optimizer.ranks())`.
+        With them `route` shows what is here, and `reallocate` gives it to another optimizer.
         """
         found: dict[str, int | float | None] = {}
         for index, group in enumerate(self.param_groups):
