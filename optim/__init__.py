@@ -49,7 +49,7 @@ from thinrank.optim.optimizers import (
     SubspaceAdamW,
     Trion,
 )
-from thinrank.optim.ranks import allocated_ranks, reallocate
+from thinrank.optim.ranks import allocated_ranks
 
 __all__ = [
     "METHODS",
@@ -98,7 +98,6 @@ __all__ = [
     "attention_layouts",
     "build",
     "matrix_views",
-    "reallocate",
     "roles",
     "route",
 ]

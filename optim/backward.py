@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from thinrank.optim.allocation import Allocation
 from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
@@ -89,6 +90,7 @@ class InBackward(torch.optim.Optimizer):
     """
 
     axis: Axis
+    _allocation: Allocation | None = None
 
     def _forget_gradients(self) -> None:
         self._images = Images()
@@ -104,7 +106,9 @@ class InBackward(torch.optim.Optimizer):
         self._alone: dict[Tensor, tuple[dict[str, Any], int]] = {}
 
     @abstractmethod
-    def rules(self, group: Mapping[str, Any], section: int = 0) -> tuple[MatrixRule | None, ElementwiseAdamW]: ...
+    def rules(
+        self, group: Mapping[str, Any], section: int = 0, rank: int | float | None = None
+    ) -> tuple[MatrixRule | None, ElementwiseAdamW]: ...
 
     @abstractmethod
     def _assembled(self) -> list[Layout]: ...
@@ -144,13 +148,19 @@ class InBackward(torch.optim.Optimizer):
         which averages later.
 
         Raises:
-            ValueError: for another mode, a method that `project` does not suit, or `max_norm` without `step`.
+            ValueError: for another mode, a method that `project` does not suit, `max_norm` without `step`, and ranks
+                that are shared out by gradients (`allocate_ranks`), which are not there when they would be looked at.
         """
         choice("mode", mode, MODES)
         if max_norm is not None:
             number("max_norm", max_norm, open_low=True)
             if mode != "step":
                 raise ValueError(f"max_norm={max_norm:g} is for mode 'step', got {mode!r}: use clip_grad_norm_ instead")
+        if mode != "off" and self._allocation is not None and self._allocation.spectra == "gradient":
+            raise ValueError(
+                f"ranks are shared out by whole gradients, which mode {mode!r} does not keep until step: use "
+                "rank_allocation='weight', or mode 'off'"
+            )
         if mode == "project":
             for group in self.param_groups:
                 cause = whole_because(self.rules(group)[0])
@@ -174,7 +184,7 @@ class InBackward(torch.optim.Optimizer):
             return
         first = param not in self._images
         for group, bucket, i in self._homes[param]:
-            rule, _ = self.rules(group, bucket.section)
+            rule, _ = self.rules(group, bucket.section, bucket.rank)
             assert isinstance(rule, LowRank)  # in_backward has looked
             state = bucket.state([i])
             grad = local.bring([param.grad], bucket.view)
@@ -195,7 +205,7 @@ class InBackward(torch.optim.Optimizer):
         if self._max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_([param], self._max_norm, norm)
         for group, bucket, i in self._homes.get(param, []):
-            rule, _ = self.rules(group, bucket.section)
+            rule, _ = self.rules(group, bucket.section, bucket.rank)
             assert rule is not None  # buckets are made for groups with a matrix rule only
             self._step_bucket(bucket, [i], rule, group, None)
         if param in self._alone:

@@ -30,6 +30,7 @@ class Bucket:
         counts: finished updates of each parameter.
         keys: a stable number for each matrix.
         section: of a fused weight, which part of it the view shows.
+        rank: of these matrices; None where the method has none.
     """
 
     params: list[torch.nn.Parameter]
@@ -40,6 +41,7 @@ class Bucket:
     counts: Tensor
     keys: list[int]
     section: int
+    rank: int | float | None
 
     @classmethod
     def of(
@@ -49,6 +51,7 @@ class Bucket:
         view: MatrixView,
         prefix: str,
         section: int,
+        rank: int | float | None,
     ) -> Bucket:
         """Stacks the states of `members` and puts views of the stack in their place."""
         keys = [k[len(prefix) :] for k in states[0] if k not in OF_PARAMETER and k.startswith(prefix)]
@@ -65,7 +68,7 @@ class Bucket:
             state["step"] = counts[i]
         names = [name for _, name in members]
         numbers = [key_of(f"{prefix}{name}.{block}") for name in names for block in range(view.blocks)]
-        return cls([param for param, _ in members], names, view, prefix, stacked, counts, numbers, section)
+        return cls([param for param, _ in members], names, view, prefix, stacked, counts, numbers, section, rank)
 
     def rows(self, active: Sequence[int]) -> list[int] | slice:
         """Rows of the stack that belong to the parameters at the places `active` (rising)."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from torch import nn
 
 from thinrank.optim.grouping import Routing, Row, group_parameters
 from thinrank.optim.heads import HeadLayout
-from thinrank.optim.methods.config import MethodConfig
+from thinrank.optim.methods.config import MethodConfig, RankedConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.optimizers import OPTIMIZERS
 
@@ -18,7 +18,7 @@ def route(
     model: nn.Module,
     config: MethodConfig,
     roles: Mapping[str, str] | None = None,
-    ranks: Mapping[str, int | None] | None = None,
+    ranks: Mapping[str, int | float | None] | None = None,
     heads: Mapping[str, HeadLayout] | None = None,
 ) -> Routing:
     """Which parameter of `model` is stepped by which rule under `config`, and what its state costs.
@@ -28,7 +28,8 @@ def route(
     Args:
         roles: regular expression on a parameter's name → role, where the role found by module type is wrong.
         ranks: name of a matrix → its own rank in the place of `config.rank` (None: stepped element by element), such
-            as `allocated_ranks` gives.
+            as `allocated_ranks` and `optimizer.ranks()` give. Without them, ranks that are yet to be shared out
+            (`config.rank_allocation`) are shown as `config.rank` for all, which is their budget.
         heads: regular expression on an attention weight's name → where its heads lie, for methods that share a basis
             among heads (`cross_heads`) and models whose weights are not known.
 
@@ -42,21 +43,30 @@ def route(
         for group in routing.groups
     ]
     optimizer = _optimizer(stand_ins, config, seed=0)
+    directions = optimizer.directions()
     for index, group in enumerate(optimizer.param_groups):
-        scale = optimizer.scale(group)
+        own = group["ranks"] is not None
         for name, param in zip(optimizer.names(index), group["params"], strict=True):
             state = optimizer.state[param]
+            rule, rank = group["label"].rpartition("/")[2], directions.get(name)
+            dense = own and rank is None
             routing.rows.append(
                 Row(
                     name=name,
                     shape=tuple(param.shape),
                     role=group["role"],
-                    rule=group["label"].rpartition("/")[2],
-                    lr=float(group["lr"]) * scale,
+                    rule="adamw" if dense else f"{rule}@{rank}" if own else rule,
+                    lr=float(group["lr"]) * (1.0 if dense else optimizer.scale(group)),
                     elements=param.numel(),
                     state_bytes=sum(v.numel() * v.element_size() for v in state.values()),
+                    rank=rank,
                 )
             )
+    if allocates(config) and not ranks:
+        routing.note = (
+            f"the sizes above are those of one rank for all: what that costs will be shared out by the spectra of the "
+            f"{config.rank_allocation}s (rank_allocation={config.rank_allocation})"
+        )
     return routing
 
 
@@ -66,7 +76,7 @@ def build(
     *,
     seed: int = 0,
     roles: Mapping[str, str] | None = None,
-    ranks: Mapping[str, int | None] | None = None,
+    ranks: Mapping[str, int | float | None] | None = None,
     heads: Mapping[str, HeadLayout] | None = None,
 ) -> MatrixOptimizer:
     """The optimizer of `config` for `model`: groups by role, projected matrices by `config.targets`.
@@ -76,9 +86,22 @@ def build(
         roles, ranks, heads: as in `route`.
 
     Raises:
-        ValueError: as `route` does.
+        ValueError: as `route` does, and where both `ranks` and `config.rank_allocation` say who has which rank.
     """
-    return _optimizer(group_parameters(model, config, roles, ranks, heads).groups, config, seed=seed)
+    shared_out = allocates(config)
+    if shared_out and ranks:
+        raise ValueError(
+            f"ranks are given, and rank_allocation={config.rank_allocation!r} would replace them: leave one of them out"
+        )
+    optimizer = _optimizer(group_parameters(model, config, roles, ranks, heads).groups, config, seed=seed)
+    if shared_out:
+        optimizer.allocate_ranks(config.rank_allocation, every=config.rank_allocation_every)
+    return optimizer
+
+
+def allocates(config: MethodConfig) -> TypeGuard[RankedConfig]:
+    """True when `config` has ranks shared out by spectra."""
+    return isinstance(config, RankedConfig) and config.rank_allocation != "uniform"
 
 
 def _optimizer(groups: list[dict[str, Any]], config: MethodConfig, *, seed: int) -> MatrixOptimizer:

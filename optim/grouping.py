@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thinrank.optim.allocation import rank_spread
 from thinrank.optim.heads import HeadLayout, attention_layouts
 from thinrank.optim.methods.config import MatrixConfig, MethodConfig, RankedConfig
 
@@ -105,6 +106,8 @@ class Row:
     lr: float
     elements: int
     state_bytes: int
+    rank: int | None = None
+    """Directions kept; None where nothing is projected."""
 
 
 @dataclass
@@ -114,6 +117,8 @@ class Routing:
     groups: list[dict[str, Any]]
     frozen: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    note: str = ""
+    """What is not decided yet, as the table's last line."""
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state in all, by the rules' own formulas."""
@@ -139,6 +144,12 @@ class Routing:
         )
         if self.frozen:
             lines.append(f"frozen, not stepped: {len(self.frozen)} tensors")
+        spread = rank_spread([row.rank for row in self.rows])
+        if spread is not None and spread[0] != spread[2]:
+            least, median, most = spread
+            lines.append(f"ranks: {least:,} / {median:,} / {most:,} (least / median / most)")
+        if self.note:
+            lines.append(self.note)
         return "\n".join(lines)
 
 
@@ -217,10 +228,10 @@ def group_parameters(
     model: nn.Module,
     config: MethodConfig,
     overrides: Mapping[str, str] | None = None,
-    ranks: Mapping[str, int | None] | None = None,
+    ranks: Mapping[str, int | float | None] | None = None,
     heads: Mapping[str, HeadLayout] | None = None,
 ) -> Routing:
-    """Parameter groups for `model` under `config`: by role, rule and rank, every trainable parameter in exactly one.
+    """Parameter groups for `model` under `config`: by role and rule, every trainable parameter in exactly one.
 
     Methods with `cross_heads` have groups of their own for the attention weights of one layout.
 
@@ -242,30 +253,31 @@ def group_parameters(
     for name in ranks:
         if name not in chosen:
             raise ValueError(f"ranks: {name!r} is no matrix that {config.name} projects here: remove it or target it")
-    chosen -= {name for name, rank in ranks.items() if rank is None}
-    layouts = head_groups(model, config, [name for name in names if name in chosen], heads)
+    headed = [name for name in names if name in chosen and (name not in ranks or ranks[name] is not None)]
+    layouts = head_groups(model, config, headed, heads)
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     vector_lr = embedding_lr if config.vector_lr is None else config.vector_lr
     rate = {Role.MATRIX: config.lr, Role.EMBEDDING: embedding_lr, Role.HEAD: embedding_lr, Role.VECTOR: vector_lr}
-    groups: dict[tuple[Role, bool, int | None, str], dict[str, Any]] = {}
+    groups: dict[tuple[Role, bool, str], dict[str, Any]] = {}
     for name in names:
         own = name in chosen
-        rank = ranks.get(name)
-        key = (role[name], own, rank, repr(layouts.get(name)))
+        key = (role[name], own, repr(layouts.get(name)))
         if key not in groups:
             group = config.group()
-            if "rank" in group and (rank is not None or not own):
-                group["rank"] = rank
-            rule = config.name if rank is None else f"{config.name}@{rank}"
+            if "rank" in group and not own:
+                group["rank"] = None
             group |= {
                 "params": [],
+                "ranks": [] if own and ranks else None,
                 "elementwise": not own,
                 "role": key[0].value,
-                "label": f"{key[0].value}/{rule if own else 'adamw'}",
+                "label": f"{key[0].value}/{config.name if own else 'adamw'}",
                 "lr": config.lr if own else rate[key[0]],
                 "weight_decay": 0.0 if key[0] is Role.VECTOR else config.weight_decay,
                 **layouts.get(name, {}),
             }
             groups[key] = group
         groups[key]["params"].append((name, parameters[name]))
+        if groups[key]["ranks"] is not None:
+            groups[key]["ranks"].append(ranks.get(name, groups[key]["rank"]))
     return Routing(groups=list(groups.values()), frozen=frozen)

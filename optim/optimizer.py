@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.axis import WHOLE, Axis
-from thinrank.optim.backward import InBackward
 from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
@@ -22,6 +21,7 @@ from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods.config import MethodConfig
+from thinrank.optim.own_ranks import OwnRanks, ranks_of
 from thinrank.optim.rule import Decay, MatrixRule, Note, Probe, State, key_of, seed_of
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ def batch_size(elements: int, device: torch.device) -> int:
 
 
 GROUP_EXTRAS: dict[str, Any] = {
-    "elementwise": False, "role": "", "label": "", "sections": None, "sections_along": "rows", "blocks": 1, "seed": 0,
+    "elementwise": False, "role": "", "label": "", "ranks": None, "sections": None, "sections_along": "rows",
+    "blocks": 1, "seed": 0,
 }  # fmt: skip
 
 POSITIONAL = ("lr", "betas", "eps", "weight_decay")
@@ -51,7 +52,7 @@ ABSENT = ("maximize", "amsgrad", "capturable", "differentiable")
 """Switches of torch's optimizers that change what a step does and that a step here does not know."""
 
 
-class MatrixOptimizer(InBackward):
+class MatrixOptimizer(OwnRanks):
     """Base of all optimizers of the suite; the subclass says which method's rooms its groups are built from.
 
     A parameter group is stepped by the method's rule for matrices wherever a parameter has at least two dimensions,
@@ -59,7 +60,8 @@ class MatrixOptimizer(InBackward):
     by AdamW. All tunable values live in the group, all state is named tensors that exist with their final shapes from
     construction on.
 
-    Group keys beside the method's own: `elementwise`, `sections` (row counts of a fused weight whose parts are their
+    Group keys beside the method's own: `elementwise`, `ranks` (a rank for each parameter in the place of the group's
+    `rank`; None: stepped by AdamW), `sections` (row counts of a fused weight whose parts are their
     own matrices; column counts with `sections_along="columns"`), `blocks` (equal parts of each section, such as heads),
     `seed` (of every random choice), `role` and `label` (for reports).
 
@@ -73,7 +75,8 @@ class MatrixOptimizer(InBackward):
         measure: set it to have the next step fill `measured`; it makes the host wait for the device, so leave it off
             otherwise.
         measured: `captured_energy` and, in steps that renew a basis, `subspace_overlap` (the share of the old subspace
-            that the new one holds) by parameter name; `update_rms` and `effective_lr` by group label.
+            that the new one holds) and, where groups have `ranks`, `rank` by parameter name; `update_rms` and
+            `effective_lr` by group label.
         skipped_renewals: how often since construction or loading a parameter kept its old subspace because its gradient
             was not finite or its factorisation did not converge, by name; the first of each kind is logged.
         axis: the ranks that share matrices and data; the identity in one process and under plain DDP.
@@ -145,9 +148,10 @@ class MatrixOptimizer(InBackward):
         if not group["label"]:
             group["label"] = f"group{index}"
         try:
-            for name, param in zip(self.names(index), group["params"], strict=True):
+            self._refuse_ranks(group)
+            for name, param, rank in zip(self.names(index), group["params"], ranks_of(group), strict=True):
                 self._refuse(name, param)
-                self.state[param] = self._initial_state(name, param, group)
+                self.state[param] = self._initial_state(name, param, group, rank)
         except Exception:
             self.param_groups.pop()
             for param in group["params"]:
@@ -171,22 +175,32 @@ class MatrixOptimizer(InBackward):
                 f"{type(self).__name__} steps floating-point parameters; {name} is {param.dtype}: freeze it"
             )
 
-    def rules(self, group: Mapping[str, Any], section: int = 0) -> tuple[MatrixRule | None, ElementwiseAdamW]:
+    def rules(
+        self, group: Mapping[str, Any], section: int = 0, rank: int | float | None = None
+    ) -> tuple[MatrixRule | None, ElementwiseAdamW]:
         """The rule for matrices (None: like everything else) and the one for everything else, by `group`'s values.
 
         Args:
             section: of a fused weight, where the method treats its sections differently.
+            rank: of the matrices in question; None: the group's own or, where it has none, the first of its `ranks`.
         """
-        values = (group["elementwise"], section, *(repr(group[key]) for key in self.Config.GROUP))
+        if rank is None and self._ranked:
+            rank = next((r for r in (group["rank"], *(group["ranks"] or ())) if r is not None), None)
+        own = {"rank": rank} if self._ranked else {}
+        values = (group["elementwise"], section, *(repr(own.get(key, group[key])) for key in self.Config.GROUP))
         if values not in self._rules:
-            if len(self._rules) > sum(len(g["sections"] or (0,)) for g in self.param_groups):
+            kinds = (len(g["sections"] or (0,)) * (1 + len(set(g["ranks"] or ()))) for g in self.param_groups)
+            if len(self._rules) > sum(kinds):
                 self._rules.clear()  # a schedule that moves betas asks for a new rule at every step
-            config = self.Config.of_group({**group, "lr": 0.0, "weight_decay": 0.0}).of_section(section)
+            config = self.Config.of_group({**group, **own, "lr": 0.0, "weight_decay": 0.0}).of_section(section)
             self._rules[values] = (None if group["elementwise"] else config.matrix_rule(), config.element_rule())
         return self._rules[values]
 
-    def _views(self, param: Tensor, group: Mapping[str, Any], rule: MatrixRule | None) -> tuple[MatrixView, ...]:
-        if rule is None or param.ndim < 2 or param.numel() == 0:
+    def _views(self, param: Tensor, group: Mapping[str, Any], rank: int | float | None) -> tuple[MatrixView, ...]:
+        """The matrices that a parameter of `group` with this rank is seen as; () where it is none."""
+        if param.ndim < 2 or param.numel() == 0 or (rank is None and group["ranks"] is not None):
+            return ()
+        if self.rules(group, rank=rank)[0] is None:
             return ()
         return matrix_views(
             tuple(param.shape),
@@ -196,29 +210,28 @@ class MatrixOptimizer(InBackward):
             along=group["sections_along"],
         )
 
-    def _initial_state(self, name: str, param: Tensor, group: Mapping[str, Any]) -> State:
-        rule, element = self.rules(group)
-        views = self._views(param, group, rule)
-        if rule is None or not views:
-            return element.init(param)
-        self._warn_if_clamped(name, views, group)
+    def _initial_state(self, name: str, param: Tensor, group: Mapping[str, Any], rank: int | float | None) -> State:
+        views = self._views(param, group, rank)
+        if not views:
+            return self.rules(group)[1].init(param)
+        self._warn_if_clamped(name, views, rank)
         state: State = {"step": torch.zeros((), dtype=torch.float32, device="meta" if param.is_meta else "cpu")}
         for i, view in enumerate(views):
-            rule, _ = self.rules(group, i)
+            rule, _ = self.rules(group, i, rank)
             assert rule is not None  # the sections of a group have rules of one kind
             for key, value in rule.init((view.blocks, *view.shape), param.device).items():
                 state[_prefix(views, i) + key] = value if view.blocks > 1 else value[0]
         return state | HalfWeights(group["half_weights"]).init(param)
 
-    def _warn_if_clamped(self, name: str, views: tuple[MatrixView, ...], group: Mapping[str, Any]) -> None:
+    def _warn_if_clamped(self, name: str, views: tuple[MatrixView, ...], rank: int | float | None) -> None:
         for view in views:
             shape = (view.blocks, *view.shape)
-            if not self._clamped and group.get("rank", 0.0) >= 1 and width(group["rank"], shape) < int(group["rank"]):
-                if isinstance(group["rank"], float) and group["rank"] == 1.0:
+            if not self._clamped and rank is not None and rank >= 1 and width(rank, shape) < int(rank):
+                if isinstance(rank, float) and rank == 1.0:
                     continue
                 self._clamped = True
                 warnings.warn(
-                    f"rank {group['rank']} is above the {width(group['rank'], shape)} directions that {name} has; "
+                    f"rank {rank} is above the {width(rank, shape)} directions that {name} has; "
                     "it and others like it are stepped with all of them",
                     stacklevel=6,
                 )
@@ -242,11 +255,12 @@ class MatrixOptimizer(InBackward):
         self._refuse_sparse()
         if self._is_dry_run():
             return loss
+        self._allocate_if_due("gradient")
         probe = Probe() if self.measure else None
         for group, layout in zip(self.param_groups, self._assembled(), strict=True):
             _, element = self.rules(group)
             for bucket in layout.buckets:
-                rule, _ = self.rules(group, bucket.section)
+                rule, _ = self.rules(group, bucket.section, bucket.rank)
                 assert rule is not None  # buckets are made for groups with a matrix rule only
                 if self._images:  # whoever has a gradient of its own beside them was given it by hand
                     for param in bucket.params:
@@ -264,7 +278,10 @@ class MatrixOptimizer(InBackward):
                 "update_rms": probe.update_rms(),
                 "effective_lr": {g["label"]: float(g["lr"]) * self.scale(g) for g in self.param_groups},
             }
+            if any(group["ranks"] is not None for group in self.param_groups):
+                self.measured["rank"] = {name: float(rank) for name, rank in self.directions().items()}
             self.measure = False
+        self._allocate_if_due("weight")  # at the end, since coordinates that backward left are in the old subspaces
         return loss
 
     def scale(self, group: Mapping[str, Any]) -> float:
@@ -367,22 +384,23 @@ class MatrixOptimizer(InBackward):
 
     def _assemble(self, index: int) -> Layout:
         group = self.param_groups[index]
-        rule, _ = self.rules(group)
-        members: dict[tuple[MatrixView, int, str, Any, Any], list[tuple[torch.nn.Parameter, str]]] = {}
+        members: dict[tuple[MatrixView, int, str, Any, Any, Any], list[tuple[torch.nn.Parameter, str]]] = {}
         rest: list[tuple[torch.nn.Parameter, int]] = []
-        for name, param in zip(self.names(index), group["params"], strict=True):
-            views = self._views(param, group, rule)
+        for name, param, rank in zip(self.names(index), group["params"], ranks_of(group), strict=True):
+            views = self._views(param, group, rank)
             if not views:
                 rest.append((param, key_of(name)))
             for i, view in enumerate(views):
-                members.setdefault((view, i, _prefix(views, i), param.dtype, param.device), []).append((param, name))
+                kind = (view, i, _prefix(views, i), rank, param.dtype, param.device)
+                members.setdefault(kind, []).append((param, name))
         buckets = []
-        for (view, section, prefix, _, _), found in members.items():
+        for (view, section, prefix, rank, _, _), found in members.items():
             most = batch_size(view.blocks * view.shape[0] * view.shape[1], found[0][0].device)
             starts = range(0, len(found), most)
             for start in starts:
                 part = found[start : start + most]
-                buckets.append(Bucket.of(part, [self.state[param] for param, _ in part], view, prefix, section))
+                states = [self.state[param] for param, _ in part]
+                buckets.append(Bucket.of(part, states, view, prefix, section, rank))
         return Layout(buckets, rest)
 
     # --- state ------------------------------------------------------------------------------------------------------
@@ -393,6 +411,8 @@ class MatrixOptimizer(InBackward):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` gave: checked whole first, then copied into the existing tensors, dtypes kept.
+
+        Matrices that had ranks of their own (`ranks`) have them again afterwards, in new tensors.
 
         Raises:
             ValueError: when groups, state names or shapes differ; nothing is changed then.
@@ -408,24 +428,30 @@ class MatrixOptimizer(InBackward):
             raise ValueError(
                 f"the saved optimizer state has other parameter groups than {type(self).__name__} here: {remedy}"
             )
-        pairs = [
-            (name, param, state_dict["state"].get(key, {}))
-            for index, (old, new) in enumerate(zip(saved, self.param_groups, strict=True))
-            for name, key, param in zip(self.names(index), old["params"], new["params"], strict=True)
-        ]
-        for name, param, state in pairs:
-            mine = {key: tuple(value.shape) for key, value in self.state[param].items()}
+        places: list[tuple[str, Tensor, State, Mapping[str, Any]]] = []
+        for index, (old, new) in enumerate(zip(saved, self.param_groups, strict=True)):
+            ranked = {**new, "ranks": old.get("ranks")}
+            try:
+                self._refuse_ranks(ranked)
+            except ValueError as error:
+                raise ValueError(f"the saved optimizer state does not fit ({error}): {remedy}") from None
+            keys = zip(self.names(index), old["params"], new["params"], ranks_of(ranked), ranks_of(new), strict=True)
+            for name, key, param, rank, held in keys:
+                mine = self.state[param] if rank == held else self._initial_state(name, param, ranked, rank)
+                places.append((name, param, mine, state_dict["state"].get(key, {})))
+        for name, _, own, state in places:
+            mine = {key: tuple(value.shape) for key, value in own.items()}
             theirs = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
             if mine != theirs:
                 raise ValueError(f"the saved optimizer state of {name} is {theirs}, not {mine}: {remedy}")
-        for _, param, state in pairs:
+        for _, param, own, state in places:
             for key, value in state.items():
-                target = self.state[param][key]
-                target.copy_(value if isinstance(value, Tensor) else torch.as_tensor(value))
+                own[key].copy_(value if isinstance(value, Tensor) else torch.as_tensor(value))
+            self.state[param] = own
         groups = []
         for old, new in zip(saved, self.param_groups, strict=True):
             values = copy.deepcopy({key: value for key, value in old.items() if key != "params"})
-            groups.append({**new, **values, "params": new["params"]})
+            groups.append({**new, "ranks": None, **values, "params": new["params"]})
         axis, hooks = self.axis, self._hooks
         self.__setstate__({"state": self.state, "param_groups": groups})
         self.axis, self._hooks = axis, hooks

@@ -44,7 +44,7 @@ class RankedGroups(MatrixOptimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if all(group["rank"] is None for group in self.param_groups):
+        if all(rank is None for group in self.param_groups for rank in (group["rank"], *(group["ranks"] or ()))):
             name = type(self).__name__
             raise ValueError(f"{name}: no parameter group has a rank: give rank=… here or in a group, or use AdamW")
 

@@ -1,4 +1,4 @@
-"""A rank for each matrix of a model, instead of one for all."""
+"""Ranks of one's own for the matrices of a model, by a budget, a share or a threshold that one chooses oneself."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from thinrank.optim.build import build
-from thinrank.optim.grouping import stepped_matrices
+from thinrank.optim.allocation import Matrix
+from thinrank.optim.grouping import group_parameters
+from thinrank.optim.heads import HeadLayout
 from thinrank.optim.linalg.allocate import allocate_ranks, bounded_counts, global_threshold, relative, stretched
-from thinrank.optim.linalg.basis import random_columns, subspace_iteration
-from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import matrix_views
 from thinrank.optim.methods.config import RankedConfig, choice
-from thinrank.optim.optimizer import MatrixOptimizer
-from thinrank.optim.rule import key_of
-
-OVERSAMPLE = 8
-"""Random columns of a sketch beside the values that are asked for."""
 
 
 def allocated_ranks(
@@ -35,9 +29,12 @@ def allocated_ranks(
     dense_above: float | None = None,
     sketch: int | None = None,
     roles: Mapping[str, str] | None = None,
+    heads: Mapping[str, HeadLayout] | None = None,
     seed: int = 0,
 ) -> dict[str, int | None]:
-    """A rank for each matrix that `config` projects, for `build(model, config, ranks=…)`.
+    """A rank for each matrix that `config` projects, for `build(model, config, ranks=…)` or `optimizer.reallocate`.
+
+    For those who want another budget or rule than `config.rank_allocation`, which does without a call.
 
     With `reduction`, WeLore's rule: spectra stretched to [0, 1] and one threshold, below which that share of all
     singular values lies. Otherwise spectra are divided by their largest value, and the threshold is the smallest for
@@ -54,7 +51,7 @@ def allocated_ranks(
             then is not in the budget.
         sketch: compute only so many singular values, by randomized subspace iteration, instead of all of them: for
             matrices of thousands. Needs a budget.
-        roles: as in `build`.
+        roles, heads: as in `build`.
         seed: of the sketches.
 
     Raises:
@@ -66,18 +63,14 @@ def allocated_ranks(
     for key, value in (("minimum", minimum), ("multiple", multiple), ("maximum", maximum), ("sketch", sketch)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{key} must be at least 1, got {value!r}")
+    matrices = {matrix.name: matrix for matrix in _matrices(model, config, spectra, roles, heads, seed)}
     found: dict[str, Tensor] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    for name, parameter in stepped_matrices(model, config, roles).items():
-        source = parameter.grad if spectra == "gradient" else parameter
-        if source is None:
+    for name, matrix in matrices.items():
+        if matrix.source is None:
             raise ValueError(f"{name} has no gradient: run one backward() first, or use spectra='weight'")
-        if not bool(torch.isfinite(source).all()):
+        if not bool(torch.isfinite(matrix.source).all()):
             raise ValueError(f"the {spectra} of {name} is not finite, so it has no spectrum: repair it first")
-        (view,) = matrix_views(tuple(parameter.shape), getattr(config, "proj_type", "std"))
-        sizes[name] = view.shape
-        key = key_of(name) + (seed << 32)
-        found[name] = spectrum(view.of(source.detach())[0].float(), sketch, torch.Generator().manual_seed(key))
+        found[name] = matrix.spectrum(sketch)
     names = list(found)
     if not names:
         return {}
@@ -87,98 +80,42 @@ def allocated_ranks(
         ranks = bounded_counts(values, threshold, minimum=minimum, maximum=maximum, multiple=multiple)
     else:
         if budget is None:
-            assert config.rank is not None  # without a rank nothing is projected
-            budget = sum(width(config.rank, (1, *size)) * sum(size) for size in sizes.values())
+            budget = sum(matrix.cost(matrix.rank) for matrix in matrices.values())
         ranks = allocate_ranks(
             [relative(found[name]) for name in names],
-            [sizes[name] for name in names],
+            [matrices[name].sides for name in names],
             budget,
             minimum=minimum,
             maximum=maximum,
             multiple=multiple,
         )
     limit = math.inf if dense_above is None else dense_above
-    return {name: rank if rank <= limit * min(sizes[name]) else None for name, rank in zip(names, ranks, strict=True)}
+    whole = {name: limit * matrix.directions(1.0) for name, matrix in matrices.items()}
+    return {name: rank if rank <= whole[name] else None for name, rank in zip(names, ranks, strict=True)}
 
 
-def spectrum(x: Tensor, sketch: int | None, generator: torch.Generator) -> Tensor:
-    """Falling singular values of `x` (long, short), on the CPU: all, or the first `sketch` of them, nearly.
-
-    The sketch is randomized subspace iteration with two power steps: with none, the slow decay of trained weights
-    is read off far too low (Pourkamali-Anaraki 2026, arXiv 2604.02659).
-    """
-    if sketch is None or sketch >= min(x.shape):
-        return torch.linalg.svdvals(x).cpu()
-    columns = min(sketch + OVERSAMPLE, *x.shape)
-    start = random_columns(x.shape[-1], columns, generator, x.device)
-    return torch.linalg.vector_norm(subspace_iteration(x, start, sketch, iterations=2)[1], dim=-2).cpu()
-
-
-@torch.no_grad()
-def reallocate(
-    optimizer: MatrixOptimizer,
+def _matrices(
     model: nn.Module,
     config: RankedConfig,
-    ranks: Mapping[str, int | None],
-    *,
-    seed: int = 0,
-    roles: Mapping[str, str] | None = None,
-) -> MatrixOptimizer:
-    """A new optimizer with other `ranks` that goes on where `optimizer` stands, with its learning rates.
-
-    A smaller rank keeps the first directions (the strongest, where the method orders them) with their moments; a larger
-    one adds directions orthogonal to them, or columns not yet chosen, with moments of zero. What else a matrix
-    remembers is kept; a matrix that changes between projected and element by element starts anew. The old optimizer is
-    left as it is. Learning-rate schedulers hold the optimizer they were made for: make them anew, too.
-
-    With one step count for the whole matrix, new directions take up to (1−β1)/sqrt(1−β2) learning rates at first.
-
-    Args:
-        ranks: of all matrices, as for `build`; `with_hysteresis` spares changes that are too small to pay.
-        seed, roles: as in `build`.
-    """
-    new = build(model, config, seed=seed, roles=roles, ranks=ranks)
-    new.axis = optimizer.axis
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for group in new.param_groups:
-        before = groups.get(group["params"][0], {})
-        group.update({key: before[key] for key in ("lr", "initial_lr") if key in before})
-    for parameter, state in new.state.items():
-        old = optimizer.state.get(parameter, {})
-        if set(old) != set(state):
-            continue
-        for key, value in state.items():
-            kind = key.rpartition(".")[2]
-            value.copy_(_RESIZED.get(kind, _common)(old[key], value))
-    return new
-
-
-def _common(old: Tensor, like: Tensor) -> Tensor:
-    """`like` with what `old` has of it."""
-    new = like.clone()
-    part = tuple(slice(min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
-    new[part] = old[part]
-    return new
-
-
-def _basis(old: Tensor, like: Tensor) -> Tensor:
-    """The first columns of the orthonormal `old`, or all of them and some of their complement."""
-    held, wanted = old.shape[-1], like.shape[-1]
-    if wanted <= held:
-        return old[..., :wanted]
-    return torch.cat([old, torch.linalg.qr(old, mode="complete").Q[..., held:wanted]], -1)
-
-
-def _columns(old: Tensor, like: Tensor) -> Tensor:
-    """The first of the chosen columns, or all of them and the lowest of the others."""
-    held, wanted = old.shape[-1], like.shape[-1]
-    if wanted <= held:
-        return old[..., :wanted]
-    most = int(old.max()) + 1 + wanted  # the lowest free ones lie below, and below the short side
-    member = torch.zeros(*old.shape[:-1], most, dtype=torch.bool, device=old.device).scatter_(-1, old.long(), True)
-    free = torch.sort(member.to(torch.uint8), dim=-1, stable=True).indices[..., : wanted - held]
-    return torch.cat([old, free.to(old.dtype)], -1)
-
-
-_RESIZED = {"basis": _basis, "basis_long": _basis, "columns": _columns}
-"""State that is not carried by copying what both sizes have."""
+    spectra: str,
+    roles: Mapping[str, str] | None,
+    heads: Mapping[str, HeadLayout] | None,
+    seed: int,
+) -> list[Matrix]:
+    """What `config` projects, in the model's order, seen as the optimizer of `config` sees it."""
+    if config.rank is None:
+        return []
+    found: dict[str, Matrix] = {}
+    for group in group_parameters(model, config, roles, heads=heads).groups:
+        for name, parameter in group["params"]:
+            if group["elementwise"]:
+                continue
+            views = matrix_views(
+                tuple(parameter.shape),
+                group.get("proj_type", "std"),
+                sections=group.get("sections"),
+                along=group.get("sections_along", "rows"),
+            )
+            source = parameter.grad if spectra == "gradient" else parameter
+            found[name] = Matrix(name=name, views=views, source=source, rank=config.rank, held=config.rank, seed=seed)
+    return [found[name] for name, _ in model.named_parameters() if name in found]

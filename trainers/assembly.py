@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
+from thinrank.optim import MatrixOptimizer
 from thinrank.trainers import report
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
@@ -229,6 +230,9 @@ def _train(parts: Parts) -> dict[str, Any]:
         "started": started,
     }
     # now, because a later stage of Lightning lets go of the optimizer
+    optimizer = trainer.optimizers[0]
+    if isinstance(optimizer, MatrixOptimizer) and (ranks := optimizer.ranks()):
+        parts.routing = parts.job.route(parts.model, ranks)
     state = optimizer_state(parts)
     metrics, sample, artifacts = before, {}, {}
     if not preempted:

@@ -22,6 +22,7 @@ TAGS = (
     "grad_norm",
     "lowrank/captured_energy",
     "lowrank/subspace_overlap",
+    "lowrank/rank",
     "time/step",
     "consumed_tokens",
 )

@@ -5,6 +5,7 @@ Everything else is one and the same run (`thinrank.trainers.assembly`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,14 @@ class Job:
         """The model to train, on the CPU or, for planning, on the meta device; what is frozen needs no gradient."""
         raise NotImplementedError
 
-    def route(self, model: Any) -> optim.Routing:
-        """Which rule steps which parameter.
+    def route(self, model: Any, ranks: Mapping[str, int | float | None] | None = None) -> optim.Routing:
+        """Which rule steps which parameter, with the ranks that an optimizer has come to (`MatrixOptimizer.ranks`).
 
         Raises:
             UserError: the optimizer's patterns do not fit the model.
         """
         try:
-            return optim.route(model, self.config.optimizer)
+            return optim.route(model, self.config.optimizer, ranks=ranks)
         except ValueError as error:
             raise UserError(f"optimizer.{error}") from error
 

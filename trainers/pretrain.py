@@ -155,6 +155,12 @@ class TrainingConfig:
                 f"settings needs whole gradients, because {cause}: use trainer.in_backward=step, or a method such as "
                 "galore"
             )
+        if self.trainer.in_backward != "off" and getattr(self.optimizer, "rank_allocation", None) == "gradient":
+            raise ValueError(
+                f"trainer.in_backward={self.trainer.in_backward} keeps no whole gradients until the step, by which "
+                "optimizer.rank_allocation=gradient shares ranks out: use optimizer.rank_allocation=weight, or "
+                "trainer.in_backward=off"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

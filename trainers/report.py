@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import thinrank
+from thinrank.optim.allocation import rank_spread
 from thinrank.trainers.curves import summary
 from thinrank.trainers.files import write_json, write_text
 
@@ -48,7 +49,7 @@ def collect(
         seeds: by what they seed.
         data: manifest_hash, source and counts.
         model: parameters, trained_parameters, and origin, the digests of what training started from.
-        routing: one row for each parameter: name, shape, role, rule, lr, elements, state_bytes.
+        routing: one row for each parameter: name, shape, role, rule, lr, elements, state_bytes, rank.
         optimizer_state: predicted_bytes and measured_bytes of this rank, and adamw_bytes for comparison.
         training: steps, tokens, seconds, tokens_per_second, skipped_steps, world, accumulate.
         metrics: final values.
@@ -163,6 +164,7 @@ def page(report: Mapping[str, Any]) -> str:
                 ("step, mean with renewals, ms", _ms(training.get("step_seconds_mean"))),
                 ("parameters", _shown(report["model"].get("parameters"))),
                 ("trained parameters", _shown(report["model"].get("trained_parameters"))),
+                ("ranks, least / median / most", _ranks(report["routing"])),
                 ("skipped steps", _shown(training.get("skipped_steps"))),
                 ("restarts", _shown(run.get("restarts"))),
                 ("ranks × micro-batches", f"{training.get('world')} × {training.get('accumulate')}"),
@@ -230,6 +232,11 @@ def _shown(value: Any) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _ranks(routing: Sequence[Mapping[str, Any]]) -> str:
+    spread = rank_spread(row.get("rank") for row in routing)
+    return "–" if spread is None else " / ".join(f"{rank:,}" for rank in spread)
 
 
 def _ms(seconds: float | None) -> str:

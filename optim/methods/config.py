@@ -41,6 +41,16 @@ def decay_rate(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be below 1, got {value!r}")
 
 
+def whole_steps(name: str, value: Any) -> None:
+    """Refuses what is not a whole number of at least one step."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be at least 1 step, got {value!r}")
+
+
+ALLOCATIONS = ("uniform", "weight", "gradient")
+"""Whose spectra decide on ranks; `uniform`: nobody's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Fields of every optimizer; a learning rate for each role, because matrices and embeddings want different ones."""
@@ -166,6 +176,17 @@ class RankedConfig(MatrixConfig):
         },
     )
 
+    rank_allocation: str = field(
+        default="uniform",
+        metadata={
+            "help": "how what `rank` for all costs is shared out: uniform (all alike), weight or gradient (by the "
+            "spectra of all weights, or of the first step's gradients)"
+        },
+    )
+    rank_allocation_every: int | None = field(
+        default=None, metadata={"help": "steps between two allocations; null: the first one stays"}
+    )
+
     GROUP: ClassVar[tuple[str, ...]] = (*MatrixConfig.GROUP, "rank", "projection_dtype")
 
     def __post_init__(self) -> None:
@@ -180,6 +201,21 @@ class RankedConfig(MatrixConfig):
                     f"rank must be at least 1 (directions) or a fraction of the short side in (0, 1], got {self.rank!r}"
                 )
         choice("projection_dtype", self.projection_dtype, ("float32", "bfloat16"))
+        choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
+        if self.rank_allocation_every is not None:
+            whole_steps("rank_allocation_every", self.rank_allocation_every)
+        if self.rank_allocation == "uniform":
+            if self.rank_allocation_every is not None:
+                raise ValueError(
+                    f"rank_allocation_every={self.rank_allocation_every} has nothing to allocate with "
+                    "rank_allocation='uniform': set that to gradient or weight, or leave this out"
+                )
+        elif self.rank in (None, 1):
+            # no directions, the one that every matrix must have, or (1.0) all of them
+            raise ValueError(
+                f"rank_allocation={self.rank_allocation!r} has nothing to share out with rank={self.rank!r}: set "
+                "another rank, or rank_allocation='uniform'"
+            )
 
     @property
     def dtype(self) -> torch.dtype:

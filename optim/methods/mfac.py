@@ -68,6 +68,11 @@ class MFACConfig(LowRankConfig):
         number("damping", self.damping, open_low=True)
         choice("finish", self.finish, ("momentum", "adam"))
         choice("space", self.space, ("projected", "whole"))
+        if self.space == "whole" and self.rank_allocation != "uniform":
+            raise ValueError(
+                f"rank_allocation={self.rank_allocation!r} shares out ranks, which space='whole' does not have: use "
+                "space='projected', or rank_allocation='uniform'"
+            )
 
     def matrix_rule(self) -> LowRank | Whole | None:
         if self.rank is None:

@@ -12,16 +12,19 @@ from laws import LAW, decaying, eye_error, seeded
 from torch import Tensor, nn
 
 from thinrank.optim import (
+    AdamW,
     AdamWConfig,
     DCTAdamWConfig,
+    GaLore,
     GaLoreConfig,
     LDAdamConfig,
     MFACConfig,
     allocated_ranks,
     build,
-    reallocate,
     route,
 )
+from thinrank.optim.allocation import spectrum
+from thinrank.optim.inner.moments import first_moment
 from thinrank.optim.linalg.allocate import (
     allocate_ranks,
     bounded_counts,
@@ -31,7 +34,6 @@ from thinrank.optim.linalg.allocate import (
     stretched,
     with_hysteresis,
 )
-from thinrank.optim.ranks import spectrum
 
 
 @st.composite
@@ -220,6 +222,8 @@ def test_groups_by_rank_and_the_table_that_shows_them(config):
     assert [rules[n] for n in NAMES] == [f"{name}@9", "adamw", f"{name}@2"]
     for text in (f"{name}@9", f"{name}@2"):
         assert text in routing.table()
+    assert {row.name: row.rank for row in routing.rows if row.rank} == {"slow.weight": 9, "fast.weight": 2}
+    assert "ranks: 2 / 2 / 9 (least / median / most)" in routing.table()
     optimizer = build(model, config, ranks=ranks)
     assert routing.state_bytes() == optimizer.state_bytes()
     labels = [group["label"] for group in optimizer.param_groups]
@@ -296,15 +300,13 @@ def go(model, optimizer, first, stop):
 
 @each
 def test_with_the_same_ranks_the_run_goes_on_to_the_bit(config):
-    ranks = {"slow.weight": 6, "medium.weight": None}
+    ranks = {"slow.weight": 6, "medium.weight": None, "fast.weight": 4}
     model = Model()
     twin = copy.deepcopy(model)
     optimizer, other = (build(m, config, ranks=ranks, seed=2) for m in (model, twin))
     go(model, optimizer, 0, 4)
     go(twin, other, 0, 4)
-    for each_optimizer in (optimizer, other):
-        each_optimizer.param_groups[0]["lr"] = 0.5
-    optimizer = reallocate(optimizer, model, config, ranks, seed=2)
+    optimizer.reallocate(ranks)
     go(model, optimizer, 4, 8)
     go(twin, other, 4, 8)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
@@ -313,11 +315,13 @@ def test_with_the_same_ranks_the_run_goes_on_to_the_bit(config):
 @each
 def test_moments_and_directions_are_cut_or_extended(config):
     model = Model()
-    old = build(model, config)
-    go(model, old, 0, 4)
-    new = reallocate(old, model, config, {"slow.weight": 9, "medium.weight": 4, "fast.weight": 2})
+    optimizer = build(model, config)
+    go(model, optimizer, 0, 4)
+    old = copy.deepcopy({name: optimizer.state[model.get_parameter(name)] for name in NAMES})
+    optimizer.reallocate({"slow.weight": 9, "fast.weight": 2})
+    assert optimizer.ranks() == {"slow.weight": 9, "medium.weight": 4, "fast.weight": 2}
     for name, rank in zip(NAMES, (9, 4, 2), strict=True):
-        before, after = (o.state[model.get_parameter(name)] for o in (old, new))
+        before, after = old[name], optimizer.state[model.get_parameter(name)]
         both = min(rank, 4)
         assert float(after["step"]) == 4.0
         for key in ("exp_avg", "exp_avg_sq", "window", "age"):
@@ -334,15 +338,95 @@ def test_moments_and_directions_are_cut_or_extended(config):
             assert torch.equal(after["columns"][:both], before["columns"][:both])
             assert len(set(after["columns"].tolist())) == rank
             assert set(after["columns"].tolist()) <= set(range(16))
-    go(model, new, 4, 8)
+    go(model, optimizer, 4, 8)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-def test_what_turns_dense_starts_anew():
-    model, config = Model(), GaLoreConfig(rank=4)
-    old = build(model, config)
-    go(model, old, 0, 4)
-    new = reallocate(old, model, config, {"slow.weight": None})
-    assert float(new.state[model.slow.weight]["step"]) == 0.0
-    assert float(new.state[model.fast.weight]["step"]) == 4.0
-    go(model, new, 4, 6)
+def test_eight_bit_moments_stay_what_they_stood_for():
+    """Codes are of blocks with one scale each: cut or extended, the entries that stay must mean the same numbers."""
+    model = Model()
+    optimizer = build(model, GaLoreConfig(rank=4, state_bits=8))
+    go(model, optimizer, 0, 4)
+    with torch.no_grad():
+        before = {name: first_moment(optimizer.state[model.get_parameter(name)]) for name in NAMES}
+    optimizer.reallocate({"slow.weight": 9, "fast.weight": 2})
+    for name, rank in zip(NAMES, (9, 4, 2), strict=True):
+        after = first_moment(optimizer.state[model.get_parameter(name)])
+        assert after.shape == (24, rank)
+        assert before[name].any()
+        assert torch.equal(after[:, : min(rank, 4)], before[name][:, : min(rank, 4)])
+        assert not after[:, 4:].any()
+
+
+def test_what_turns_dense_starts_anew_and_its_wide_copy_stays():
+    model, config = Model().to(torch.bfloat16), GaLoreConfig(rank=4, half_weights="master")
+    optimizer = build(model, config)
+    for step in range(4):
+        for i, p in enumerate(model.parameters()):
+            p.grad = seeded(*p.shape, seed=100 * step + i).to(p.dtype)
+        optimizer.step()
+    wide = optimizer.state[model.slow.weight]["master"].clone()
+    assert not torch.equal(wide, model.slow.weight.float())
+    optimizer.reallocate({"slow.weight": None})
+    state = optimizer.state[model.slow.weight]
+    assert float(state["step"]) == 0.0
+    assert "basis" not in state
+    assert torch.equal(state["master"], wide)
+    assert float(optimizer.state[model.fast.weight]["step"]) == 4.0
+    optimizer.step()
+    assert float(state["step"]) == 1.0
+    optimizer.reallocate({"slow.weight": 3})
+    assert optimizer.state[model.slow.weight]["basis"].shape == (16, 3)
+
+
+def test_groups_rates_schedules_and_hooks_outlive_other_ranks():
+    model = Model()
+    optimizer = build(model, GaLoreConfig(rank=4, lr=0.5))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer.in_backward("step")
+    groups = list(optimizer.param_groups)
+    optimizer.step()
+    optimizer.reallocate({"slow.weight": 9})
+    schedule.step()
+    assert [a is b for a, b in zip(optimizer.param_groups, groups, strict=True)] == [True] * len(groups)
+    assert {group["lr"] for group in groups} == {0.25}
+    before = model.slow.weight.detach().clone()
+    model.slow(torch.ones(2, 16)).square().sum().backward()
+    assert model.slow.weight.grad is None
+    assert not torch.equal(model.slow.weight, before)
+
+
+def test_bad_reallocations_change_nothing():
+    model = Model()
+    optimizer = build(model, GaLoreConfig(rank=4))
+    before = {param: dict(state) for param, state in optimizer.state.items()}
+    for ranks, sentence in (
+        ({"slow.weight": 2, "table.weight": 4}, r"ranks: 'table\.weight' is no matrix that GaLore projects here"),
+        ({"slow.weight": 2, "fast.weight": 0}, r"GaLore: rank must be at least 1 .*, got 0"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            optimizer.reallocate(ranks)
+    assert all(optimizer.state[p][key] is value for p, state in before.items() for key, value in state.items())
+    assert optimizer.ranks() == {}
+    with pytest.raises(ValueError, match="AdamW has no rank"):
+        build(model, AdamWConfig()).reallocate({"slow.weight": 2})
+    optimizer.in_backward("project")
+    model.slow(torch.ones(2, 16)).square().sum().backward()
+    with pytest.raises(RuntimeError, match="reallocate after step or zero_grad"):
+        optimizer.reallocate({"slow.weight": 2})
+
+
+def test_groups_of_one_s_own_say_ranks():
+    params = [nn.Parameter(seeded(8, 6)), nn.Parameter(seeded(8, 6, seed=1)), nn.Parameter(seeded(6))]
+    optimizer = GaLore([{"params": params, "ranks": [2, None, None]}])
+    assert [tuple(optimizer.state[p]["exp_avg"].shape) for p in params] == [(8, 2), (8, 6), (6,)]
+    assert (optimizer.directions(), optimizer.ranks()) == ({"0.0": 2}, {"0.0": 2, "0.1": None})
+    assert optimizer.scale(optimizer.param_groups[0]) == 0.25
+    for ranks, sentence in (
+        ([2], r"GaLore: ranks must be a list of one rank for each of the 3 parameters of the group, got \[2\]"),
+        ([2, 1.5, 1], r"GaLore: rank must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            GaLore([{"params": params, "ranks": ranks}])
+    with pytest.raises(ValueError, match="AdamW has no rank: leave ranks out of the parameter group"):
+        AdamW([{"params": params, "ranks": [2, 2, 2]}])

@@ -91,6 +91,7 @@ class TrainingMetrics(pl.Callback):
     | `lowrank/captured_energy/<parameter>` | share of the gradient's energy that the subspace holds |
     | `lowrank/captured_energy` | its mean over the projected matrices |
     | `lowrank/subspace_overlap[/<parameter>]` | share of the old subspace in the new one, at renewals |
+    | `lowrank/rank[/<parameter>]` | directions of a matrix, where matrices have ranks of their own |
     | `tokens_per_sec`, `time/step` | tokens per second of all ranks; seconds per step |
     | `consumed_tokens` | tokens so far |
     | `memory/optimizer_state(MiB)` | tensors of the optimizer on this rank |
@@ -174,7 +175,7 @@ class TrainingMetrics(pl.Callback):
 def _measured(measured: dict[str, dict[str, float]]) -> dict[str, float]:
     """The optimizer's own values under their tags; a step that was skipped has none."""
     metrics: dict[str, float] = {}
-    for key in ("captured_energy", "subspace_overlap"):
+    for key in ("captured_energy", "subspace_overlap", "rank"):
         found = {name: float(value) for name, value in measured.get(key, {}).items()}
         metrics |= {f"lowrank/{key}/{name}": value for name, value in found.items()}
         if found:
