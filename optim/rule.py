@@ -85,15 +85,6 @@ class Step:
         count = [self.count[i] for i in which]
         return Step(count=count, keys=keys, seed=self.seed, axis=self.axis, transposed=self.transposed)
 
-    def renews(self, index: int, every: int, *, stagger: bool = False) -> bool:
-        """True when a matrix renews what it renews at its first update and then once in `every`.
-
-        Args:
-            stagger: spread the renewals of the matrices over the gap: each is early by an amount that its key gives.
-        """
-        lead = self.keys[index] * every >> 32 if stagger and self.keys else 0
-        return self.count[index] == 0 or (self.count[index] + lead) % every == 0
-
     def stored(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of the weights whose batch (batch, long, short) is `x`, with all ranks' rows together."""
         long, short = x.shape[-2:]

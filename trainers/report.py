@@ -164,10 +164,10 @@ def page(report: Mapping[str, Any]) -> str:
                 ("step, mean with renewals, ms", _ms(training.get("step_seconds_mean"))),
                 ("parameters", _shown(report["model"].get("parameters"))),
                 ("trained parameters", _shown(report["model"].get("trained_parameters"))),
-                ("ranks, least / median / most", _ranks(report["routing"])),
+                ("ranks of subspaces, least / median / most", _ranks(report["routing"])),
                 ("skipped steps", _shown(training.get("skipped_steps"))),
                 ("restarts", _shown(run.get("restarts"))),
-                ("ranks × micro-batches", f"{training.get('world')} × {training.get('accumulate')}"),
+                ("processes × micro-batches", f"{training.get('world')} × {training.get('accumulate')}"),
                 *((key.replace("_", " "), _shown(value)) for key, value in report["memory"].items()),
             ],
         )

@@ -14,6 +14,7 @@ from thinrank.optim.linalg.basis import captured_energy
 from thinrank.optim.linalg.norms import peak
 from thinrank.optim.lowrank.feedback import Feedback, NoFeedback
 from thinrank.optim.lowrank.lift import Lift, LinearLift, Project
+from thinrank.optim.lowrank.renewals import Renewals
 from thinrank.optim.lowrank.subspace import Subspace, second_choice
 from thinrank.optim.lowrank.transport import Change, Keep, Transport
 from thinrank.optim.rule import Decay, State, Step
@@ -32,7 +33,7 @@ class LowRank:
         lift: how the small direction becomes a full update.
         scale: multiplies the learning rate.
         decay: when the weight decay acts.
-        stagger: spread the renewals of the matrices over the gap, each by its name.
+        renewals: when the subspace's gap is over.
     """
 
     subspace: Subspace
@@ -42,7 +43,7 @@ class LowRank:
     lift: Lift = field(default=Project())
     scale: float = 1.0
     decay: Decay = field(default=Decay())
-    stagger: bool = False
+    renewals: Renewals = field(default=Renewals())
 
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
         """Every tensor the rule will ever keep for a batch of `shape` (batch, long, short), by name."""
@@ -51,6 +52,7 @@ class LowRank:
             **self.inner.init(self.subspace.small(shape), device),
             **self.feedback.init(shape, device),
             **self.lift.init(shape, device),
+            **self.renewals.init(shape[0], device, self.subspace.every),
         }
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
@@ -65,8 +67,7 @@ class LowRank:
 
     def coordinates(self, x: Tensor, state: State, step: Step) -> Tensor:
         """(batch, long, r) coordinates of `x`, after the subspaces that are due have been renewed from it."""
-        every = self.subspace.every
-        due = [i for i in range(len(step.count)) if step.renews(i, every, stagger=self.stagger)]
+        due = self.renewals.due(state, step, self.subspace.every)
         low = self.renew(x, state, step, due) if due else None
         return step.axis.mean(self.subspace.down(x, state)) if low is None else low  # where replicas meet
 
@@ -125,7 +126,6 @@ class LowRank:
                     step.note(i, "its gradient was not finite", skipped=True)
             due = [i for i in due if finite[i]]
         overlap = torch.full((len(step.count),), math.nan)
-        compare = step.record is not None and self.subspace.orthonormal
         if step.record is not None:
             step.record["subspace_overlap"] = overlap
         first, later = [i for i in due if step.count[i] == 0], [i for i in due if step.count[i] > 0]
@@ -150,8 +150,10 @@ class LowRank:
                 step.note(which[0], "its exact SVD did not converge", skipped=False)
                 change, low = other
             self.transport.carry(some, change, part.count)
-            if compare and step.count[which[0]] > 0:
-                overlap[which] = change.overlap().to(overlap)
+            turned = change.overlap().to(overlap) if part.count[0] > 0 and self._compares(step) else None
+            if turned is not None:
+                overlap[which] = turned
+            self.renewals.done(some, part, self.subspace.every, turned)
             if every:
                 return low
             if low is not None:
@@ -167,6 +169,9 @@ class LowRank:
         for which, part_low in found:  # a matrix is given the same numbers, whoever else is due
             low[which] = part_low
         return low
+
+    def _compares(self, step: Step) -> bool:
+        return self.subspace.orthonormal and (step.record is not None or self.renewals.lazy is not None)
 
     def _second_choice(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None] | None:
         other = second_choice(self.subspace)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from thinrank.optim.linalg.adam import adam_direction
 from thinrank.optim.linalg.entries import carry_entries, largest_entries, take_entries
+from thinrank.optim.lowrank.renewals import Renewals
 from thinrank.optim.lowrank.subspace import Subspace
 from thinrank.optim.rule import State, Step, beside
 from thinrank.optim.update import Entries, Update
@@ -46,15 +47,14 @@ class SparseResidual:
         warmup: K, steps.
         reselect: `never`, or `renewal`: S is chosen anew from one step's residual whenever the basis is renewed after
             the warm-up; entries that stay keep their moments and age, others start from zero.
-        every, stagger: when the subspace renews.
+        renewals: when the subspace renews.
         betas, eps, eps_raw: as Adam's.
     """
 
     density: float
     warmup: int = 0
     reselect: str = "never"
-    every: int = 200
-    stagger: bool = False
+    renewals: Renewals = field(default=Renewals())
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     eps_raw: bool = False
@@ -126,7 +126,10 @@ class SparseResidual:
     def _choose(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step) -> None:
         """Lets `x` have its say in the choice of S, where one is to be made."""
         searching = [i for i, count in enumerate(step.count) if count < max(self.warmup, 1)]
-        again = [i for i, count in enumerate(step.count) if count > self.warmup and self._renews(step, i)]
+        again: list[int] = []
+        if self.reselect == "renewal":
+            later = [i for i, count in enumerate(step.count) if count > self.warmup]
+            again = [i for i in later if self.renewals.now(state, step, subspace.every, i)]
         if not searching and not again:
             return
         # in place, and in one order: a processor takes five times longer to subtract a matrix that lies transposed than
@@ -144,9 +147,6 @@ class SparseResidual:
                 state["entries"][searching], state["entry_avg"][searching] = some["entries"], some["entry_avg"]
         if again:
             self._reselect(missed[again], fine[again], state, again)
-
-    def _renews(self, step: Step, index: int) -> bool:
-        return self.reselect == "renewal" and step.renews(index, self.every, stagger=self.stagger)
 
     def _values(self, grad: Tensor, state: State, step: Step) -> Tensor:
         """Adam's direction for the entries `grad` (batch, k) of the gradient, by moments of their own."""

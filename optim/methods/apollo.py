@@ -69,6 +69,11 @@ class ApolloConfig(LowRankConfig):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.stagger and self.proj == "random":
             raise ValueError("stagger spreads factorisations, got proj='random', which has none: use stagger=False")
+        if self.lazy_overlap is not None and self.proj == "random":
+            raise ValueError(
+                f"lazy_overlap={self.lazy_overlap} compares subspaces, got proj='random', whose draws have nothing in "
+                "common: leave it out"
+            )
 
     def matrix_rule(self) -> LowRank | None:
         if self.rank is None:
@@ -82,7 +87,7 @@ class ApolloConfig(LowRankConfig):
             inner=self.adam(eps_raw=True),
             lift=ScaledGradient(betas=self.betas, per=self.scale_type, limit=limit),
             scale=self.scale**0.5,
-            stagger=self.stagger,
+            renewals=self.renewals,
             decay=Decay(after=True),
         )
 

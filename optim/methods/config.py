@@ -14,6 +14,7 @@ from thinrank.optim.inner.adam import Adam
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.inner.half import WAYS, HalfWeights
 from thinrank.optim.inner.moments import BITS
+from thinrank.optim.lowrank.renewals import Renewals
 from thinrank.optim.rule import MatrixRule
 
 
@@ -179,8 +180,8 @@ class RankedConfig(MatrixConfig):
     rank_allocation: str = field(
         default="uniform",
         metadata={
-            "help": "how what `rank` for all costs is shared out: uniform (all alike), weight or gradient (by the "
-            "spectra of all weights, or of the first step's gradients)"
+            "help": "how the cost of `rank` is shared out: uniform (all alike), or by the spectra of weight or gradient "
+            "(the first step's)"
         },
     )
     rank_allocation_every: int | None = field(
@@ -232,8 +233,14 @@ class LowRankConfig(RankedConfig):
         default=False,
         metadata={"help": "spread the renewals of the matrices over the gap, so that no step does all of them"},
     )
+    lazy_overlap: float | None = field(
+        default=None,
+        metadata={
+            "help": "overlap of old and new subspace (1: the same) from which a matrix doubles its gap; null: gaps stay"
+        },
+    )
 
-    GROUP: ClassVar[tuple[str, ...]] = (*RankedConfig.GROUP, "update_proj_gap", "stagger")
+    GROUP: ClassVar[tuple[str, ...]] = (*RankedConfig.GROUP, "update_proj_gap", "stagger", "lazy_overlap")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -241,3 +248,10 @@ class LowRankConfig(RankedConfig):
             raise ValueError(f"update_proj_gap must be at least 1 step, got {self.update_proj_gap!r}")
         if not isinstance(self.stagger, bool):
             raise ValueError(f"stagger must be true or false, got {self.stagger!r}")
+        if self.lazy_overlap is not None:
+            number("lazy_overlap", self.lazy_overlap, high=1.0, open_low=True)
+
+    @property
+    def renewals(self) -> Renewals:
+        """When a matrix's subspace is renewed."""
+        return Renewals(stagger=self.stagger, lazy=self.lazy_overlap)

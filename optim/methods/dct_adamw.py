@@ -107,5 +107,5 @@ class DCTAdamWConfig(LowRankConfig):
             inner=self.adam(ages=self.column_age),
             lift=lift_named(self.residual, self.residual_limit),
             scale=self.scale,
-            stagger=self.stagger,
+            renewals=self.renewals,
         )

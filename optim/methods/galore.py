@@ -66,7 +66,7 @@ class GaLoreConfig(LowRankConfig):
             subspace=subspace,
             inner=self.adam(eps_raw=True),
             scale=self.scale,
-            stagger=self.stagger,
+            renewals=self.renewals,
             decay=Decay(after=True),
         )
 

@@ -138,8 +138,7 @@ class GaLorePlusConfig(LowRankConfig):
                 density=self.density,
                 warmup=self.warmup,
                 reselect=self.reselect,
-                every=self.update_proj_gap,
-                stagger=self.stagger,
+                renewals=self.renewals,
                 betas=self.betas,
                 eps=self.eps,
                 eps_raw=self._galore,
@@ -150,7 +149,7 @@ class GaLorePlusConfig(LowRankConfig):
             inner=self.adam(eps_raw=self._galore, ages=self.transport == "reset"),
             lift=lift,
             scale=self.scale,
-            stagger=self.stagger,
+            renewals=self.renewals,
             decay=Decay(after=self._galore),
         )
 

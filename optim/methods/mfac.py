@@ -86,5 +86,5 @@ class MFACConfig(LowRankConfig):
             transport=Rotate(self.betas, also=inner.carried),
             inner=inner,
             scale=self.scale,
-            stagger=self.stagger,
+            renewals=self.renewals,
         )

@@ -49,5 +49,5 @@ class SubspaceAdamWConfig(LowRankConfig):
             inner=self.adam(),
             lift=lift_named(self.residual, self.residual_limit),
             scale=self.scale,
-            stagger=self.stagger,
+            renewals=self.renewals,
         )

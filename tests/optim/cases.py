@@ -36,6 +36,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct_adamw/bfloat16": ("dct_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/bfloat16": ("subspace_adamw", {"projection_dtype": "bfloat16"}),
     "subspace_adamw/stagger": ("subspace_adamw", {"stagger": True}),
+    "subspace_adamw/lazy": ("subspace_adamw", {"lazy_overlap": 0.4, "update_proj_gap": 2}),
+    "galore_plus/lazy": ("galore_plus", {"density": 0.2, "reselect": "renewal", "lazy_overlap": 0.4}),
     "fira/power": ("fira", {"svd": "power", "transport": "rotate"}),
     "apollo/svd": ("apollo", {"proj": "svd"}),
     "apollo_mini/one": ("apollo_mini", {"rank": 1, "disable_nl": True}),

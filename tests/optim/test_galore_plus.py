@@ -390,7 +390,7 @@ def test_matrices_that_are_not_at_one_count_do_not_disturb_each_other():
     rule = LowRank(
         subspace=PowerIteration(rank=2, every=3),
         inner=Adam(betas=BETAS, eps=1e-4),
-        lift=SparseResidual(density=0.1, warmup=2, reselect="renewal", every=3, betas=BETAS, eps=1e-4),
+        lift=SparseResidual(density=0.1, warmup=2, reselect="renewal", betas=BETAS, eps=1e-4),
     )
     ahead = [0, 2, 5]
     alone = [rule.init((1, 8, 5), CPU) for _ in ahead]
@@ -415,8 +415,8 @@ def test_matrices_that_are_not_at_one_count_do_not_disturb_each_other():
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_gradient_that_is_no_number_has_no_say_in_the_choice(broken):
     """Neither in the warm-up (1) nor when the entries are chosen anew (6); others change both choices."""
-    rule = SparseResidual(density=0.2, warmup=2, reselect="renewal", every=3)
-    subspace = PowerIteration(rank=1)
+    rule = SparseResidual(density=0.2, warmup=2, reselect="renewal")
+    subspace = PowerIteration(rank=1, every=3)
     state = rule.init((1, 6, 5), CPU) | subspace.init((1, 6, 5), CPU)
     low = torch.zeros(1, 6, 1)
     choices = []
@@ -468,7 +468,7 @@ RULE = LowRank(
     subspace=SharedHead(inner=PowerIteration(rank=3, every=3), heads=4, select="random"),
     transport=Rotate(BETAS),
     inner=Adam(betas=BETAS, eps=1e-3),
-    lift=SparseResidual(density=0.1, warmup=2, reselect="renewal", every=3, betas=BETAS, eps=1e-3),
+    lift=SparseResidual(density=0.1, warmup=2, reselect="renewal", betas=BETAS, eps=1e-3),
 )
 
 

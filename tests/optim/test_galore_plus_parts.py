@@ -28,7 +28,7 @@ def rule_with(density=0.15, warmup=WARMUP, reselect="renewal"):
         subspace=PowerIteration(rank=3, every=GAP),
         transport=Rotate(BETAS),
         inner=Adam(betas=BETAS, eps=1e-2),
-        lift=SparseResidual(density=density, warmup=warmup, reselect=reselect, every=GAP, betas=BETAS, eps=1e-2),
+        lift=SparseResidual(density=density, warmup=warmup, reselect=reselect, betas=BETAS, eps=1e-2),
     )
 
 

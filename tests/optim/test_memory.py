@@ -57,6 +57,8 @@ FORMULAS = {
     "subspace_adamw": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/bfloat16": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     "subspace_adamw/stagger": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
+    # a matrix's own gap, and when it last renewed
+    "subspace_adamw/lazy": 4 * (2 * LONG * R + SHORT * R + 1 + 2) + 4,
     "subspace_adamw/sign": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     # GaLore's state and the residual's last norm
     "fira": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
@@ -72,6 +74,7 @@ FORMULAS = {
     "galore_plus/warmup": 4 * (2 * LONG * R + SHORT * R + 3 * 48) + 4,
     # an age an entry and one a column
     "galore_plus/reselect": 4 * (2 * LONG * R + SHORT * R + R + 4 * 48) + 4,
+    "galore_plus/lazy": 4 * (2 * LONG * R + SHORT * R + 4 * 48 + 2) + 4,
     "galore_plus/no_entries": 4 * (2 * LONG * R + SHORT * R) + 4,
     # two codes an entry and two float32 scales for every 256 entries of a row
     "galore/8bit": 2 * (LONG * R + 4 * LONG * -(-R // BLOCK)) + 4 * SHORT * R + 4,
