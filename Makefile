@@ -39,7 +39,7 @@ pretrain: $(STAMP)-train  ## train the default model (more: make pretrain ARGS="
 runs/pretrain/export/config.json:
 	$(MAKE) pretrain ARGS=
 
-finetune: $(STAMP)-finetune runs/pretrain/export/config.json  ## fine-tune what pretrain left: AdamW, LoRA and GaLore side by side
+finetune: $(STAMP)-finetune runs/pretrain/export/config.json  ## fine-tune what pretrain left: AdamW, LoRA, GaLore and GaLore+ side by side
 	$(BIN)/python benchmarks/finetune.py $(ARGS)
 
 test: $(STAMP)-dev  ## run the test suite (one part: make test ARGS=tests/optim)

@@ -1,9 +1,9 @@
-"""Full fine-tuning, LoRA and GaLore side by side: three runs of launch/finetune.py and one table from their reports.
+"""Full fine-tuning, LoRA, GaLore and GaLore+ side by side: runs of launch/finetune.py, and one table of their reports.
 
     make finetune                                              # on the model that `make pretrain` leaves
     make finetune ARGS="--out table.md model.path=my/model trainer.max_steps=50"
 
-Words ``key=value`` go to all three runs. Each run is a process of its own, so that its peak memory is its own, and one
+Words ``key=value`` go to all of them. Each run is a process of its own, so that its peak memory is its own, and one
 follows the other. A run that is complete in its folder is not repeated, as with the launch script.
 """
 
@@ -24,6 +24,7 @@ RUNS = {
     "AdamW, all weights": ("adamw", ["optimizer=adamw"]),
     "LoRA, rank 8": ("lora", ["adapter=lora", "optimizer=adamw", "optimizer.lr=1e-2"]),
     "GaLore, rank 1/4": ("galore", ["optimizer=galore"]),
+    "GaLore+, rank 1/4": ("galore_plus", ["optimizer=galore_plus"]),
 }
 """For each row: the name of its folder, and what it adds to the command line."""
 
@@ -57,7 +58,7 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=Path("runs/finetune"), help="folder of the three run folders")
+    parser.add_argument("--dir", type=Path, default=Path("runs/finetune"), help="folder of the run folders")
     parser.add_argument("--out", type=Path, default=None, help="write the table to this file too")
     args, words = parser.parse_known_args()
     reports = {}

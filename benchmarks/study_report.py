@@ -285,6 +285,8 @@ def plot(study: Study, results: Results, path: Path) -> str | None:
                "#bcbd22", "#17becf", "#e377c2"]  # fmt: skip
     others = [name for name, _ in drawn if name != study.baseline]
     colours = {name: palette[i % len(palette)] for i, name in enumerate(others)} | {study.baseline: "black"}
+    rounds = ["-", "--", ":"]  # another kind of line for each time that the colours are through
+    lines = {name: rounds[i // len(palette) % len(rounds)] for i, name in enumerate(others)} | {study.baseline: "-"}
     figure = Figure(figsize=(15, 5), layout="constrained")
     FigureCanvasAgg(figure)
     by_tokens, by_time, by_state = figure.subplots(1, 3)
@@ -293,8 +295,8 @@ def plot(study: Study, results: Results, path: Path) -> str | None:
         curve = _mean_curve([each.curves for each in runs])
         if curve:
             tokens, minutes, loss = zip(*curve, strict=True)
-            by_tokens.plot(tokens, loss, color=colours[name], linewidth=1.4, label=name)
-            by_time.plot(minutes, loss, color=colours[name], linewidth=1.4)
+            by_tokens.plot(tokens, loss, lines[name], color=colours[name], linewidth=1.4, label=name)
+            by_time.plot(minutes, loss, lines[name], color=colours[name], linewidth=1.4)
             early.append(max(loss[int(0.15 * len(loss)) :]))
             least.append(min(loss))
         state = _mean(each.report["optimizer_state"]["measured_bytes"] for each in runs if each.report) / 2**20

@@ -180,8 +180,8 @@ class RankedConfig(MatrixConfig):
     rank_allocation: str = field(
         default="uniform",
         metadata={
-            "help": "how the cost of `rank` is shared out: uniform (all alike), or by the spectra of weight or gradient "
-            "(the first step's)"
+            "help": "how the cost of `rank` is shared out: uniform (all alike), or by the spectra of weight or "
+            "gradient (the first step's)"
         },
     )
     rank_allocation_every: int | None = field(
