@@ -167,3 +167,13 @@ def snapshot(optimizer: MatrixOptimizer, params: list[nn.Parameter]) -> list[Ten
 def unchanged(before: list[Tensor], optimizer: MatrixOptimizer, params: list[nn.Parameter]) -> bool:
     after = snapshot(optimizer, params)
     return len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def stepped(cls: type[MatrixOptimizer], start: Tensor, grads: Any, **options: Any) -> tuple[Tensor, MatrixOptimizer]:
+    """The weight after a step on each of `grads`, and its optimizer."""
+    weight = nn.Parameter(start.clone())
+    optimizer = cls([weight], **options)
+    for grad in grads:
+        weight.grad = grad.clone()
+        optimizer.step()
+    return weight, optimizer

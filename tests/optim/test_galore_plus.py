@@ -1,253 +1,35 @@
 """GaLore+ against its equations, and the methods that it is in its limits."""
 
 import itertools
-import math
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from cases import equal
-from hypothesis import given
-from hypothesis import strategies as st
-from laws import LAW, decaying, seeded
-from reference.galore_plus import best, galore_plus
+from cases import equal, stepped
+from laws import decaying, seeded
+from reference.galore_plus import galore_plus
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from thinrank.optim import GaLore, GaLorePlus
 from thinrank.optim.axis import Axis
 from thinrank.optim.inner.adam import Adam
-from thinrank.optim.linalg.entries import _places, carry_entries, largest_entries, take_entries
-from thinrank.optim.linalg.heads import head_norms, largest_heads, take_heads
+from thinrank.optim.linalg.entries import take_entries
 from thinrank.optim.lowrank.heads import SharedHead
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.sparse import SparseResidual
-from thinrank.optim.lowrank.subspace import PowerIteration, Svd
+from thinrank.optim.lowrank.subspace import PowerIteration
 from thinrank.optim.lowrank.transport import Rotate
 from thinrank.optim.rule import Step
 
 STEPS, GAP = 17, 5
 BETAS = (0.9, 0.99)
 CPU = torch.device("cpu")
+train = partial(stepped, GaLorePlus)
 
 
 def moved(start, end):
     return float((end.detach().double() - start.detach().double()).norm())
-
-
-def train(start, grads, **options):
-    """The weight after a step on each of `grads`, and its optimizer."""
-    weight = nn.Parameter(start.clone())
-    optimizer = GaLorePlus([weight], **options)
-    for grad in grads:
-        weight.grad = grad.clone()
-        optimizer.step()
-    return weight, optimizer
-
-
-# --- entries ----------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 1000), st.integers(1, 24), st.booleans())
-@LAW
-def test_the_largest_entries_and_the_lower_of_equal_ones(seed, k, ties):
-    score = seeded(3, 24, seed=seed)
-    score = score.round() if ties else score
-    assert largest_entries(score, k).tolist() == [best(row, k) for row in score]
-
-
-def by_sorting(score, k):
-    return score.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
-
-
-@given(st.integers(0, 1000), st.integers(1, 300), st.integers(1, 3), st.sampled_from([None, 0, 1, 2]))
-@LAW
-def test_the_largest_of_many_entries_are_exact(seed, k, batch, digits):
-    """Where a sample suggests what to look at, with and without ties, and with any bound that is one."""
-    score = seeded(batch, 4096, seed=seed) * torch.tensor([1.0, 1e20, 1e-20])[:batch, None]
-    if digits is not None:
-        score = (score / score.std(-1, keepdim=True)).round(decimals=digits)
-    expected = by_sorting(score, k)
-    assert torch.equal(largest_entries(score, k), expected)
-    reached = score.gather(-1, expected).amin(-1, keepdim=True)
-    for floor in (reached, reached - reached.abs() * 0.3, torch.full_like(reached, -math.inf)):
-        assert torch.equal(largest_entries(score, k, floor=floor), expected)
-
-
-@pytest.mark.parametrize("kind", ["zero", "only seen", "never seen", "sparse", "one row", "rising", "infinite"])
-@pytest.mark.parametrize("k", [3, 41, 512])
-def test_a_sample_that_misleads_makes_no_difference(kind, k):
-    """Large entries only where the sample looks or only where it does not, fewer than are wanted, and ties."""
-    score = seeded(2, 4096).abs()
-    if kind == "zero":
-        score[0] = 0.0
-    elif kind == "only seen":
-        score[0, ::7] += 100.0
-    elif kind == "never seen":
-        score[0, 1::7] += 100.0
-    elif kind == "sparse":
-        score[0, torch.arange(4096) % 1000 != 3] = 0.0
-    elif kind == "one row":
-        score[0, 640:704] = 7.0
-    elif kind == "rising":
-        score[0] = torch.arange(4096.0)
-    else:
-        score[0, 5:4000:13] = math.inf
-    assert torch.equal(largest_entries(score, k), by_sorting(score, k))
-
-
-@given(st.integers(0, 1000), st.integers(1, 20))
-@LAW
-def test_places_without_waiting_are_those_of_nonzero(seed, k):
-    """What takes the place of `nonzero` on a GPU, here on a CPU."""
-    chosen = torch.zeros(3, 20, dtype=torch.bool).scatter_(-1, by_sorting(seeded(3, 20, seed=seed), k), True)
-    assert torch.equal(_places(chosen, k), chosen.nonzero()[:, 1].reshape(3, k))
-
-
-class Sorted(TorchDispatchMode):
-    """Counts the numbers that go through `topk`, which is what a search of a large matrix costs on a CPU."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.topk.default:
-            self.total += args[0].numel()
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_of_the_warm_up_sorts_few_of_the_entries():
-    """First a sample and what it suggests, later what reaches the least of the candidates."""
-    rule = SparseResidual(density=0.01, warmup=9)
-    subspace = PowerIteration(rank=1)
-    state = rule.init((2, 128, 128), CPU) | subspace.init((2, 128, 128), CPU)
-    low, size = torch.zeros(2, 128, 1), 2 * 128 * 128
-    for t in range(4):
-        with Sorted() as counted:
-            rule(seeded(2, 128, 128, seed=t), low, low, subspace, state, Step(count=[t, t]))
-        assert 0 < counted.total < (size / 5 if t == 0 else size / 20)
-
-
-@given(st.integers(0, 1000))
-@LAW
-def test_entries_taken_from_any_strides(seed):
-    x = seeded(2, 5, 7, seed=seed).mT
-    index = largest_entries(seeded(2, 35, seed=seed + 1), 6)
-    assert torch.equal(take_entries(x, index.int()), x.reshape(2, -1).gather(-1, index))
-
-
-@given(st.integers(0, 1000), st.integers(1, 12))
-@LAW
-def test_what_stays_keeps_its_value_and_what_is_new_has_none(seed, k):
-    old, new = (largest_entries(seeded(2, 12, seed=seed + i), k) for i in range(2))
-    value = seeded(2, k, seed=seed + 2)
-    full = torch.zeros(2, 12).scatter(-1, old, value)
-    assert torch.equal(carry_entries(old, new, value), full.gather(-1, new))
-
-
-# --- heads ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1.0, 1e25, 1e-30])
-def test_the_loudest_heads_come_first_and_the_lower_of_equal_ones(size):
-    blocks = [[0.5, 3.0, 1.0, 3.0], [1.0, 1.0, 1.0, 1.0]]
-    x = torch.stack([torch.cat([torch.full((2, 5), value * size) for value in row]) for row in blocks])
-    assert largest_heads(x, 4, 3).tolist() == [[1, 3, 2], [0, 1, 2]]
-    expected = torch.tensor(blocks, dtype=torch.float64) * size * 10**0.5
-    torch.testing.assert_close(head_norms(x, 4), expected, rtol=1e-6, atol=0.0)
-    assert torch.equal(take_heads(x, 4, torch.tensor([[2], [0]])), torch.stack([x[0, 4:6], x[1, :2]]))
-
-
-def heads_rule(rank, heads, *, exact=False, select="max_norm", every=GAP):
-    inner = Svd(rank=rank, every=every, signs="fixed") if exact else PowerIteration(rank=rank, every=every)
-    return SharedHead(inner=inner, heads=heads, select=select)
-
-
-@pytest.mark.parametrize(
-    ("rank", "heads", "exact", "pooled"),
-    [(4, 3, False, 1), (6, 3, True, 1), (6, 3, False, 1), (7, 3, True, 2), (7, 3, False, 3), (18, 3, True, 3)],
-)
-def test_as_many_heads_as_the_rank_needs(rank, heads, exact, pooled):
-    """Of 18 rows: a head of 6 has 6 directions, and power iteration 8 columns to spare."""
-    subspace = heads_rule(rank, heads, exact=exact)
-    assert subspace.pooled((1, 18, 20)) == pooled
-    x = seeded(2, 18, 20)
-    state = subspace.init((2, 18, 20), CPU)
-    subspace.renew(x, state, Step(count=[0, 0]))
-    gram = state["basis"].mT @ state["basis"]
-    torch.testing.assert_close(gram, torch.eye(rank).expand(2, -1, -1), rtol=0.0, atol=1e-5)
-    # all of the directions are in the rows that were shown
-    shown = take_heads(x, heads, largest_heads(x, heads, pooled))
-    rows = torch.linalg.qr(shown.mT).Q
-    torch.testing.assert_close(rows @ (rows.mT @ state["basis"]), state["basis"], rtol=0.0, atol=1e-4)
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_one_head_is_the_plain_rule(exact):
-    x, plain, shared = seeded(2, 12, 8), heads_rule(3, 1, exact=exact).inner, heads_rule(3, 1, exact=exact)
-    states = [rule.init((2, 12, 8), CPU) for rule in (plain, shared)]
-    for count in (0, GAP):
-        for rule, state in zip((plain, shared), states, strict=True):
-            rule.renew(x, state, Step(count=[count] * 2, keys=[3, 4]))
-        assert torch.equal(states[0]["basis"], states[1]["basis"])
-
-
-def test_heads_are_drawn_for_each_matrix_and_renewal_or_taken_in_turn():
-    x = seeded(2, 24, 8)
-    drawn = heads_rule(3, 8, select="random")
-    choices = [tuple(drawn.choose(x, Step(count=[c, c], keys=[3, 4])).flatten().tolist()) for c in range(0, 40, 5)]
-    assert len(set(choices)) > 4  # of 64
-    assert any(a != b for a, b in choices)
-    again = drawn.choose(x, Step(count=[5, 5], keys=[3, 4])).flatten().tolist()
-    assert again == list(choices[1])
-    turns = heads_rule(6, 8, exact=True, select="round_robin")
-    found = [turns.choose(x, Step(count=[c, c + 5])).tolist() for c in (0, 5, 20)]
-    assert found == [[[0, 1], [2, 3]], [[2, 3], [4, 5]], [[0, 1], [2, 3]]]
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_both_sides_have_their_heads_in_the_rows_of_the_view(side):
-    """A weight whose third head alone has a gradient: the basis is that head's, whichever way it lies."""
-    grad = torch.zeros(12, 10)
-    grad[6:9] = decaying(3, 10)
-    grad = grad if side == "right" else grad.T.contiguous()
-    _, optimizer = train(seeded(*grad.shape), [grad], rank=3, proj_type=side, heads=4, svd="exact", density=0.0)
-    basis = next(iter(optimizer.state.values()))["basis"]
-    own = torch.linalg.svd(decaying(3, 10), full_matrices=False)[2].T
-    torch.testing.assert_close((own.T @ basis).abs(), torch.eye(3), rtol=0.0, atol=1e-4)
-
-
-def test_heads_that_do_not_divide_the_rows_are_refused():
-    with pytest.raises(ValueError, match=r"heads must divide the 12 rows .*, got 5: correct it"):
-        GaLorePlus([nn.Parameter(seeded(12, 10))], rank=2, proj_type="right", heads=5)
-    with pytest.raises(
-        ValueError, match=r"GaLorePlus: heads must be one number for each of the 1 sections, got \(2, 3"
-    ):
-        GaLorePlus([nn.Parameter(seeded(12, 10))], rank=2, proj_type="right", heads=(2, 3))
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "stored transposed"])
-def test_sections_have_heads_of_their_own(transposed):
-    """A fused weight with 4 query heads and 2 of keys is stepped as the two weights apart."""
-    parts = [seeded(12, 10), seeded(6, 10, seed=1)]
-    grads = [[decaying(p.shape[0], 10, seed=9 * t + i) for i, p in enumerate(parts)] for t in range(8)]
-    options = {"lr": 0.01, "rank": 2, "update_proj_gap": 3, "svd": "exact", "density": 0.1, "warmup": 2}
-    apart = [
-        train(part, [grad[i] for grad in grads], proj_type="right", heads=(4, 2)[i], **options)[0]
-        for i, part in enumerate(parts)
-    ]
-    fused = torch.cat(parts)
-    weight = nn.Parameter(fused.T.contiguous() if transposed else fused)
-    group = {
-        "params": [weight], "sections": (12, 6), "heads": (4, 2), "proj_type": "left" if transposed else "right",
-        "sections_along": "columns" if transposed else "rows",
-    }  # fmt: skip
-    optimizer = GaLorePlus([group], **options)
-    for grad in grads:
-        whole = torch.cat(grad)
-        weight.grad = whole.T.contiguous() if transposed else whole
-        optimizer.step()
-    both = weight.detach().T if transposed else weight.detach()
-    torch.testing.assert_close(both, torch.cat([a.detach() for a in apart]), rtol=1e-5, atol=1e-6)
 
 
 # --- the method and its limits ----------------------------------------------------------------------------------------
@@ -284,12 +66,17 @@ class Plain:
 def test_in_the_full_space_rotation_is_all_there_is(heads):
     """r = short: gradient descent is itself, and Adam is Adam in rotated coordinates, which is not Adam."""
     grads = [seeded(1, 12, 6, seed=t) for t in range(6)]
-    rule = LowRank(subspace=heads_rule(6, heads, every=10**6), inner=Plain())
+    rule = LowRank(
+        subspace=SharedHead(inner=PowerIteration(rank=6, every=10**6), heads=heads, select="max_norm"), inner=Plain()
+    )
     state = rule.init((1, 12, 6), CPU)
     for t, grad in enumerate(grads):
         update = rule.update(grad, state, Step(count=[t])).materialise()
         torch.testing.assert_close(update, grad, rtol=1e-4, atol=1e-5)
-    rule = LowRank(subspace=heads_rule(6, heads, every=10**6), inner=Adam(betas=BETAS, eps=1e-6))
+    rule = LowRank(
+        subspace=SharedHead(inner=PowerIteration(rank=6, every=10**6), heads=heads, select="max_norm"),
+        inner=Adam(betas=BETAS, eps=1e-6),
+    )
     state = rule.init((1, 12, 6), CPU)
     rotated, plain = Adam(betas=BETAS, eps=1e-6), Adam(betas=BETAS, eps=1e-6)
     states = rotated.init((1, 12, 6), CPU), plain.init((1, 12, 6), CPU)
@@ -514,7 +301,7 @@ def refusals():
     sentences = []
     axis = Axis(rows=dist.group.WORLD)
     for rule in (
-        LowRank(subspace=heads_rule(2, 2), inner=Adam()),
+        LowRank(subspace=SharedHead(inner=PowerIteration(rank=2, every=GAP), heads=2, select="max_norm"), inner=Adam()),
         LowRank(subspace=PowerIteration(rank=2), inner=Adam(), lift=SparseResidual(density=0.1)),
     ):
         state = rule.init((1, 4, 3), CPU)
