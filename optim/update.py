@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thinrank.optim.linalg.products import product
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
@@ -84,7 +86,7 @@ class Update:
                 full = self.direction.new_zeros((*self.direction.shape[:-1], self.basis.short), dtype=torch.float32)
                 full.scatter_(-1, self.basis.index.unsqueeze(-2).expand_as(self.direction), self.direction.float())
             else:
-                full = (self.direction @ self.basis.mT).float()
+                full = product(self.direction, self.basis.mT).float()
         if self.rest is not None:
             rest = self.rest if self.rows is None else self.rows * self.rest
             full = rest.float() if full is None else full + rest
