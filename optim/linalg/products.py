@@ -28,9 +28,9 @@ def fast_products(device: torch.device) -> Iterator[None]:
     """Within it, float32 products on `device` are computed by oneDNN where that is faster and as accurate.
 
     That is: on a CPU whose maker is not Intel, without AMX, where products tried once in a process had float32's error
-    (`pays`); a rule without timing, so that two runs on one machine do the same. Results differ from MKL's by rounding
-    (relative error 3e-7 for both). Measured on an AMD EPYC (Zen 5), CPU time of one thread: the products of GaLore at
-    130m's shapes take less than half of MKL's.
+    (`pays`); a rule without timing, so that two runs on one machine do the same. Measured on an AMD EPYC (Zen 5), one
+    thread, 768 × 768 by 768 × 192: 277 GFLOP/s of CPU time, MKL 120. Relative errors (Frobenius) of products over 768
+    and 2048 terms: 4e-7 and 6e-7, MKL's 2.5e-7. Very small products gain nothing, and lose nothing.
 
     torch's own setting is respected: where it, or one that it inherits from (`torch.backends.fp32_precision`,
     `torch.set_float32_matmul_precision`), has been given a value, nothing is changed. So
