@@ -127,15 +127,9 @@ def _gram_pays(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _plain(y: Tensor, triples: tuple[Triple, ...]) -> Tensor:
-    """Writes to `y`: the iterations take turns in two such tensors, for new memory costs a CPU as much as a product."""
-    other = torch.empty_like(y)
-    gram = y.new_empty(y.shape[0], y.shape[-1], y.shape[-1])
-    factor = torch.empty_like(gram)
     for a, b, c in triples:
-        torch.bmm(y.mT, y, out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=factor)
-        torch.baddbmm(y, y, factor, beta=a, out=other)
-        y, other = other, y
+        gram = product(y.mT, y)
+        y = torch.baddbmm(y, y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), beta=a)
     return y
 
 
