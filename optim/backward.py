@@ -14,6 +14,7 @@ from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
+from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, number
 from thinrank.optim.rule import MatrixRule, Probe
@@ -188,9 +189,9 @@ class InBackward(torch.optim.Optimizer):
             assert isinstance(rule, LowRank)  # in_backward has looked
             state = bucket.state([i])
             grad = local.bring([param.grad], bucket.view)
-            self._images.add(
-                param, bucket.prefix, rule.image(grad, state, bucket.step([i], group, self.axis, None), first=first)
-            )
+            with fast_products(param.device):
+                image = rule.image(grad, state, bucket.step([i], group, self.axis, None), first=first)
+            self._images.add(param, bucket.prefix, image)
         param.grad = None
 
     @torch.no_grad()
@@ -248,7 +249,8 @@ class InBackward(torch.optim.Optimizer):
                 rule, _ = self.rules(group, bucket.section)
                 assert isinstance(rule, LowRank)  # no other rule lets gradients become images
                 image, step = self._images.of(param, bucket.prefix), bucket.step([i], group, self.axis, None)
-                found += rule.visible(image, bucket.view.shape[1], bucket.state([i]), step)
+                with fast_products(param.device):
+                    found += rule.visible(image, bucket.view.shape[1], bucket.state([i]), step)
         return found
 
     @torch.no_grad()

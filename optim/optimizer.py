@@ -17,6 +17,7 @@ from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.inner.half import HalfWeights
+from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
@@ -312,32 +313,33 @@ class MatrixOptimizer(OwnRanks):
         view, params = bucket.view, [bucket.params[i] for i in active]
         state = bucket.state(active)
         step = bucket.step(active, group, self.axis, {} if probe is not None else None)
-        if params[0] in self._images:
-            assert isinstance(rule, LowRank)  # no other rule lets gradients become images
-            image = self._images.stacked(params, bucket.prefix)
-            update = rule.update_from(image, view.shape[1], state, step)
-        else:
-            update = rule.update(local.bring([p.grad for p in params if p.grad is not None], view), state, step)
-        bucket.counts[active] += 1.0
-        bucket.keep(active, state)
-        for note in step.notes or ():
-            self._tell(bucket.prefix + bucket.names[active[note.matrix // view.blocks]], note)
-        if probe is not None:
-            probe.saw(group["label"], update.materialise())
-            for key, values in (step.record or {}).items():
-                measured = values.reshape(len(active), view.blocks).mean(-1).tolist()
-                names = [bucket.prefix + bucket.names[i] for i in active]
-                probe.measured(key, dict(zip(names, measured, strict=True)))
-        lr = float(group["lr"])
-        keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
-        half = HalfWeights(group["half_weights"])
-        rounded = half.apply(params[0])
-        wide = [half.open(p, self.state[p]) for p in params] if rounded else params
-        local.give_back(wide, view, update, keep=keep, step=lr * rule.scale * gain)
-        if rounded:
-            for i, (param, own) in enumerate(zip(params, wide, strict=True)):
-                first = i * view.blocks
-                half.close_(param, own, seed_of(group["seed"], step.keys[first], step.count[first]))
+        with fast_products(params[0].device):
+            if params[0] in self._images:
+                assert isinstance(rule, LowRank)  # no other rule lets gradients become images
+                image = self._images.stacked(params, bucket.prefix)
+                update = rule.update_from(image, view.shape[1], state, step)
+            else:
+                update = rule.update(local.bring([p.grad for p in params if p.grad is not None], view), state, step)
+            bucket.counts[active] += 1.0
+            bucket.keep(active, state)
+            for note in step.notes or ():
+                self._tell(bucket.prefix + bucket.names[active[note.matrix // view.blocks]], note)
+            if probe is not None:
+                probe.saw(group["label"], update.materialise())
+                for key, values in (step.record or {}).items():
+                    measured = values.reshape(len(active), view.blocks).mean(-1).tolist()
+                    names = [bucket.prefix + bucket.names[i] for i in active]
+                    probe.measured(key, dict(zip(names, measured, strict=True)))
+            lr = float(group["lr"])
+            keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
+            half = HalfWeights(group["half_weights"])
+            rounded = half.apply(params[0])
+            wide = [half.open(p, self.state[p]) for p in params] if rounded else params
+            local.give_back(wide, view, update, keep=keep, step=lr * rule.scale * gain)
+            if rounded:
+                for i, (param, own) in enumerate(zip(params, wide, strict=True)):
+                    first = i * view.blocks
+                    half.close_(param, own, seed_of(group["seed"], step.keys[first], step.count[first]))
 
     def _tell(self, name: str, note: Note) -> None:
         if note.skipped:

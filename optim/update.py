@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thinrank.optim.linalg.products import product
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
@@ -84,7 +86,7 @@ class Update:
                 full = self.direction.new_zeros((*self.direction.shape[:-1], self.basis.short), dtype=torch.float32)
                 full.scatter_(-1, self.basis.index.unsqueeze(-2).expand_as(self.direction), self.direction.float())
             else:
-                full = (self.direction @ self.basis.mT).float()
+                full = product(self.direction, self.basis.mT).float()
         if self.rest is not None:
             rest = self.rest if self.rows is None else self.rows * self.rest
             full = rest.float() if full is None else full + rest
@@ -107,8 +109,7 @@ class Update:
             for weight, direction, index in zip(weights, self.direction.to(dtype), self.basis.index, strict=True):
                 weight.index_add_(-1, index, direction, alpha=-step)
         elif self.direction.dtype in (torch.float32, dtype):
-            for weight, direction, basis in zip(weights, self.direction.to(dtype), self.basis.to(dtype), strict=True):
-                weight.addmm_(direction, basis.mT, beta=keep, alpha=-step)
+            self._add_product_(weights, self.direction.to(dtype), self.basis.to(dtype), keep=keep, step=step)
         else:  # factors of lower precision than the weight: a fast product, then one pass in the weight's precision
             for weight, direction, basis in zip(weights, self.direction, self.basis, strict=True):
                 if keep != 1.0:
@@ -123,6 +124,23 @@ class Update:
                 torch._foreach_addcmul_(list(weights), rest.unbind(), rows.unbind(), value=-step)
         if entries is not None:
             entries.put_(keep=keep, step=step)
+
+    @staticmethod
+    def _add_product_(weights: Sequence[Tensor], direction: Tensor, basis: Tensor, *, keep: float, step: float) -> None:
+        """`weight ← keep·weight − step·direction @ basisᵀ`, with factors of the weights' dtype."""
+        if weights[0].device.type != "cpu":
+            for weight, left, right in zip(weights, direction, basis, strict=True):
+                weight.addmm_(left, right.mT, beta=keep, alpha=-step)
+            return
+        if keep != 1.0:  # by itself: oneDNN makes a kernel for each factor of what it adds to, and rates change
+            torch._foreach_mul_(list(weights), keep)
+        if len(weights) == 1:
+            weights[0].addmm_(direction[0], basis[0].mT, alpha=-step)
+            return
+        # matrices that are stepped together are small (`CPU_BATCH_BYTES`): a call for each costs as much as its work
+        lies_transposed = weights[0].stride(-1) != 1
+        full = product(basis, direction.mT).mT if lies_transposed else product(direction, basis.mT)
+        torch._foreach_add_(list(weights), full.unbind(), alpha=-step)
 
 
 class _Kept:

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
 from thinrank.optim import MatrixOptimizer
+from thinrank.optim.linalg.products import fast_products
 from thinrank.trainers import report
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
@@ -66,7 +67,7 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
             resume, origin = from_rank_zero(world, lambda: _open(folder, job, tree))
             parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda)
             begun = True
-            with parts.preemption:
+            with parts.preemption, fast_products(torch.device("cuda" if cuda else "cpu")):
                 return _train(parts)
         except BaseException as error:
             if world.main and begun:

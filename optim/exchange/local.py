@@ -36,7 +36,10 @@ def give_back(weights: Sequence[Tensor], view: MatrixView, update: Update, *, ke
         weight if as_is else weight.reshape(weight.shape[0], -1).contiguous()
         for weight, as_is in zip(weights, direct, strict=True)
     ]
-    parts = [part for target in targets for part in view.of(target).unbind()]
+    if view.blocks == 1 and targets[0].shape == view.stored:  # plain matrices, nearly always
+        parts = [target.mT for target in targets] if view.transposed else targets
+    else:
+        parts = [part for target in targets for part in view.of(target).unbind()]
     update.apply_(parts, keep=keep, step=step)
     for weight, target, as_is in zip(weights, targets, direct, strict=True):
         if not as_is:

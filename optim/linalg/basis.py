@@ -13,6 +13,7 @@ from torch import Tensor
 from thinrank.optim.axis import WHOLE, Axis
 from thinrank.optim.linalg.norms import peak, reciprocal_peak
 from thinrank.optim.linalg.orthogonal import householder_qr
+from thinrank.optim.linalg.products import product
 
 
 def positive_peaks(basis: Tensor) -> Tensor:
@@ -85,16 +86,16 @@ def subspace_iteration(
     low = x.to(dtype or x.dtype)
 
     def image(columns: Tensor) -> Tensor:
-        return (low @ columns.to(low.dtype)).to(x.dtype).mul_(unit)
+        return product(low, columns.to(low.dtype)).to(x.dtype).mul_(unit)
 
     q = start
     if not iterations:
         q = torch.linalg.qr(q).Q
     for _ in range(iterations):  # (yᵀ x)ᵀ: torch copies a transposed batch of bfloat16, so let it be the small one
-        back = (image(q).to(low.dtype).mT @ low).to(x.dtype).mul_(unit)
+        back = product(image(q).to(low.dtype).mT, low).to(x.dtype).mul_(unit)
         q = torch.linalg.qr(axis.sum(back).mT).Q
     last = image(q)  # (..., long, l)
-    vectors = torch.linalg.eigh(axis.sum(last.mT @ last)).eigenvectors.flip(-1)[..., :rank]  # eigenvalues rise
+    vectors = torch.linalg.eigh(axis.sum(product(last.mT, last))).eigenvectors.flip(-1)[..., :rank]  # eigenvalues rise
     basis = q @ vectors
     signs = positive_peaks(basis)
     return basis * signs, (last @ (vectors * signs)).div_(unit)
@@ -115,14 +116,14 @@ def momentum_iteration(x: Tensor, old: Tensor, momentum: Tensor, rho: float, *, 
     Returns:
         (batch, short, r), orthonormal; `old` again where `b` is zero or no number.
     """
-    image = axis.mean(x @ old).mul_(1.0 - rho).add_(momentum, alpha=rho)  # b old: (batch, long, r)
+    image = axis.mean(product(x, old)).mul_(1.0 - rho).add_(momentum, alpha=rho)  # b old: (batch, long, r)
     image = image * reciprocal_peak(image, axis)  # bᵀ b overflows float32 for entries of 1e19, and vanishes for 1e-19
-    back = axis.sum(torch.cat([axis.mean(x.mT @ image), momentum.mT @ image], -2))
+    back = axis.sum(torch.cat([axis.mean(product(x.mT, image)), product(momentum.mT, image)], -2))
     short = x.shape[-1]
-    product = (1.0 - rho) * back[:, :short] + rho * old @ back[:, short:]
-    size = peak(product)
+    turned = (1.0 - rho) * back[:, :short] + rho * old @ back[:, short:]
+    size = peak(turned)
     usable = torch.isfinite(size) & (size > 0)
-    return householder_qr(torch.where(usable, product, old), complete=True)
+    return householder_qr(torch.where(usable, turned, old), complete=True)
 
 
 def random_columns(short: int, width: int, generator: torch.Generator, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from thinrank.optim.axis import WHOLE, Axis
 from thinrank.optim.linalg.norms import frobenius, reciprocal_peak
+from thinrank.optim.linalg.products import product
 
 Triple = tuple[float, float, float]
 
@@ -127,7 +128,7 @@ def _gram_pays(x: Tensor, dtype: torch.dtype) -> bool:
 
 def _plain(y: Tensor, triples: tuple[Triple, ...]) -> Tensor:
     for a, b, c in triples:
-        gram = y.mT @ y
+        gram = product(y.mT, y)
         y = torch.baddbmm(y, y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), beta=a)
     return y
 
@@ -135,7 +136,7 @@ def _plain(y: Tensor, triples: tuple[Triple, ...]) -> Tensor:
 def _gram(y: Tensor, triples: tuple[Triple, ...], axis: Axis) -> Tensor:
     for part in (triples[:RESTART], triples[RESTART:]):
         if part:
-            y = y @ _factors(axis.sum(y.mT @ y), part)
+            y = product(y, _factors(axis.sum(product(y.mT, y)), part))
     return y
 
 
@@ -205,13 +206,13 @@ def cholesky_qr(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     else:  # a rank without rows; a maximum of nothing is refused by torch
         size = axis.sum(x.new_zeros(*x.shape[:-2], 1, x.shape[-1]))
     x = x / size.clamp(min=torch.finfo(x.dtype).tiny)
-    gram = axis.sum(x.mT @ x)
+    gram = axis.sum(product(x.mT, x))
     unit = _reciprocal(gram.diagonal(dim1=-2, dim2=-1).sqrt(), 0.0)
     shift = _rounding(x)
     x = x @ (unit.unsqueeze(-1) * _inverse_factor(unit.unsqueeze(-1) * gram * unit.unsqueeze(-2), shift))
-    x = x @ _inverse_factor(axis.sum(x.mT @ x), shift)
+    x = x @ _inverse_factor(axis.sum(product(x.mT, x)), shift)
     # a column whose own part was ρ is ρ/√shift long after one round (where that is below one), and ρ/shift after two
-    gram = axis.sum(x.mT @ x)
+    gram = axis.sum(product(x.mT, x))
     unit = _reciprocal(gram.diagonal(dim1=-2, dim2=-1).sqrt(), OWN)
     gram = unit.unsqueeze(-1) * gram * unit.unsqueeze(-2)
     gram.diagonal(dim1=-2, dim2=-1).fill_(1.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.linalg.adam import bias_factor
-from thinrank.optim.linalg.norms import frobenius, growth_limit
+from thinrank.optim.linalg.norms import frobenius, growth_limit, row_norms
 from thinrank.optim.lowrank.subspace import Subspace
 from thinrank.optim.rule import State, Step
 from thinrank.optim.update import Update
@@ -136,20 +136,20 @@ class Residual:
     ) -> Update:
         short = x.shape[-1]
         x = step.axis.mean(x)  # the residual is as large as the gradient: replicas cannot meet in the subspace alone
-        low_norm = torch.linalg.vector_norm(low, dim=-1, keepdim=True)
+        low_norm = row_norms(low)
         floored = low_norm.clamp(min=FLOOR) if self.betas is None else low_norm + FLOOR
-        phi = torch.linalg.vector_norm(direction, dim=-1, keepdim=True) / floored  # (batch, long, 1)
+        phi = row_norms(direction) / floored  # (batch, long, 1)
         if self.signs:
             held = subspace.up(self._times_alpha(low), state, short)
             rest = (x - held.materialise()).float()
             phi = phi * rest.abs().mean(-1, keepdim=True)
             rest = rest.sign_()
-            norms = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
+            norms = row_norms(rest)
         else:
             # α N Bᵀ + φ∘(x − α L Bᵀ) = α (N − φ∘L) Bᵀ + φ∘x : the residual costs no product and is never stored. Its
             # norms follow from those of x and L, because B is orthonormal: ‖x‖² − 2α‖L‖² + α²‖L‖².
             rest = x
-            total = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            total = row_norms(x)
             held_energy = self.alpha * (2.0 - self.alpha) * low_norm.square()
             norms = (total.square() - held_energy).clamp_(min=0.0).sqrt_()
         phi = limited_rows(phi, norms, state["residual_norm"], self.limit, step, self.betas)
@@ -188,12 +188,12 @@ class ScaledGradient:
     ) -> Update:
         x = step.axis.mean(x)  # the update is as large as the gradient: replicas cannot meet in the subspace
         if self.per == "channel":
-            after, before = (torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in (direction, low))
+            after, before = row_norms(direction), row_norms(low)
         else:
             after, before = (frobenius(part, step.axis)[:, None, None] for part in (direction, low))
         rows = after / (before + FLOOR)
         if self.limit is not None:
-            norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            norms = row_norms(x)
             rows = limited_rows(rows, norms, state["update_norm"], self.limit, step, self.betas)
         return Update(rest=x, rows=rows)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from thinrank.optim.linalg.basis import random_columns, subspace_iteration, svd_bases, svd_basis
 from thinrank.optim.linalg.fixed import basis_matrix, column_norms, dct_rows_fft, select_columns
+from thinrank.optim.linalg.products import product
 from thinrank.optim.lowrank.transport import Change, Rotation, Slots
 from thinrank.optim.rule import State, Step
 from thinrank.optim.update import Columns, Update
@@ -102,7 +103,7 @@ class Svd:
         return change, None
 
     def down(self, x: Tensor, state: State) -> Tensor:
-        return (x.to(self.dtype) @ state["basis"].to(self.dtype)).float()
+        return product(x.to(self.dtype), state["basis"].to(self.dtype)).float()
 
     def up(self, low: Tensor, state: State, short: int) -> Update:
         return Update(low.to(self.dtype), state["basis"].to(self.dtype))
@@ -136,8 +137,8 @@ class TwoSidedSvd:
         return change, None
 
     def down(self, x: Tensor, state: State) -> Tensor:
-        image = x.to(self.dtype) @ state["basis"].to(self.dtype)
-        return (state["basis_long"].to(self.dtype).mT @ image).float()
+        image = product(x.to(self.dtype), state["basis"].to(self.dtype))
+        return product(state["basis_long"].to(self.dtype).mT, image).float()
 
     def up(self, low: Tensor, state: State, short: int) -> Update:
         wide = state["basis_long"].to(self.dtype) @ low.to(self.dtype)
@@ -186,7 +187,7 @@ class PowerIteration:
         return change, low
 
     def down(self, x: Tensor, state: State) -> Tensor:
-        return (x.to(self.dtype) @ state["basis"].to(self.dtype)).float()
+        return product(x.to(self.dtype), state["basis"].to(self.dtype)).float()
 
     def up(self, low: Tensor, state: State, short: int) -> Update:
         return Update(low.to(self.dtype), state["basis"].to(self.dtype))
@@ -256,7 +257,7 @@ class FixedColumns:
         if self.basis == "identity":
             columns = state["columns"].long().unsqueeze(-2).expand(-1, x.shape[-2], -1)
             return x.gather(-1, columns).float()
-        return (x.to(self.dtype) @ self.atoms(state, x.shape[-1])).float()
+        return product(x.to(self.dtype), self.atoms(state, x.shape[-1])).float()
 
     def up(self, low: Tensor, state: State, short: int) -> Update:
         if self.basis == "identity":

@@ -34,6 +34,7 @@ from torch import Tensor
 from thinrank.optim.linalg.basis import captured_energy, random_columns
 from thinrank.optim.linalg.norms import finite_or_zero, unit_columns
 from thinrank.optim.linalg.orthogonal import cholesky_qr, householder_qr, shape_scale
+from thinrank.optim.linalg.products import product
 from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.methods.config import RankedConfig, choice
 from thinrank.optim.methods.momentum import OrthonormalConfig
@@ -88,7 +89,7 @@ class DionRule:
         return Update(left.to(self.dtype), unit.to(self.dtype))
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a.to(self.dtype) @ b.to(self.dtype)).float()
+        return product(a.to(self.dtype), b.to(self.dtype)).float()
 
     def orthonormal(self, step: Step | None = None) -> Callable[[Tensor], Tensor]:
         """The Q factor of columns on the long side (with `step`, whose ranks may share them) or on the short one."""

@@ -61,20 +61,24 @@ def trained(config, mode, steps=7, micro=1, **options):
     return list(model.parameters()), optimizer
 
 
-def close(found, expected):
+def close(found, expected, config=None):
+    """The same but for rounding, since matrices are stepped one by one instead of in batches; where an error is kept in
+    codes, that may move an entry to the next code, hundreds of times farther.
+    """
+    coded = str(getattr(config, "error_feedback", "off")).endswith("bit")
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)  # one by one instead of in batches: rounding
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-2 * config.lr if coded else 2e-5)
 
 
 @pytest.mark.parametrize("config", LINEAR.values(), ids=LINEAR)
 def test_projecting_in_backward_is_the_same_step(config):
-    close(trained(config, "project")[0], trained(config, "off")[0])
+    close(trained(config, "project")[0], trained(config, "off")[0], config)
 
 
 @every
 def test_stepping_in_backward_is_the_same_step(config):
     found, optimizer = trained(config, "step")
-    close(found, trained(config, "off")[0])
+    close(found, trained(config, "off")[0], config)
     assert {float(optimizer.state[p]["step"]) for p in found} == {7.0}
 
 

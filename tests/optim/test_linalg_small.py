@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import LAW, seeded
 
+from thinrank.optim.linalg import norms
 from thinrank.optim.linalg.adam import adam_direction
-from thinrank.optim.linalg.norms import frobenius, growth_limit
+from thinrank.optim.linalg.norms import frobenius, growth_limit, row_norms
 from thinrank.optim.linalg.quantise import block_shape, dequantise4, dequantise8, packed_shape, quantise4, quantise8
 
 # --- 8-bit codes ----------------------------------------------------------------------------------------------------
@@ -68,6 +69,27 @@ def test_rows_are_independent():
     changed = x.clone()
     changed[0] *= 100
     assert torch.equal(quantise8(changed, 16)[0][1:], codes[1:])
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("part", [1, 4 * 2 * 30 * 7, 2**20])
+def test_rows_are_as_long_whichever_way_a_matrix_lies(monkeypatch, dtype, part):
+    monkeypatch.setattr(norms, "PART_BYTES", part)
+    x = seeded(2, 30, 20, dtype=dtype)
+    x[0, 3] = 0.0
+    true = x.double().square().sum(-1, keepdim=True).sqrt()
+    for lies in (x, x.mT.contiguous().mT, x[..., ::2].repeat_interleave(2, -1)[..., ::2], x[:, :, :1]):
+        found = row_norms(lies)
+        assert found.dtype is torch.promote_types(dtype, torch.float32)
+        assert found.shape == (*lies.shape[:-1], 1)
+        torch.testing.assert_close(
+            found.double(), lies.double().square().sum(-1, keepdim=True).sqrt(), rtol=1e-6, atol=0
+        )
+    torch.testing.assert_close(row_norms(x.mT.contiguous().mT).double(), true, rtol=1e-6, atol=0)
+    assert row_norms(x[:, :0].mT.contiguous().mT).shape == (2, 0, 1)
 
 
 # --- 4-bit codes ----------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from tiny_pretrain import config, losses, signalled_at, write_corpus
 from tiny_run import forked, read, same
 
 from thinrank.optim import AdamWConfig, DCTAdamWConfig, GaLoreConfig, SubspaceAdamWConfig
+from thinrank.optim.linalg import products
+from thinrank.trainers import assembly, curves
 from thinrank.trainers import checkpoint as ckpt
-from thinrank.trainers import curves
 from thinrank.trainers.errors import GuardStop, UserError
 from thinrank.trainers.pretrain import Plan, PretrainConfig, TrainerConfig, parse_duration, pretrain
 from thinrank.trainers.run import RunFolder
@@ -198,6 +199,23 @@ def test_other_text_under_the_same_configuration_is_refused_and_costs_nothing(ba
     assert ckpt.newest(tmp_path / "run" / "checkpoints") == saved
     (tmp_path / "corpus" / "3.txt").write_text(text)
     assert pretrain(longer)["run"]["resumed_from"] == 4
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_cpu_run_computes_its_products_by_the_faster_library_and_puts_it_back(base, monkeypatch, pays):
+    setting, seen = torch.backends.mkldnn.matmul, []
+    before = setting.fp32_precision
+
+    def train(parts):
+        seen.append(setting.fp32_precision)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(products, "pays", lambda: pays)
+    monkeypatch.setattr(assembly, "_train", train)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config(base, f"products-{pays}"))
+    assert seen == ["bf16" if pays else before]
+    assert setting.fp32_precision == before
 
 
 def test_errors_before_the_start_leave_nothing(base, monkeypatch):
