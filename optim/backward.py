@@ -17,7 +17,7 @@ from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, number
-from thinrank.optim.rule import MatrixRule, Probe
+from thinrank.optim.rule import MatrixRule, Probe, Step
 
 MODES = ("off", "project", "step")
 
@@ -115,6 +115,9 @@ class InBackward(torch.optim.Optimizer):
     def _assembled(self) -> list[Layout]: ...
 
     @abstractmethod
+    def _hear(self, bucket: Bucket, active: list[int], step: Step) -> None: ...
+
+    @abstractmethod
     def _step_bucket(
         self, bucket: Bucket, active: list[int], rule: MatrixRule, group: dict[str, Any], probe: Probe | None
     ) -> None: ...
@@ -189,9 +192,11 @@ class InBackward(torch.optim.Optimizer):
             assert isinstance(rule, LowRank)  # in_backward has looked
             state = bucket.state([i])
             grad = local.bring([param.grad], bucket.view)
+            step = bucket.step([i], group, self.axis, None)
             with fast_products(param.device):
-                image = rule.image(grad, state, bucket.step([i], group, self.axis, None), first=first)
+                image = rule.image(grad, state, step, first=first)
             self._images.add(param, bucket.prefix, image)
+            self._hear(bucket, [i], step)
         param.grad = None
 
     @torch.no_grad()

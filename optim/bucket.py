@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ class Bucket:
         keys: a stable number for each matrix.
         section: of a fused weight, which part of it the view shows.
         rank: of these matrices; None where the method has none.
+        overlap: of each matrix, the share of the old subspace in the new one at its last renewal since somebody asked;
+            no number for those that had none.
     """
 
     params: list[torch.nn.Parameter]
@@ -42,6 +45,7 @@ class Bucket:
     keys: list[int]
     section: int
     rank: int | float | None
+    overlap: Tensor | None = None
 
     @classmethod
     def of(
@@ -101,7 +105,31 @@ class Bucket:
             transposed=self.view.transposed,
             record=record,
             notes=[],
+            overlaps=[],
         )
+
+    def remember(self, active: Sequence[int], overlaps: Sequence[tuple[Sequence[int], Tensor]]) -> None:
+        """Takes what a step of the parameters at `active` has left of its renewals; no host waits for it."""
+        for which, values in overlaps:
+            if self.overlap is None:
+                self.overlap = values.new_full((len(self.keys),), math.nan)
+            rows = self.rows(active)
+            first = rows.start if isinstance(rows, slice) else 0
+            places = [first + i for i in which] if isinstance(rows, slice) else [rows[i] for i in which]
+            if len(places) == len(self.keys):
+                self.overlap.copy_(values)
+            else:
+                self.overlap[places] = values
+
+    def overlaps(self) -> dict[str, float]:
+        """What `remember` was given since it was asked last, by parameter: the mean of its matrices."""
+        if self.overlap is None:
+            return {}
+        values = self.overlap.reshape(len(self.params), self.view.blocks).nanmean(-1).tolist()
+        self.overlap = None
+        return {
+            self.prefix + name: value for name, value in zip(self.names, values, strict=True) if not math.isnan(value)
+        }
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.own_ranks import OwnRanks, ranks_of
-from thinrank.optim.rule import Decay, MatrixRule, Note, Probe, State, key_of, seed_of
+from thinrank.optim.rule import Decay, MatrixRule, Note, Probe, State, Step, key_of, seed_of
 
 _log = logging.getLogger(__name__)
 
@@ -75,9 +75,9 @@ class MatrixOptimizer(OwnRanks):
     Attributes:
         measure: set it to have the next step fill `measured`; it makes the host wait for the device, so leave it off
             otherwise.
-        measured: `captured_energy` and, in steps that renew a basis, `subspace_overlap` (the share of the old subspace
-            that the new one holds) and, where groups have `ranks`, `rank` by parameter name; `update_rms` and
-            `effective_lr` by group label.
+        measured: by parameter name `captured_energy`, `subspace_overlap` (the share of the old subspace that the new one
+            holds, at the last renewal since the step that measured before) and, where groups have `ranks`, `rank`;
+            by group label `update_rms` and `effective_lr`.
         skipped_renewals: how often since construction or loading a parameter kept its old subspace because its gradient
             was not finite or its factorisation did not converge, by name; the first of each kind is logged.
         axis: the ranks that share matrices and data; the identity in one process and under plain DDP.
@@ -322,14 +322,14 @@ class MatrixOptimizer(OwnRanks):
                 update = rule.update(local.bring([p.grad for p in params if p.grad is not None], view), state, step)
             bucket.counts[active] += 1.0
             bucket.keep(active, state)
-            for note in step.notes or ():
-                self._tell(bucket.prefix + bucket.names[active[note.matrix // view.blocks]], note)
+            self._hear(bucket, active, step)
             if probe is not None:
                 probe.saw(group["label"], update.materialise())
                 for key, values in (step.record or {}).items():
                     measured = values.reshape(len(active), view.blocks).mean(-1).tolist()
                     names = [bucket.prefix + bucket.names[i] for i in active]
                     probe.measured(key, dict(zip(names, measured, strict=True)))
+                probe.measured("subspace_overlap", bucket.overlaps())
             lr = float(group["lr"])
             keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
             half = HalfWeights(group["half_weights"])
@@ -340,6 +340,12 @@ class MatrixOptimizer(OwnRanks):
                 for i, (param, own) in enumerate(zip(params, wide, strict=True)):
                     first = i * view.blocks
                     half.close_(param, own, seed_of(group["seed"], step.keys[first], step.count[first]))
+
+    def _hear(self, bucket: Bucket, active: list[int], step: Step) -> None:
+        """Takes what a rule has left in `step` about the parameters at `active`."""
+        bucket.remember(active, step.overlaps or ())
+        for note in step.notes or ():
+            self._tell(bucket.prefix + bucket.names[active[note.matrix // bucket.view.blocks]], note)
 
     def _tell(self, name: str, note: Note) -> None:
         if note.skipped:

@@ -64,6 +64,8 @@ class Step:
         transposed: True when a rule's (long, short) is the transpose of how the weight is stored.
         record: where a rule leaves what it measured, one value for each matrix, or None when nobody asks.
         notes: where a rule leaves what went wrong with a matrix without stopping it, or None when nobody asks.
+        overlaps: where a rule leaves, at renewals, the share of the old subspaces in the new ones (`Change.overlap`):
+            places in the batch and their values, on the device; None when nobody asks.
     """
 
     count: Sequence[int]
@@ -73,6 +75,7 @@ class Step:
     transposed: bool = False
     record: dict[str, Tensor] | None = None
     notes: list[Note] | None = None
+    overlaps: list[tuple[list[int], Tensor]] | None = None
 
     def note(self, matrix: int, cause: str, *, skipped: bool) -> None:
         """Tells that a renewal of a matrix of the batch went otherwise than it should."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -125,9 +124,6 @@ class LowRank:
                 if not finite[i]:
                     step.note(i, "its gradient was not finite", skipped=True)
             due = [i for i in due if finite[i]]
-        overlap = torch.full((len(step.count),), math.nan)
-        if step.record is not None:
-            step.record["subspace_overlap"] = overlap
         first, later = [i for i in due if step.count[i] == 0], [i for i in due if step.count[i] > 0]
         waiting = [which for which in (first, later) if which]
         found: list[tuple[list[int], Tensor]] = []
@@ -150,10 +146,10 @@ class LowRank:
                 step.note(which[0], "its exact SVD did not converge", skipped=False)
                 change, low = other
             self.transport.carry(some, change, part.count)
-            turned = change.overlap().to(overlap) if part.count[0] > 0 and self._compares(step) else None
-            if turned is not None:
-                overlap[which] = turned
-            self.renewals.done(some, part, self.subspace.every, turned)
+            overlap = change.overlap() if part.count[0] > 0 and self.subspace.orthonormal else None
+            if overlap is not None and step.overlaps is not None:
+                step.overlaps.append((which, overlap))
+            self.renewals.done(some, part, self.subspace.every, overlap)
             if every:
                 return low
             if low is not None:
@@ -169,9 +165,6 @@ class LowRank:
         for which, part_low in found:  # a matrix is given the same numbers, whoever else is due
             low[which] = part_low
         return low
-
-    def _compares(self, step: Step) -> bool:
-        return self.subspace.orthonormal and (step.record is not None or self.renewals.lazy is not None)
 
     def _second_choice(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None] | None:
         other = second_choice(self.subspace)

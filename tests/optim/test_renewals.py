@@ -146,6 +146,40 @@ def test_it_is_one_key_of_the_optimizer_and_goes_through_a_checkpoint():
     assert not torch.equal(whole, fixed)
 
 
+@pytest.mark.parametrize("mode", ["off", "project"])
+def test_a_renewal_between_two_readings_is_told_at_the_next(mode):
+    """At update 4 of 8 the second of two equal directions turns: half of the old subspace is in the new one."""
+    low, high = torch.zeros(8, 5), torch.zeros(8, 5)
+    low[0, 0] = high[0, 0] = 2.0
+    low[1, 1] = high[1, 2] = 1.0
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(5, 8, bias=False), "b": torch.nn.Linear(5, 8, bias=False)})
+    optimizer = GaLore(model.named_parameters(), rank=2, update_proj_gap=4)
+    optimizer.in_backward(mode)
+    told = []
+    for t in range(8):
+        grads = low if t < 4 else high, low
+        sum((p * g).sum() for p, g in zip(model.parameters(), grads, strict=True)).backward()
+        optimizer.measure = t in (2, 6, 7)
+        optimizer.step()
+        optimizer.zero_grad()
+        if t in (2, 6, 7):
+            told.append(optimizer.measured["subspace_overlap"])
+    assert told[0] == told[2] == {}
+    assert told[1] == pytest.approx({"a.weight": 0.5, "b.weight": 1.0}, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["off", "project"])
+def test_a_skipped_renewal_is_counted_wherever_it_falls(mode):
+    weight = torch.nn.Parameter(torch.zeros(8, 5))
+    optimizer = GaLore([("w", weight)], rank=2, update_proj_gap=2)
+    optimizer.in_backward(mode)
+    for t in range(4):
+        (weight * (torch.full((8, 5), torch.nan) if t == 2 else steady(t, 0))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.skipped_renewals == {"w": 1}
+
+
 def test_the_key_reaches_every_rule():
     rule = GaLoreConfig(lazy_overlap=0.4, stagger=True).matrix_rule()
     assert rule is not None
