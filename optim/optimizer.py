@@ -75,8 +75,8 @@ class MatrixOptimizer(OwnRanks):
     Attributes:
         measure: set it to have the next step fill `measured`; it makes the host wait for the device, so leave it off
             otherwise.
-        measured: by parameter name `captured_energy`, `subspace_overlap` (the share of the old subspace that the new one
-            holds, at the last renewal since the step that measured before) and, where groups have `ranks`, `rank`;
+        measured: by parameter name `captured_energy`, `subspace_overlap` (the share of the old subspace that is in the
+            new one, of the last renewal since the step that measured before) and, where groups have `ranks`, `rank`;
             by group label `update_rms` and `effective_lr`.
         skipped_renewals: how often since construction or loading a parameter kept its old subspace because its gradient
             was not finite or its factorisation did not converge, by name; the first of each kind is logged.
