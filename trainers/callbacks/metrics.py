@@ -90,7 +90,7 @@ class TrainingMetrics(pl.Callback):
     | `opt/update_rms/<label>` | RMS of a group's weight change, before the learning rate |
     | `lowrank/captured_energy/<parameter>` | share of the gradient's energy that the subspace holds |
     | `lowrank/captured_energy` | its mean over the projected matrices |
-    | `lowrank/subspace_overlap[/<parameter>]` | share of the old subspace in the new one; renewals since the last reading |
+    | `lowrank/subspace_overlap[/<parameter>]` | share of the old subspace in the new one, at the last renewal |
     | `lowrank/rank[/<parameter>]` | directions of a matrix, where matrices have ranks of their own |
     | `tokens_per_sec`, `time/step` | tokens per second of all ranks; seconds per step |
     | `consumed_tokens` | tokens so far |
