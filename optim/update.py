@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinrank.optim.linalg.products import product
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
@@ -90,9 +88,9 @@ class Update:
                 full = self.direction.new_zeros((*self.direction.shape[:-1], self.basis.short), dtype=torch.float32)
                 full.scatter_(-1, self.basis.index.unsqueeze(-2).expand_as(self.direction), self.direction.float())
             elif transposed:
-                full = product(self.basis, self.direction.mT).float().mT
+                full = torch.bmm(self.basis, self.direction.mT).float().mT
             else:
-                full = product(self.direction, self.basis.mT).float()
+                full = torch.bmm(self.direction, self.basis.mT).float()
         if self.rest is not None:
             if full is None:
                 full = (self.rest if self.rows is None else self.rows * self.rest).float()
