@@ -303,7 +303,7 @@ class MatrixOptimizer(InBackward):
                 update = rule.update_from(image, view.shape[1], state, step)
             else:
                 update = rule.update(local.bring([p.grad for p in params if p.grad is not None], view), state, step)
-            bucket.counts[active] += 1.0
+            bucket.advance(active)
             bucket.keep(active, state)
             for note in step.notes or ():
                 self._tell(bucket.prefix + bucket.names[active[note.matrix // view.blocks]], note)
