@@ -42,6 +42,7 @@ from thinrank.optim import (
     build,
 )
 from thinrank.optim.linalg.fixed import column_norms, dct_matrix, dct_rows_fft, select_columns
+from thinrank.optim.linalg.products import pays
 from thinrank.optim.optimizer import batch_size
 from thinrank.trainers.models import PRESETS, build_model
 
@@ -281,7 +282,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     text = ["# Optimizer step", "", command_line(), ""]
-    text += [f"- {line}" for line in describe(device)] + [f"- weights and gradients {args.dtype}, rank = width / 4", ""]
+    text += [f"- {line}" for line in describe(device)] + [f"- weights and gradients {args.dtype}, rank = width / 4"]
+    if device.type == "cpu":
+        text.append(f"- float32 products of our steps by {'oneDNN' if pays() else 'MKL'}, the peers' as torch has them")
+    text.append("")
     for preset in args.presets:
         model = Matrices(preset, device, getattr(torch, args.dtype))
         count, weights = len(list(model.parameters())), sum(p.numel() for p in model.parameters())

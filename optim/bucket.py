@@ -76,10 +76,11 @@ class Bucket:
 
     def rows(self, active: Sequence[int]) -> list[int] | slice:
         """Rows of the stack that belong to the parameters at the places `active` (rising)."""
-        blocks = self.view.blocks
-        if active[-1] - active[0] == len(active) - 1:  # side by side: views, without a copy
-            return slice(active[0] * blocks, (active[-1] + 1) * blocks)
-        return [i * blocks + b for i in active for b in range(blocks)]
+        return _rows(active, self.view.blocks)
+
+    def advance(self, active: Sequence[int]) -> None:
+        """Counts one more finished update of the parameters at `active`."""
+        self.counts[_rows(active, 1)] += 1.0
 
     def state(self, active: Sequence[int]) -> State:
         """The state of the parameters at `active`; to be handed to `keep` once it has changed."""
@@ -130,6 +131,12 @@ class Bucket:
         return {
             self.prefix + name: value for name, value in zip(self.names, values, strict=True) if not math.isnan(value)
         }
+
+
+def _rows(active: Sequence[int], blocks: int) -> list[int] | slice:
+    if active[-1] - active[0] == len(active) - 1:  # side by side: views, without a copy
+        return slice(active[0] * blocks, (active[-1] + 1) * blocks)
+    return [i * blocks + b for i in active for b in range(blocks)]
 
 
 @dataclass(slots=True)

@@ -320,7 +320,7 @@ class MatrixOptimizer(OwnRanks):
                 update = rule.update_from(image, view.shape[1], state, step)
             else:
                 update = rule.update(local.bring([p.grad for p in params if p.grad is not None], view), state, step)
-            bucket.counts[active] += 1.0
+            bucket.advance(active)
             bucket.keep(active, state)
             self._hear(bucket, active, step)
             if probe is not None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinrank.optim.linalg.products import product
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
@@ -58,6 +56,10 @@ class Columns:
     short: int
 
 
+SMALL = 2**19
+"""Entries of a batch of weights up to which a CPU makes an update in full: 2 MiB, what its cache holds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Update:
     """`direction @ basisᵀ + rows ∘ rest`, with `entries` in the place of what that gives there.
@@ -78,27 +80,39 @@ class Update:
     rows: Tensor | None = None
     entries: Entries | None = None
 
-    def materialise(self) -> Tensor:
-        """The update in full, float32."""
+    def materialise(self, *, transposed: bool = False) -> Tensor:
+        """The update in full, float32, its matrices lying transposed in memory if that is asked for."""
         full = None
         if self.direction is not None and self.basis is not None:
             if isinstance(self.basis, Columns):
                 full = self.direction.new_zeros((*self.direction.shape[:-1], self.basis.short), dtype=torch.float32)
                 full.scatter_(-1, self.basis.index.unsqueeze(-2).expand_as(self.direction), self.direction.float())
+            elif transposed:
+                full = torch.bmm(self.basis, self.direction.mT).float().mT
             else:
-                full = product(self.direction, self.basis.mT).float()
+                full = torch.bmm(self.direction, self.basis.mT).float()
         if self.rest is not None:
-            rest = self.rest if self.rows is None else self.rows * self.rest
-            full = rest.float() if full is None else full + rest
+            if full is None:
+                full = (self.rest if self.rows is None else self.rows * self.rest).float()
+            elif self.rows is None:
+                full = full.add_(self.rest)
+            else:
+                full = full.addcmul_(self.rows.float(), self.rest.float())
         assert full is not None  # an update has one of the two
         if self.entries is not None:
-            flat = full.flatten(-2).scatter(-1, self.entries.index.long(), self.entries.values)
-            full = flat.view(full.shape)
+            full = full.clone() if full is self.rest else full
+            memory_of(full).scatter_(-1, memory_places(self.entries.index, full), self.entries.values)
         return full
 
     def apply_(self, weights: Sequence[Tensor], *, keep: float, step: float) -> None:
         """`weight ← keep·weight − step·update` for the weights of the batch in order, (long, short) views, in place."""
         dtype = weights[0].dtype
+        if self._small(weights):
+            if keep != 1.0:
+                torch._foreach_mul_(list(weights), keep)
+            full = self.materialise(transposed=weights[0].stride(-1) != 1)
+            torch._foreach_add_(list(weights), full.unbind(), alpha=-step)
+            return
         entries = None if self.entries is None else _Kept(self.entries, weights)
         if self.direction is None or self.basis is None:
             if keep != 1.0:
@@ -109,7 +123,13 @@ class Update:
             for weight, direction, index in zip(weights, self.direction.to(dtype), self.basis.index, strict=True):
                 weight.index_add_(-1, index, direction, alpha=-step)
         elif self.direction.dtype in (torch.float32, dtype):
-            self._add_product_(weights, self.direction.to(dtype), self.basis.to(dtype), keep=keep, step=step)
+            beta = keep
+            if keep != 1.0 and weights[0].device.type == "cpu":
+                # oneDNN makes a new kernel for each factor of what it adds to, and this one moves with the rate
+                torch._foreach_mul_(list(weights), keep)
+                beta = 1.0
+            for weight, direction, basis in zip(weights, self.direction.to(dtype), self.basis.to(dtype), strict=True):
+                weight.addmm_(direction, basis.mT, beta=beta, alpha=-step)
         else:  # factors of lower precision than the weight: a fast product, then one pass in the weight's precision
             for weight, direction, basis in zip(weights, self.direction, self.basis, strict=True):
                 if keep != 1.0:
@@ -125,22 +145,16 @@ class Update:
         if entries is not None:
             entries.put_(keep=keep, step=step)
 
-    @staticmethod
-    def _add_product_(weights: Sequence[Tensor], direction: Tensor, basis: Tensor, *, keep: float, step: float) -> None:
-        """`weight ← keep·weight − step·direction @ basisᵀ`, with factors of the weights' dtype."""
-        if weights[0].device.type != "cpu":
-            for weight, left, right in zip(weights, direction, basis, strict=True):
-                weight.addmm_(left, right.mT, beta=keep, alpha=-step)
-            return
-        if keep != 1.0:  # by itself: oneDNN makes a kernel for each factor of what it adds to, and rates change
-            torch._foreach_mul_(list(weights), keep)
-        if len(weights) == 1:
-            weights[0].addmm_(direction[0], basis[0].mT, alpha=-step)
-            return
-        # matrices that are stepped together are small (`CPU_BATCH_BYTES`): a call for each costs as much as its work
-        lies_transposed = weights[0].stride(-1) != 1
-        full = product(basis, direction.mT).mT if lies_transposed else product(direction, basis.mT)
-        torch._foreach_add_(list(weights), full.unbind(), alpha=-step)
+    def _small(self, weights: Sequence[Tensor]) -> bool:
+        """True for float32 weights, in a CPU's memory, so small that a call for each of them would cost more than the
+        update in full does.
+        """
+        first, factors = weights[0], (self.direction, self.basis)
+        return (
+            1 < len(weights) <= SMALL // first.numel()
+            and first.device.type == "cpu"
+            and all(isinstance(x, Tensor) and x.dtype is first.dtype is torch.float32 for x in factors)
+        )
 
 
 class _Kept:

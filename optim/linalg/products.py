@@ -35,7 +35,8 @@ def fast_products(device: torch.device) -> Iterator[None]:
     torch's own setting is respected: where it, or one that it inherits from (`torch.backends.fp32_precision`,
     `torch.set_float32_matmul_precision`), has been given a value, nothing is changed. So
     `torch.backends.mkldnn.matmul.fp32_precision = "ieee"` keeps MKL. The setting is one for all threads of a process;
-    it is put back at the end, whatever happens.
+    it is put back at the end, whatever happens. Within it `torch.get_float32_matmul_precision()` raises, for torch's
+    older setting cannot say this; the compiler of `torch.compile` (inductor) asks for it, so compile before or after.
     """
     setting = torch.backends.mkldnn.matmul
     if device.type != "cpu" or setting.fp32_precision != UNSET or not pays():
