@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
             resume, origin = from_rank_zero(world, lambda: _open(folder, job, tree))
             parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda)
             begun = True
-            with parts.preemption, fast_products(torch.device("cuda" if cuda else "cpu")):
+            with parts.preemption, _products(config.trainer.precision, cuda=cuda):
                 return _train(parts)
         except BaseException as error:
             if world.main and begun:
@@ -207,6 +207,11 @@ def _trainer(
         enable_model_summary=False,
         enable_autolog_hparams=False,
     )
+
+
+def _products(precision: str, *, cuda: bool) -> AbstractContextManager[None]:
+    """The model's own products are float32 ones only without a mixed precision."""
+    return fast_products(torch.device("cpu")) if precision == "32-true" and not cuda else nullcontext()
 
 
 def _train(parts: Parts) -> dict[str, Any]:

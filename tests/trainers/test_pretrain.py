@@ -201,8 +201,8 @@ def test_other_text_under_the_same_configuration_is_refused_and_costs_nothing(ba
     assert pretrain(longer)["run"]["resumed_from"] == 4
 
 
-@pytest.mark.parametrize("pays", [True, False])
-def test_a_cpu_run_computes_its_products_by_the_faster_library_and_puts_it_back(base, monkeypatch, pays):
+@pytest.mark.parametrize(("pays", "precision"), [(True, "32-true"), (False, "32-true"), (True, "bf16-mixed")])
+def test_a_cpu_run_in_float32_takes_the_faster_library_and_puts_it_back(base, monkeypatch, pays, precision):
     setting, seen = torch.backends.mkldnn.matmul, []
     before = setting.fp32_precision
 
@@ -213,8 +213,8 @@ def test_a_cpu_run_computes_its_products_by_the_faster_library_and_puts_it_back(
     monkeypatch.setattr(products, "pays", lambda: pays)
     monkeypatch.setattr(assembly, "_train", train)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(config(base, f"products-{pays}"))
-    assert seen == ["bf16" if pays else before]
+        pretrain(config(base, f"products-{pays}-{precision}", precision=precision))
+    assert seen == ["bf16" if pays and precision == "32-true" else before]
     assert setting.fp32_precision == before
 
 
