@@ -177,3 +177,8 @@ def stepped(cls: type[MatrixOptimizer], start: Tensor, grads: Any, **options: An
         weight.grad = grad.clone()
         optimizer.step()
     return weight, optimizer
+
+
+def moved(start: Tensor, end: Tensor) -> float:
+    """How far a weight has come."""
+    return float((end.detach().double() - start.detach().double()).norm())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import moved
 from laws import seeded
 from reference.apollo import apollo as equations
 from torch import nn
@@ -23,10 +24,6 @@ CPU = torch.device("cpu")
 
 def projection(epoch, short, *, rank=RANK, seed=0):
     return gaussian_projection(short, rank, seed=seed, epoch=epoch, dtype=torch.float32, device=CPU)
-
-
-def moved(start, end):
-    return float((end.detach().double() - start.detach().double()).norm())
 
 
 def gradient(shape, step):

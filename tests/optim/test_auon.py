@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import moved
 from laws import seeded
 from reference.auon import auon
 from torch import nn
@@ -12,10 +13,6 @@ from thinrank.optim import AuON, Muon
 from thinrank.optim.linalg.orthogonal import JORDAN
 
 STEPS = 8
-
-
-def moved(start, end):
-    return float((end.detach().double() - start.detach().double()).norm())
 
 
 def train(cls, start, grads, **options):

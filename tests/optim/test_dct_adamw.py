@@ -1,7 +1,10 @@
 """DCT-AdamW against its equations, its limits, and the defects of the published code."""
 
+from functools import partial
+
 import pytest
 import torch
+from cases import moved, stepped
 from laws import decaying, seeded
 from reference.dct_adamw import dct_adamw
 from torch import nn
@@ -15,18 +18,7 @@ from thinrank.optim.rule import Step
 STEPS = 24
 
 
-def moved(start, end):
-    return float((end.detach().double() - start.detach().double()).norm())
-
-
-def train(start, grads, **options):
-    """The weight after a step on each of `grads`, and its optimizer."""
-    weight = nn.Parameter(start.clone())
-    optimizer = DCTAdamW([weight], **options)
-    for grad in grads:
-        weight.grad = grad.clone()
-        optimizer.step()
-    return weight, optimizer
+train = partial(stepped, DCTAdamW)
 
 
 @pytest.mark.parametrize("ages", [False, True], ids=["matrix's count", "column ages"])

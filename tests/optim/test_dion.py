@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from cases import moved
 from laws import decaying, eye_error, seeded
 from reference.dion import dion
 from torch import nn
@@ -14,10 +15,6 @@ from thinrank.optim.rule import Step
 
 STEPS = 30
 RIGHTS = pytest.mark.parametrize("right", ["column_norm", "qr"])
-
-
-def moved(start, end):
-    return float((end.detach().double() - start.detach().double()).norm())
 
 
 def train(start, grads, **options):

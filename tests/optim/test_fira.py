@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import moved
 from laws import seeded
 from reference.fira import fira as equations
 from torch import nn
@@ -29,10 +30,6 @@ def gradient(shape, step, seed=0):
     u, _, vh = torch.linalg.svd(seeded(*shape, seed=1000 * step + seed, dtype=torch.float64), full_matrices=False)
     spectrum = 0.7 ** torch.arange(min(shape), dtype=torch.float64)
     return ((u * spectrum) @ vh * (1 + step % 4)).float()
-
-
-def moved(start, end):
-    return float((end.detach().double() - start.detach().double()).norm())
 
 
 def groups(matrices, vectors, side, alpha):

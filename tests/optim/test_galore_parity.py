@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import moved
 from reference.galore import galore
 from torch import nn
 
@@ -39,10 +40,6 @@ def eps(side):
     """At a two-sided renewal the projected gradient is diagonal. Beside the diagonal there is rounding noise, other
     noise in each implementation, which Adam with the usual eps would blow up to full steps."""
     return 1e-2 if side == "full" else 1e-6
-
-
-def moved(start, end):
-    return float((end.detach().double() - start.detach().double()).norm())
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from cases import equal, stepped
+from cases import equal, moved, stepped
 from laws import decaying, seeded
 from reference.galore_plus import galore_plus
 from torch import nn
@@ -26,10 +26,6 @@ STEPS, GAP = 17, 5
 BETAS = (0.9, 0.99)
 CPU = torch.device("cpu")
 train = partial(stepped, GaLorePlus)
-
-
-def moved(start, end):
-    return float((end.detach().double() - start.detach().double()).norm())
 
 
 # --- the method and its limits ----------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """LDAdam against its equations, its limits, and the defects of keeping the error in `p.grad`."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from cases import moved, stepped
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import LAW, decaying, seeded
@@ -20,18 +22,7 @@ STEPS = 24
 SHAPES = pytest.mark.parametrize("shape", [(14, 9), (8, 15), (10, 10)], ids=["tall", "wide", "square"])
 
 
-def moved(start, end):
-    return float((end.detach().double() - start.detach().double()).norm())
-
-
-def train(start, grads, **options):
-    """The weight after a step on each of `grads`, and its optimizer."""
-    weight = nn.Parameter(start.clone())
-    optimizer = LDAdam([weight], **options)
-    for grad in grads:
-        weight.grad = grad.clone()
-        optimizer.step()
-    return weight, optimizer
+train = partial(stepped, LDAdam)
 
 
 # --- the subspace -----------------------------------------------------------------------------------------------------

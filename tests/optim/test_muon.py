@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from cases import moved
 from laws import decaying, seeded
 from reference.muon import muon
 from torch import nn
@@ -21,10 +22,6 @@ STEPS = 12
 SHAPES = {"tall": (14, 9), "very tall": (30, 7), "wide": (8, 15), "square": (10, 10)}
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 LOOK = pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
-
-
-def moved(start, end):
-    return float((end.detach().double() - start.detach().double()).norm())
 
 
 def train(cls, start, grads, **options):

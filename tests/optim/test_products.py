@@ -210,8 +210,8 @@ def test_a_step_uses_the_switch_and_puts_it_back(switched, method):
     param.grad, seen = grad, []
     rule_of = type(optimizer).rules
 
-    def rules(self, group, section=0):
-        rule, element = rule_of(self, group, section)
+    def rules(self, group, section=0, rank=None):
+        rule, element = rule_of(self, group, section, rank)
         return (None if rule is None else Watched(rule)), element
 
     class Watched:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
+from cases import moved, stepped
 from laws import decaying, seeded
 from reference.dion import dct, dion2, muon, newton_schulz, trion
-from torch import nn
 
 from thinrank.optim import Dion2, Dion2Config, Trion, TrionConfig
 from thinrank.optim.axis import WHOLE, Axis
@@ -18,20 +18,6 @@ from thinrank.optim.update import Columns
 STEPS = 30
 SHAPES = pytest.mark.parametrize("shape", [(14, 9), (8, 15), (10, 10)], ids=["tall", "wide", "square"])
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
-
-
-def moved(start, end):
-    return float((end.detach().double() - start.detach().double()).norm())
-
-
-def train(cls, start, grads, **options):
-    """The weight after a step on each of `grads`, and its optimizer."""
-    weight = nn.Parameter(start.clone())
-    optimizer = cls([weight], **options)
-    for grad in grads:
-        weight.grad = grad.clone()
-        optimizer.step()
-    return weight, optimizer
 
 
 def gradients(*shape):
@@ -47,7 +33,7 @@ def test_equals_the_direct_form_in_float64(shape, basis, norm):
     short = min(shape)
     atoms = dct(short) if basis == "dct" else basis_matrix(basis, short, dtype=torch.float64, device="cpu")
     options = {"lr": 0.01, "rank": 4, "momentum": 0.9, "weight_decay": 0.1}
-    weight, optimizer = train(Trion, start, grads, basis=basis, norm=norm, **options)
+    weight, optimizer = stepped(Trion, start, grads, basis=basis, norm=norm, **options)
     expected, momentum = trion(start, grads, atoms=atoms, triples=JORDAN, norm=int(norm[1]), **options)
     assert moved(weight, expected) <= 1e-4 * moved(start, expected)
     own = optimizer.state[weight]["momentum"].double() @ atoms  # from coordinates of the short side
@@ -60,7 +46,7 @@ def test_all_columns_are_muon_with_a_heavy_ball(shape, basis):
     """Nothing is left out, so all of the momentum decays; and Newton-Schulz does not see a rotation."""
     start, grads = seeded(*shape), gradients(*shape)
     options = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1}
-    weight, _ = train(Trion, start, grads, basis=basis, rank=1.0, adjust_lr="match_rms_adamw", **options)
+    weight, _ = stepped(Trion, start, grads, basis=basis, rank=1.0, adjust_lr="match_rms_adamw", **options)
     expected = muon(start, grads, triples=JORDAN, adjust="match_rms_adamw", **options)
     assert moved(weight, expected) <= 1e-4 * moved(start, expected)
 
@@ -69,7 +55,7 @@ def test_all_columns_are_muon_with_a_heavy_ball(shape, basis):
 def test_dion2_equals_its_listing(shape):
     start, grads = seeded(*shape), gradients(*shape)
     options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
-    weight, optimizer = train(Dion2, start, grads, rank=3, **options)
+    weight, optimizer = stepped(Dion2, start, grads, rank=3, **options)
     expected, momentum = dion2(start, grads, count=3, triples=JORDAN, **options)
     assert moved(weight, expected) <= 1e-4 * moved(start, expected)
     own = optimizer.state[weight]["momentum"]
@@ -78,7 +64,7 @@ def test_dion2_equals_its_listing(shape):
 
 def test_dion2_touches_its_columns_alone():
     start, grads = seeded(12, 8), [seeded(12, 8, seed=1)]
-    weight, optimizer = train(Dion2, start, grads, weight_decay=0.0)
+    weight, optimizer = stepped(Dion2, start, grads, weight_decay=0.0)
     touched = (weight.detach() != start).any(0)
     columns = torch.zeros(8, dtype=torch.bool)
     columns[optimizer.state[weight]["columns"].long()] = True
@@ -108,8 +94,8 @@ def test_the_update_has_the_singular_values_of_what_was_orthogonalised(basis):
 def test_dion2_is_trion_in_unit_vectors():
     start, grads = seeded(14, 9), gradients(14, 9)
     ends = [
-        train(Dion2, start, grads)[0],
-        train(Trion, start, grads, rank=0.25, basis="identity", adjust_lr="spectral", eps=1e-8)[0],
+        stepped(Dion2, start, grads)[0],
+        stepped(Trion, start, grads, rank=0.25, basis="identity", adjust_lr="spectral", eps=1e-8)[0],
     ]
     assert torch.equal(*ends)
 

@@ -92,7 +92,7 @@ def test_the_report_and_the_curves_say_the_ranks_in_force(base, capsys):
     ranks = sorted(row["rank"] for row in result["routing"] if row["rank"])
     spread = f"{ranks[0]} / {ranks[6]} / {ranks[-1]}"
     page = (base / "report" / "report.md").read_text()
-    assert f"| ranks, least / median / most | {spread} |" in page
+    assert f"| ranks of subspaces, least / median / most | {spread} |" in page
     assert f"ranks: {spread} (least / median / most)" in page
     assert "will be shared out" not in page
     read_back = dict(curves.series(curves.read(base / "report"), "lowrank/rank"))
