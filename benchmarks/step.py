@@ -108,6 +108,7 @@ def contenders(rank: int) -> list[Contender]:
         ours("GaLore, svd=power, 8-bit states", GaLoreConfig(rank=rank, svd="power", state_bits=8)),
         ours("GaLore, svd=power, bfloat16", GaLoreConfig(rank=rank, svd="power", projection_dtype="bfloat16")),
         ours("GaLorePlus, density 0", replace(plus, density=0.0)),
+        ours("GaLorePlus, density 0, bfloat16", replace(plus, density=0.0, projection_dtype="bfloat16")),
         ours("GaLorePlus, density 1 %", plus),
         Contender("fira 1.0.2", lambda model, gap: fira(model, gap, rank)),
         ours("Fira, svd=exact", FiraConfig(rank=rank)),
