@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thinrank.optim.linalg.basis import random_columns, subspace_iteration, svd_bases, svd_basis
 from thinrank.optim.linalg.fixed import basis_matrix, column_norms, dct_rows_fft, select_columns
-from thinrank.optim.linalg.products import product
+from thinrank.optim.linalg.products import pays, product
 from thinrank.optim.lowrank.transport import Change, Rotation, Slots
 from thinrank.optim.rule import State, Step
 from thinrank.optim.update import Columns, Update
@@ -210,9 +210,10 @@ class FixedColumns:
         basis: `dct`, `identity`, `hadamard` or `random`.
         norm: columns are ranked by `l1` (the paper) or `l2` (best for reconstruction: the residual is then at most
             1 − r/short of ‖x‖²).
-        engine: how all coordinates are computed at a renewal: `matmul`, `fft` (dct only), `auto`: the FFT on a CPU (a
-            twentieth of the product's time at 2048 columns, seven tenths at 128), elsewhere for float32 from 2048
-            columns on, which was not measured.
+        engine: how all coordinates are computed at a renewal: `matmul`, `fft` (dct only), `auto`: the FFT on a CPU (with
+            the choice a fifth of the product's time at 2048 columns, nine tenths at 128), from 512 columns on where
+            products are oneDNN's (`linalg.products`: 0.35 of them with the choice, at 128 it is 1.3); elsewhere for
+            float32 from 2048 columns on, which was not measured.
     """
 
     rank: int | float
@@ -235,10 +236,13 @@ class FixedColumns:
         """All coordinates of the rows of `x` (..., long, short): the same shape."""
         if self.basis == "identity":
             return x.float()
-        worth = x.device.type == "cpu" or (self.dtype == torch.float32 and x.shape[-1] >= 2048)
+        if x.device.type == "cpu":
+            worth = x.shape[-1] >= 512 or not pays()
+        else:
+            worth = self.dtype == torch.float32 and x.shape[-1] >= 2048
         if self.engine == "fft" or (self.engine == "auto" and self.basis == "dct" and worth):
             return dct_rows_fft(x.float())
-        return (x.to(self.dtype) @ _matrix(self.basis, x.shape[-1], self.dtype, x.device).T).float()
+        return product(x.to(self.dtype), _matrix(self.basis, x.shape[-1], self.dtype, x.device).T).float()
 
     def renew(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None]:
         coordinates = self.coordinates(x)
