@@ -224,7 +224,7 @@ def table(rows: list[dict[str, Any]], model: Matrices) -> str:
 
 
 def selection(model: Matrices, device: torch.device, rounds: int) -> str:
-    """The choice of DCT columns beside a plain matrix product as torch has it, in batches as an optimizer makes them."""
+    """The choice of DCT columns beside a plain product as torch has it, in batches as an optimizer makes them."""
     shapes: dict[tuple[int, int], list[torch.Tensor]] = {}
     for p in model.parameters():
         grad = p.grad.float() if p.grad is not None else p.float()
