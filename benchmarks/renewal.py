@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from thinrank.optim import GaLorePlusConfig, build
 from thinrank.optim.linalg.basis import random_columns, subspace_iteration
+from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.subspace import PowerIteration
 from thinrank.trainers.models import PRESETS, build_model
 
@@ -67,7 +68,8 @@ def ways(x: Tensor, kept: dict[str, Tensor], rank: int, generator: torch.Generat
         random = random_columns(x.shape[-1], extra + (rank if before is None else 0), generator, x.device)
         start = random if before is None else torch.cat([before, random], -1)
         turns = DEFAULT.cold if before is None else DEFAULT.warm
-        return subspace_iteration(x, start, rank, iterations=turns, dtype=DTYPES[dtype])[0]
+        with fast_products(x.device):  # as an optimizer's step has it
+            return subspace_iteration(x, start, rank, iterations=turns, dtype=DTYPES[dtype])[0]
 
     found: dict[str, Callable[[], Tensor]] = {
         EXACT: lambda: torch.linalg.svd(x, full_matrices=False)[2][:rank].mT,

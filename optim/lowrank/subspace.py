@@ -210,8 +210,8 @@ class FixedColumns:
         basis: `dct`, `identity`, `hadamard` or `random`.
         norm: columns are ranked by `l1` (the paper) or `l2` (best for reconstruction: the residual is then at most
             1 − r/short of ‖x‖²).
-        engine: how all coordinates are computed at a renewal: `matmul`, `fft` (dct only), `auto`: on a CPU the FFT, which
-            with the choice takes a fifth of MKL's product at 2048 columns and nine tenths at 128; where products are
+        engine: how all coordinates are computed at a renewal: `matmul`, `fft` (dct only), `auto`: on a CPU the FFT,
+            which with the choice takes a fifth of MKL's product at 2048 columns and nine tenths at 128; where they are
             oneDNN's (`linalg.products`) from 512 columns on (0.8 of them, 0.4 at 2048; 1.9 at 128); elsewhere for
             float32 from 2048 columns on, which was not measured.
     """
