@@ -50,6 +50,7 @@ from thinrank.optim.optimizers import (
     Trion,
 )
 from thinrank.optim.ranks import allocated_ranks
+from thinrank.optim.replicated import ReplicaDrift, replicate
 
 __all__ = [
     "METHODS",
@@ -88,6 +89,7 @@ __all__ = [
     "Muon",
     "MuonConfig",
     "RankedConfig",
+    "ReplicaDrift",
     "Role",
     "Routing",
     "SubspaceAdamW",
@@ -98,6 +100,7 @@ __all__ = [
     "attention_layouts",
     "build",
     "matrix_views",
+    "replicate",
     "roles",
     "route",
 ]

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from thinrank.optim.allocation import Allocation
-from thinrank.optim.axis import Axis
+from thinrank.optim.axis import WHOLE, Axis
 from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
+from thinrank.optim.exchange.replicas import Meeting
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
@@ -27,6 +29,10 @@ def whole_because(rule: MatrixRule | None) -> str | None:
     if isinstance(rule, LowRank):
         return rule.whole_because
     return None if rule is None else "its step reads the gradient itself and not its coordinates in a basis that stays"
+
+
+def _other_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class Images:
@@ -92,6 +98,7 @@ class InBackward(torch.optim.Optimizer):
 
     axis: Axis
     _allocation: Allocation | None = None
+    _meeting: Meeting | None = None
 
     def _forget_gradients(self) -> None:
         self._images = Images()
@@ -105,6 +112,9 @@ class InBackward(torch.optim.Optimizer):
         """To be called when the layouts are new."""
         self._places: dict[Tensor, list[tuple[dict[str, Any], Bucket, int]]] = {}
         self._alone: dict[Tensor, tuple[dict[str, Any], int]] = {}
+
+    @abstractmethod
+    def names(self, index: int) -> list[str]: ...
 
     @abstractmethod
     def rules(
@@ -148,18 +158,29 @@ class InBackward(torch.optim.Optimizer):
 
         `off`: as torch does (the default).
 
-        It needs gradients that are complete after backward: one process, or replicas that meet in `axis`; not DDP,
-        which averages later.
+        It needs gradients that are complete after backward: one process. DDP averages them later, and `replicate` frees
+        them by itself.
 
         Raises:
-            ValueError: for another mode, a method that `project` does not suit, `max_norm` without `step`, and ranks
-                that are shared out by gradients (`allocate_ranks`), which are not there when they would be looked at.
+            ValueError: for another mode, a method that `project` does not suit, `max_norm` without `step`, replicas
+                (`replicate`), and ranks that are shared out by gradients (`allocate_ranks`), which are not there when
+                they would be looked at.
         """
         choice("mode", mode, MODES)
         if max_norm is not None:
             number("max_norm", max_norm, open_low=True)
             if mode != "step":
                 raise ValueError(f"max_norm={max_norm:g} is for mode 'step', got {mode!r}: use clip_grad_norm_ instead")
+        if mode != "off" and self._meeting is not None:
+            raise ValueError(
+                f"mode {mode!r} is for one process; replicas exchange gradients, and free them, in backward already: "
+                "use mode 'off'"
+            )
+        if mode != "off" and self.axis == WHOLE and _other_ranks():
+            raise ValueError(
+                f"mode {mode!r} takes gradients before other ranks have had their say, and there are some: leave it "
+                "'off', and call replicate, which frees gradients in backward as well"
+            )
         if mode != "off" and self._allocation is not None and self._allocation.spectra == "gradient":
             raise ValueError(
                 f"ranks are shared out by whole gradients, which mode {mode!r} does not keep until step: use "
@@ -264,7 +285,7 @@ class InBackward(torch.optim.Optimizer):
 
         With `in_backward("project")` a matrix counts with the norm of what is left of its gradient (`gradient_norm`).
         """
-        norm = self.gradient_norm()
+        norm = self.gradient_norm()  # where replicas have to meet, here
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         for tensor in (*grads, *self._images.tensors()):

@@ -11,24 +11,21 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.allocation import Allocation, Matrix, rank_spread, share_out
-from thinrank.optim.backward import InBackward
 from thinrank.optim.bucket import Layout
 from thinrank.optim.matrix import MatrixView
 from thinrank.optim.methods.config import ALLOCATIONS, MethodConfig, choice, whole_steps
+from thinrank.optim.replicated import Replicated
 from thinrank.optim.resize import resized
 from thinrank.optim.rule import State
 
 _log = logging.getLogger(__name__)
 
 
-class OwnRanks(InBackward):
+class OwnRanks(Replicated):
     """What an optimizer of matrices does about ranks: they lie in a group's `ranks`, one for each of its parameters."""
 
     Config: ClassVar[type[MethodConfig]]
     _layouts: list[Layout] | None
-
-    @abstractmethod
-    def names(self, index: int) -> list[str]: ...
 
     @abstractmethod
     def _views(self, param: Tensor, group: Mapping[str, Any], rank: int | float | None) -> tuple[MatrixView, ...]: ...
@@ -83,10 +80,10 @@ class OwnRanks(InBackward):
             return
         if not self._ranked:
             raise ValueError(f"{type(self).__name__} has no rank to share out: leave allocate_ranks out")
-        if spectra == "gradient" and self._hooks is not None:
+        if spectra == "gradient" and (self._hooks is not None or self._meeting is not None):
             raise ValueError(
-                "ranks are shared out by whole gradients, which in_backward does not keep until step: use spectra="
-                "'weight', or in_backward('off') first"
+                "ranks are shared out by whole gradients, which in_backward and replicate do not keep until step: use "
+                "spectra='weight', or in_backward('off') first"
             )
         if spectra == "weight":
             self._share_out(spectra, steady=False)

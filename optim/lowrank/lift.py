@@ -32,6 +32,10 @@ class Lift(Protocol):
 class LinearLift(Lift, Protocol):
     """A lift that needs no more of `x` than a part linear in it, so that gradients may be added up as images."""
 
+    def chooses(self, step: Step) -> bool:
+        """True when this step's choice, which is not linear in `x`, is made whether or not a subspace is renewed."""
+        ...
+
     def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step, *, first: bool) -> State:
         """What `lift` needs of `x` beside its coordinates: tensors of the same keys and shapes for every step.
 
@@ -61,6 +65,9 @@ class Project:
 
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
         return {}
+
+    def chooses(self, step: Step) -> bool:
+        return False
 
     def __call__(
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step

@@ -86,6 +86,12 @@ class LowRank:
             return "its update is as large as the gradient and made of the gradient's rows"
         return None
 
+    def chooses(self, state: State, step: Step) -> bool:
+        """True when this step chooses something by the gradient itself: a subspace, or what the lift has to choose."""
+        return bool(self.renewals.due(state, step, self.subspace.every)) or (
+            isinstance(self.lift, LinearLift) and self.lift.chooses(step)
+        )
+
     def image(self, grad: Tensor, state: State, step: Step, *, first: bool) -> State:
         """What an update needs of `grad`, to be added up over the parts of a gradient; only for a `linear` rule.
 

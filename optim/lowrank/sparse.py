@@ -76,6 +76,9 @@ class SparseResidual:
         image = self.image(x, low, subspace, state, step, first=True)
         return self.lift(image, direction, x.shape[-1], subspace, state, step)
 
+    def chooses(self, step: Step) -> bool:
+        return any(count < max(self.warmup, 1) for count in step.count)
+
     def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step, *, first: bool) -> State:
         """`at_entries` (batch, k): the entries of `x` in S, and zeros for matrices that still search.
 

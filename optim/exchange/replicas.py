@@ -1,0 +1,237 @@
+"""Ranks that hold other data: how what they found becomes their mean, in few messages, and how much that costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET_BYTES = 4 * 2**20
+"""Least payload of a message, but for the last one: small enough to leave while backward goes on, large enough that
+its latency does not count. torch's DDP takes 25 MiB, for messages that are up to short/r times as large."""
+
+
+@dataclass(slots=True)
+class Wire:
+    """What this rank has handed to collectives since it was made, by what it was.
+
+    Attributes:
+        payload: bytes of the tensors themselves.
+        messages: collectives.
+        egress: bytes that leave a rank when a ring makes the sum: 2 (n−1)/n of the payload on n ranks.
+    """
+
+    payload: Counter[str] = field(default_factory=Counter)
+    messages: int = 0
+    egress: float = 0.0
+
+    def note(self, parts: Iterable[tuple[str, int]], ranks: int) -> None:
+        """Counts one message, of parts with a name and a number of bytes, that `ranks` ranks sum up."""
+        self.messages += 1
+        for name, size in parts:
+            self.payload[name] += size
+            self.egress += size * 2 * (ranks - 1) / ranks
+
+    def total(self) -> int:
+        """Bytes of all payloads."""
+        return sum(self.payload.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of a message.
+
+    Attributes:
+        kind: what it is, for the count.
+        value: of any shape.
+        place: what its sender will know it by.
+    """
+
+    kind: str
+    value: Tensor
+    place: str = ""
+
+
+class Letter:
+    """Parts on their way to their mean over the ranks; every rank of the group sends the same shapes."""
+
+    def __init__(self, parts: Sequence[Part], group: dist.ProcessGroup | None, dtype: torch.dtype | None, wire: Wire):
+        self._ranks = dist.get_world_size(group)
+        self._like = [(part.value.shape, part.value.dtype) for part in parts]
+        places: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i, part in enumerate(parts):
+            places.setdefault((dtype or part.value.dtype, part.value.device), []).append(i)
+        self._sent: list[tuple[list[int], Tensor, dist.Work | None]] = []
+        for (own, _), which in places.items():
+            flat = torch.cat([parts[i].value.reshape(-1).to(own) for i in which])
+            wire.note(((parts[i].kind, parts[i].value.numel() * flat.element_size()) for i in which), self._ranks)
+            self._sent.append((which, flat, dist.all_reduce(flat, group=group, async_op=True)))
+
+    def open(self) -> list[Tensor]:
+        """Waits, and gives the means in the order, the shapes and the dtypes of the parts."""
+        found: list[Tensor] = [torch.empty(0)] * len(self._like)
+        for which, flat, work in self._sent:
+            if work is not None:
+                work.wait()
+            shapes = [self._like[i] for i in which]
+            for i, piece, (shape, dtype) in zip(which, flat.split([s.numel() for s, _ in shapes]), shapes, strict=True):
+                found[i] = piece.to(dtype).div_(self._ranks).view(shape)
+        return found
+
+
+class Meeting:
+    """Sends what is wanted of gradients in letters of a fixed composition and order, as soon as backward has them.
+
+    A letter leaves when the gradients of all of its parameters are there and all letters before it have left; the rest
+    leaves in `finish`. So every rank sends the same letters in the same order, whatever its graph was. A parameter
+    without a gradient on this rank counts as zero, and stays without one where no rank has one.
+
+    Args:
+        params: in the order in which their gradients may be expected.
+        sizes: bytes that each of them will send at most of the time.
+        pack: what to send of a parameter, whose gradient is `param.grad` (zeros where it had none); the gradient is
+            the callee's to free. The kinds and shapes must be the same on every rank.
+        unpack: takes the means in the same order.
+        group: the replicas; None: all processes.
+        dtype: of the messages; None: each tensor's own.
+        overlap: letters may leave before `finish`.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[torch.nn.Parameter],
+        sizes: Sequence[int],
+        pack: Callable[[torch.nn.Parameter], list[Part]],
+        unpack: Callable[[torch.nn.Parameter, list[Part]], None],
+        *,
+        group: dist.ProcessGroup | None = None,
+        dtype: torch.dtype | None = None,
+        overlap: bool = True,
+        bucket_bytes: int = BUCKET_BYTES,
+    ):
+        self.group, self.dtype, self.overlap = group, dtype, overlap
+        self.wire = Wire()
+        self._pack, self._unpack = pack, unpack
+        self._letters: list[list[torch.nn.Parameter]] = [[]]
+        held = 0
+        for param, size in zip(params, sizes, strict=True):
+            if held >= bucket_bytes:
+                self._letters.append([])
+                held = 0
+            self._letters[-1].append(param)
+            held += size
+        self._home = {param: i for i, letter in enumerate(self._letters) for param in letter}
+        self._start()
+
+    def _start(self) -> None:
+        self._missing = [set(letter) for letter in self._letters]
+        self._away: list[_Sent] = []
+        self._heard = self._met = False
+
+    @property
+    def under_way(self) -> bool:
+        """True from the first gradient of a step until `begin`."""
+        return self._heard or self._met
+
+    def begin(self) -> None:
+        """Makes ready for the gradients of another step; what is on its way is thrown away."""
+        for sent in self._away:
+            sent.letter.open()  # every rank takes part in what has begun
+        if self.under_way:
+            self._start()
+
+    def ready(self, param: torch.nn.Parameter) -> None:
+        """To be called when backward has finished the gradient of `param` for this step."""
+        if self._met or self._home[param] < len(self._away):
+            raise RuntimeError(
+                "a gradient came after its mean over the replicas had been asked for: set optimizer.accumulating = "
+                "True during every backward but the last one before step()"
+            )
+        self._heard = True
+        self._missing[self._home[param]].discard(param)
+        while self.overlap and len(self._away) < len(self._letters) and not self._missing[len(self._away)]:
+            self._send()
+
+    def finish(self) -> None:
+        """Sends what has not been sent, waits, and hands the means over; once for each `begin`."""
+        if self._met:
+            return
+        while len(self._away) < len(self._letters):
+            self._send()
+        for sent in self._away:
+            # A mean of zero says that nobody had a gradient. The host looks only where this rank had none, so that a
+            # GPU is seldom waited for.
+            present, *means = sent.letter.open()
+            for i, (param, parts) in enumerate(zip(sent.params, sent.parts, strict=True)):
+                values = [replace(part, value=means.pop(0)) for part in parts]
+                if sent.had[i] or float(present[i]) > 0.0:
+                    self._unpack(param, values)
+        self._away = []
+        self._met = True
+
+    def _send(self) -> None:
+        params = self._letters[len(self._away)]
+        had = [param.grad is not None for param in params]
+        packed: list[list[Part]] = []
+        for param in params:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            packed.append(self._pack(param))
+            param.grad = None
+        flags = torch.tensor(had, dtype=torch.float32)
+        if params and params[0].is_cuda:
+            flags = flags.pin_memory().to(params[0].device, non_blocking=True)
+        parts = [Part("present", flags), *(part for own in packed for part in own)]
+        empty = [[replace(part, value=flags) for part in own] for own in packed]  # of what has been copied, the names
+        self._away.append(_Sent(params, had, empty, Letter(parts, self.group, self.dtype, self.wire)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    params: list[torch.nn.Parameter]
+    had: list[bool]
+    parts: list[list[Part]]
+    letter: Letter
+
+
+def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Gives every rank the values of the group's first."""
+    first = dist.get_global_rank(group, 0) if group is not None else 0
+    for tensor in tensors:
+        whole = tensor if tensor.is_contiguous() else tensor.contiguous()
+        dist.broadcast(whole, src=first, group=group)
+        if whole is not tensor:
+            tensor.copy_(whole)
+
+
+SAMPLE = 4096
+"""Entries of a tensor by which replicas are compared."""
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A number (int64, scalar) that changes with any bit of the entries that are looked at: at most `SAMPLE`, evenly
+    spread, and always the first."""
+    flat = tensor.detach().reshape(-1)
+    flat = flat[:: max(1, flat.numel() // SAMPLE)].contiguous()
+    bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]).long()
+    odd = torch.arange(1, 2 * bits.numel(), 2, dtype=torch.int64, device=bits.device)  # odd factors lose no bit
+    return (bits * odd).sum()
+
+
+def difference(named: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> str | None:
+    """The name of the first tensor of which two ranks hold different values; None where all are equal.
+
+    Every rank must give the same names in the same order; one message travels, of two numbers a tensor.
+    """
+    if not named:
+        return None
+    device = next(iter(named.values())).device
+    mine = torch.stack([fingerprint(tensor).to(device) for tensor in named.values()])
+    both = torch.stack([mine, mine.bitwise_not()])  # the greatest complement is the complement of the least
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    differ = (both[0] != both[1].bitwise_not()).tolist()
+    return next((name for name, other in zip(named, differ, strict=True) if other), None)

@@ -1,0 +1,290 @@
+"""Replicas that exchange what their updates need of gradients instead of the gradients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from thinrank.optim.axis import WHOLE
+from thinrank.optim.backward import Hooks, InBackward, whole_because
+from thinrank.optim.bucket import Bucket
+from thinrank.optim.exchange import local
+from thinrank.optim.exchange.replicas import BUCKET_BYTES, Meeting, Part, Wire, broadcast, difference
+from thinrank.optim.linalg.products import fast_products
+from thinrank.optim.lowrank.rule import LowRank
+from thinrank.optim.methods.config import choice, whole_steps
+from thinrank.optim.rule import MatrixRule
+
+_log = logging.getLogger(__name__)
+
+MESSAGES = ("auto", "full")
+
+
+class ReplicaDrift(RuntimeError):
+    """Weights or optimizer state that must be equal on all ranks are not."""
+
+
+class Replicated(InBackward):
+    """What an optimizer of matrices does where other ranks hold the same weights and other data.
+
+    Attributes:
+        wire: what this rank has sent; None without replicas.
+    """
+
+    _meeting: Meeting | None = None
+    _meeting_hooks: Hooks | None = None
+
+    def replicate(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        messages: str = "auto",
+        dtype: torch.dtype | None = None,
+        overlap: bool = True,
+        check_every: int | None = 100,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """Takes over the exchange with the ranks of `group`, which hold the same weights and other data.
+
+        No wrapper around the model is needed, and none may be there: gradients must be this rank's own. Instead of
+        them, a matrix sends its coordinates in the subspace (and, for GaLore+, its entries in S), r/short of it, where
+        its update needs nothing else; in steps that choose a subspace, or entries, it sends the gradient. Since both
+        are linear, the mean of what is sent is what the mean of the gradients would give, and the weights are those of
+        one process with all the data. Everything else (embeddings, head and vectors; every matrix of a method that
+        needs whole gradients) sends its gradient, as DDP does. Every rank steps all weights and keeps all state.
+
+        Parameters are made equal to the first rank's, here and now.
+
+        A gradient is freed once it is sent: between `backward` and `step` look at `gradient_norm()`, clip with
+        `clip_grad_norm_`, whose norm is that of what is left of the gradients (as with `in_backward("project")`).
+        With several backward passes before a step set `accumulating` during all but the last. Ranks must call
+        `backward`, `gradient_norm`, `clip_grad_norm_`, `step` and `zero_grad` alike.
+
+        Args:
+            group: the replicas; None: all processes.
+            messages: `auto`, or `full`: whole gradients every step, as DDP sends them.
+            dtype: of the messages; None: float32 for coordinates and the gradient's own dtype for gradients.
+            overlap: messages leave while backward goes on; otherwise all of them at the end.
+            check_every: compare a sample of weights and state over the ranks after so many steps; None: never.
+            bucket_bytes: least payload of a message.
+
+        Raises:
+            RuntimeError: without a process group.
+            ValueError: for bad values, ranks whose parameters differ in names, shapes or dtypes, and with
+                `in_backward` or ranks shared out by gradients, which need what is not there any more.
+        """
+        choice("messages", messages, MESSAGES)
+        if check_every is not None:
+            whole_steps("check_every", check_every)
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("replicas need a process group: call torch.distributed.init_process_group before")
+        if self._hooks is not None:
+            raise ValueError(
+                "in_backward keeps no gradients to exchange, and replicas free them anyway: use mode 'off'"
+            )
+        if self._allocation is not None and self._allocation.spectra == "gradient":
+            raise ValueError(
+                "ranks are shared out by whole gradients, which replicas do not keep until step: use "
+                "rank_allocation='weight'"
+            )
+        params = dict(self._named())
+        _refuse_other_models(params, group)
+        broadcast((param.data for param in params.values()), group)
+        if self._meeting_hooks is not None:
+            self._meeting_hooks.remove()
+        self._whole_messages = messages == "full"
+        self._check_every, self._steps = check_every, 0
+        trained = [param for param in reversed(params.values()) if param.requires_grad]
+        self._meeting = Meeting(
+            trained,
+            [self._usual_bytes(param) for param in trained],
+            self._pack,
+            self._unpack,
+            group=group,
+            dtype=dtype,
+            overlap=overlap,
+            bucket_bytes=bucket_bytes,
+        )
+        self._meeting_hooks = Hooks(trained, self._ready)
+        self._say_what_travels()
+
+    @property
+    def wire(self) -> Wire | None:
+        return None if self._meeting is None else self._meeting.wire
+
+    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for index, group in enumerate(self.param_groups):
+            yield from zip(self.names(index), group["params"], strict=True)
+
+    def _sends_coordinates(self, rule: MatrixRule | None) -> bool:
+        return isinstance(rule, LowRank) and rule.linear and not self._whole_messages
+
+    def _say_what_travels(self) -> None:
+        for group in self.param_groups:
+            rule = self.rules(group)[0]
+            cause = whole_because(rule)
+            if self._whole_messages or rule is None:
+                continue
+            if cause is not None:
+                _log.info("replicas exchange whole gradients of %s every step, because %s", group["label"], cause)
+            elif isinstance(rule, LowRank) and rule.subspace.every == 1:
+                _log.info(
+                    "replicas exchange whole gradients of %s every step, because each step chooses a new subspace: "
+                    "set update_proj_gap above 1 for smaller messages",
+                    group["label"],
+                )
+
+    # --- one gradient -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _ready(self, param: Tensor) -> None:
+        if not self.accumulating and self._meeting is not None:
+            self._meeting.ready(param)  # pyright: ignore[reportArgumentType] - hooks are on parameters
+
+    @torch.no_grad()
+    def _meet(self) -> None:
+        """Replaces this rank's gradients by their means over the replicas, or by images of these; once a step."""
+        if self._meeting is not None:
+            self._meeting.finish()
+
+    def _met_homes(self, param: Tensor) -> list[tuple[LowRank, dict[str, Any], Bucket, int]]:
+        """Where the matrices of a parameter that sends coordinates are stepped; [] for one that sends gradients."""
+        found = []
+        for group, bucket, i in self._homes.get(param, []):
+            rule, _ = self.rules(group, bucket.section, bucket.rank)
+            if not self._sends_coordinates(rule):
+                return []
+            assert isinstance(rule, LowRank)
+            found.append((rule, group, bucket, i))
+        return found
+
+    def _pack(self, param: torch.nn.Parameter) -> list[Part]:
+        assert param.grad is not None
+        if param.grad.is_sparse:
+            raise RuntimeError("replicas exchange dense gradients, and an embedding has a sparse one: use sparse=False")
+        homes = self._met_homes(param)
+        if not homes:
+            return [Part("gradients" if param in self._homes else "dense", param.grad)]
+        parts = []
+        with fast_products(param.device):
+            for rule, group, bucket, i in homes:
+                step, state = bucket.step([i], group, WHOLE, None), bucket.state([i])
+                if rule.chooses(state, step):
+                    return [Part("renewals", param.grad)]
+                image = rule.image(local.bring([param.grad], bucket.view), state, step, first=False)
+                parts += [Part(key, value, f"{bucket.prefix}\n{key}") for key, value in image.items()]
+        return parts
+
+    def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
+        if not parts[0].place:
+            param.grad = parts[0].value
+            if parts[0].kind == "renewals":
+                self._take_image(param)
+            return
+        images: dict[str, dict[str, Tensor]] = {}
+        for part in parts:
+            prefix, key = part.place.split("\n")
+            images.setdefault(prefix, {})[key] = part.value
+        for prefix, image in images.items():
+            self._images.add(param, prefix, image)
+
+    def _usual_bytes(self, param: torch.nn.Parameter) -> int:
+        homes = self._met_homes(param)
+        if not homes:
+            return param.numel() * param.element_size()
+        batches = ((rule, (bucket.view.blocks, *bucket.view.shape)) for rule, _, bucket, _ in homes)
+        return sum(4 * _elements(rule.subspace.small(shape)) for rule, shape in batches)
+
+    # --- after a step -------------------------------------------------------------------------------------------------
+
+    def _stepped(self) -> None:
+        """Ends the exchange of a step; looks now and then whether the replicas are still equal."""
+        if self._meeting is None:
+            return
+        self._meeting.begin()
+        self._steps += 1
+        if self._check_every is not None and self._steps % self._check_every == 0:
+            self.check_replicas()
+
+    @torch.no_grad()
+    def check_replicas(self) -> None:
+        """Compares a sample of every weight and every tensor of state over the replicas; all of them must call it.
+
+        Raises:
+            ReplicaDrift: with the name of the first that differs.
+        """
+        if self._meeting is None:
+            return
+        held: dict[str, Tensor] = {}
+        for name, param in self._named():
+            held[name] = param
+            held |= {f"{key} of {name}": value for key, value in self.state[param].items() if value.numel()}
+        name = difference(held, self._meeting.group)
+        if name is not None:
+            raise ReplicaDrift(
+                f"replicas have drifted apart: {name} is not the same on all ranks after {self._steps} steps of this "
+                "process; go on from the last checkpoint, and look for a rank with other code, data types or devices"
+            )
+
+    def gradient_norm(self) -> Tensor:
+        self._meet()
+        return super().gradient_norm()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self._meeting is not None:
+            self._meeting.begin()
+
+
+def _elements(shape: tuple[int, int, int]) -> int:
+    return shape[0] * shape[1] * shape[2]
+
+
+def _refuse_other_models(params: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    for name, param in params.items():
+        if type(param.data) is not Tensor:
+            raise ValueError(
+                f"replicas hold whole parameters, and {name} is a {type(param.data).__name__}: leave the parameters "
+                "unsharded, or replicate out"
+            )
+    mine = {name: (tuple(param.shape), str(param.dtype), param.requires_grad) for name, param in params.items()}
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    for rank, theirs in enumerate(everyone):
+        names = [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
+        if names or list(mine) != list(theirs):
+            name = names[0] if names else "the order of parameters"
+            raise ValueError(
+                f"replicas must have the same parameters; {name} differs between rank {rank} and this one: build the "
+                "same model and optimizer on every rank"
+            )
+
+
+def replicate(
+    model: torch.nn.Module, optimizer: Replicated, group: dist.ProcessGroup | None = None, **options: Any
+) -> None:
+    """Makes `model` and `optimizer` one of several equal replicas, each with its own data, without any wrapper.
+
+    All weights and buffers of the model are made equal to those of the first rank of `group`, whether `optimizer` steps
+    them or not; then the optimizer takes over the exchange (`MatrixOptimizer.replicate`, which has the options).
+
+        optimizer = build(model, config)
+        replicate(model, optimizer)
+        for batch in my_share_of_the_data:
+            optimizer.zero_grad()
+            loss(model, batch).backward()
+            optimizer.step()
+
+    Raises:
+        ValueError: for a model inside of DistributedDataParallel, and as `MatrixOptimizer.replicate`.
+    """
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError("DistributedDataParallel averages whole gradients itself: give replicate the module inside it")
+    optimizer.replicate(group, **options)
+    stepped = {param.data_ptr() for group_ in optimizer.param_groups for param in group_["params"]}
+    broadcast((t.data for t in (*model.parameters(), *model.buffers()) if t.data_ptr() not in stepped), group)
