@@ -10,13 +10,14 @@ from thinrank.trainers.adapters import AdapterConfig, LoraConfig
 from thinrank.trainers.data.config import FilesConfig, HeadersConfig, HuggingFaceConfig, PySourceConfig
 from thinrank.trainers.finetune import FinetuneConfig
 from thinrank.trainers.models import ModelConfig
-from thinrank.trainers.pretrain import PretrainConfig, StrategyConfig, TrainerConfig
+from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
+from thinrank.trainers.strategies import ReplicatedConfig, StrategyConfig
 
 FOLDER = Path(__file__).parent
 """Where the YAML files are."""
 
 DATA = {"pysource": PySourceConfig, "headers": HeadersConfig, "files": FilesConfig, "hf": HuggingFaceConfig}
-STRATEGIES = {"auto": StrategyConfig, "ddp": StrategyConfig}
+STRATEGIES = {"auto": StrategyConfig, "ddp": StrategyConfig, "thinrank_ddp": ReplicatedConfig}
 
 PRETRAIN = Schema(
     root=PretrainConfig,

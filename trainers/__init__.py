@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
     from thinrank.trainers.run import RunConfig
     from thinrank.trainers.schedule import ScheduleConfig
-    from thinrank.trainers.strategies import StrategyConfig
+    from thinrank.trainers.strategies import ReplicatedConfig, StrategyConfig
+    from thinrank.trainers.strategies.replicated import ReplicatedStrategy
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -43,6 +44,8 @@ __all__ = [
     "PretrainConfig",
     "Progress",
     "PySourceConfig",
+    "ReplicatedConfig",
+    "ReplicatedStrategy",
     "RunConfig",
     "ScheduleConfig",
     "StrategyConfig",
@@ -66,7 +69,8 @@ _HOMES = {
     "pretrain": ("PretrainConfig", "TrainerConfig"),
     "run": ("RunConfig",),
     "schedule": ("ScheduleConfig",),
-    "strategies": ("StrategyConfig",),
+    "strategies": ("ReplicatedConfig", "StrategyConfig"),
+    "strategies.replicated": ("ReplicatedStrategy",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -79,3 +83,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+from thinrank.trainers.strategies.registration import register_strategies  # noqa: E402 - needs the names above
+
+register_strategies()  # Trainer(strategy="thinrank_ddp")

@@ -151,8 +151,8 @@ class CausalLM(pl.LightningModule):
             raise UserError(f"in_backward={self.in_backward!r} needs an optimizer of thinrank: use 'off' with others")
         if self.trainer.world_size > 1:
             raise UserError(
-                f"in_backward={self.in_backward!r} needs gradients that are complete after backward, which DDP's are "
-                "not: use 'off' with several processes"
+                f"in_backward={self.in_backward!r} needs gradients that are complete after backward, which those of "
+                "several processes are not: use 'off'; strategy='thinrank_ddp' frees gradients in backward as well"
             )
         try:
             optimizer.in_backward(self.in_backward, max_norm=self.clip_norm if self.in_backward == "step" else None)
@@ -161,9 +161,11 @@ class CausalLM(pl.LightningModule):
 
     @property
     def _own_optimizer(self) -> optim.MatrixOptimizer | None:
-        """The optimizer, where it takes gradients in backward."""
-        found = self.optimizers(use_pl_optimizer=False) if self.in_backward != "off" else None
-        return found if isinstance(found, optim.MatrixOptimizer) else None
+        """The optimizer, where it takes gradients in backward: for itself, or to exchange them."""
+        found = self.optimizers(use_pl_optimizer=False)
+        if not isinstance(found, optim.MatrixOptimizer) or (self.in_backward == "off" and found.wire is None):
+            return None
+        return found
 
     def on_fit_start(self) -> None:
         if self.clip_norm is not None and self.trainer.gradient_clip_val is not None:

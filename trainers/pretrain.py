@@ -18,7 +18,7 @@ from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.run import RunConfig
 from thinrank.trainers.schedule import ScheduleConfig
-from thinrank.trainers.strategies import StrategyConfig, World
+from thinrank.trainers.strategies import ReplicatedConfig, StrategyConfig, World
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
@@ -155,6 +155,23 @@ class TrainingConfig:
                 f"settings needs whole gradients, because {cause}: use trainer.in_backward=step, or a method such as "
                 "galore"
             )
+        if isinstance(self.strategy, ReplicatedConfig):
+            if self.trainer.in_backward != "off":
+                raise ValueError(
+                    f"trainer.in_backward={self.trainer.in_backward} is for one process; strategy=thinrank_ddp frees "
+                    "gradients in backward by itself: leave in_backward out"
+                )
+            if getattr(self.optimizer, "rank_allocation", None) == "gradient":
+                raise ValueError(
+                    "strategy=thinrank_ddp keeps no whole gradients until the step, by which "
+                    "optimizer.rank_allocation=gradient shares ranks out: use optimizer.rank_allocation=weight, or "
+                    "strategy=ddp"
+                )
+            if self.trainer.precision == "16-mixed":
+                raise ValueError(
+                    "strategy=thinrank_ddp frees gradients before a loss scaler could look at them: use "
+                    "trainer.precision=bf16-mixed or 32-true instead of 16-mixed"
+                )
         if self.trainer.in_backward != "off" and getattr(self.optimizer, "rank_allocation", None) == "gradient":
             raise ValueError(
                 f"trainer.in_backward={self.trainer.in_backward} keeps no whole gradients until the step, by which "

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def shares(n):
     return [slice(i * BATCH // n, (i + 1) * BATCH // n) for i in range(n)]
 
 
-def run(model, optimizer, mine, clip=None, steps=range(STEPS), joint=False, cast=False):
+def run(model, optimizer, mine, clip=None, steps: Iterable[int] = range(STEPS), joint=False, cast=False):
     """Trains on the shares `mine`: one rank's, or in one process those of all ranks, whose mean loss is taken."""
     for step in steps:
         optimizer.zero_grad()
@@ -188,8 +189,11 @@ def bytes_of_three_steps(config, **how):
     counts = []
     for step in range(3):
         run(model, optimizer, mine(), steps=[step * 3])  # none of them goes through `seldom`
+        assert optimizer.wire is not None
         counts.append(dict(optimizer.wire.payload))
-    return counts, optimizer.wire.messages, optimizer.wire.egress
+    wire = optimizer.wire
+    assert wire is not None
+    return counts, wire.messages, wire.egress
 
 
 USED, NEVER = (24, 24, 8), (12, 8)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-_NAMES = ("auto", "ddp")
+import torch
+
+from thinrank.optim.replicated import MESSAGES
+
+MESSAGE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What messages are sent in, by the name that a configuration uses."""
+
+_NAMES = ("auto", "ddp", "thinrank_ddp")
 _BACKENDS = ("auto", "gloo", "nccl")
 
 
@@ -31,3 +38,32 @@ class StrategyConfig:
             raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {self.backend!r}: choose one of them")
         if not self.timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {self.timeout}: leave it out for half an hour")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicatedConfig(StrategyConfig):
+    """Whole model on every process; what travels is what updates need of gradients (`MatrixOptimizer.replicate`)."""
+
+    name: str = field(default="thinrank_ddp", metadata={"help": "coordinates of gradients are averaged (thinrank_ddp)"})
+    messages: str = field(
+        default="auto", metadata={"help": "auto: coordinates where a method needs no more; full: gradients, as DDP"}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "of messages: auto (float32 for coordinates, a gradient's own), float32, bfloat16"},
+    )
+    overlap: bool = field(default=True, metadata={"help": "messages leave while backward goes on"})
+    check_every: int | None = field(
+        default=100, metadata={"help": "steps between two looks at whether the ranks are still equal; null: never"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, allowed in (
+            ("messages", self.messages, MESSAGES),
+            ("dtype", self.dtype, tuple(MESSAGE_DTYPES)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
+        if self.check_every is not None and self.check_every < 1:
+            raise ValueError(f"check_every must be at least 1 step, got {self.check_every}: use null for never")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from thinrank.trainers.strategies.config import StrategyConfig
+from thinrank.trainers.strategies.config import ReplicatedConfig, StrategyConfig
 from thinrank.trainers.strategies.world import World
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and configurations are read without it
@@ -35,7 +35,19 @@ def build_strategy(config: StrategyConfig, world: World) -> tuple[Strategy | str
     options: dict[str, Any] = {"timeout": timedelta(seconds=config.timeout)}
     if config.backend != "auto":
         options["process_group_backend"] = config.backend
+    environment = TorchElasticEnvironment() if world.size > 1 else LightningEnvironment()
+    if isinstance(config, ReplicatedConfig):
+        from thinrank.trainers.strategies.replicated import ReplicatedStrategy
+
+        strategy = ReplicatedStrategy(
+            messages=config.messages,
+            dtype=config.dtype,
+            overlap=config.overlap,
+            check_every=config.check_every,
+            **options,
+        )
+        return strategy, environment
     # Every parameter of a language model takes part in every step, so nothing has to be searched for unused ones, and
     # its buffers are constant.
     strategy = DDPStrategy(broadcast_buffers=False, **options)
-    return strategy, TorchElasticEnvironment() if world.size > 1 else LightningEnvironment()
+    return strategy, environment

@@ -1,0 +1,76 @@
+"""The strategies under their names in Lightning's registry, without importing Lightning before somebody needs it."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+DESCRIPTIONS = {
+    "thinrank_ddp": "whole model on every process; coordinates travel, and gradients only where a step chooses by them"
+}
+
+REGISTRIES = ("lightning.pytorch.strategies", "pytorch_lightning.strategies")
+
+
+def register_strategies() -> None:
+    """Makes `Trainer(strategy="thinrank_…")` known, now or as soon as Lightning is imported."""
+    for name in REGISTRIES:
+        module = sys.modules.get(name)
+        if hasattr(module, "StrategyRegistry"):
+            _register(module)
+        elif not any(isinstance(finder, _After) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _After(name, _register))
+
+
+def _register(module: Any) -> None:
+    """In the registry of `lightning`; for that of `pytorch_lightning`, whose classes are others, a refusal."""
+    build = thinrank_ddp if module.__name__.startswith("lightning.") else _refuse
+    for name, description in DESCRIPTIONS.items():
+        module.StrategyRegistry.register(name, build, description=description, override=True)
+
+
+def thinrank_ddp(**options: Any) -> Any:
+    """A `ReplicatedStrategy`."""
+    from thinrank.trainers.strategies.replicated import ReplicatedStrategy
+
+    return ReplicatedStrategy(**options)
+
+
+def _refuse(**options: Any) -> Any:
+    raise ValueError(
+        "thinrank's strategies are for the Trainer of `lightning.pytorch`, and this one is of `pytorch_lightning`, "
+        "another package: write `import lightning.pytorch as pl`"
+    )
+
+
+class _After(importlib.abc.MetaPathFinder):
+    """Calls `then(module)` once after the module `name` has been imported.
+
+    Lightning has no entry point for strategies, and importing it takes seconds that whoever reads a configuration need
+    not wait.
+    """
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        self.name, self.then = name, then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.then(module)
+
+            spec.loader.exec_module = exec_module  # of this loader alone, which serves this module alone
+        return spec

@@ -1,0 +1,112 @@
+"""Lightning's strategy for replicas that exchange coordinates instead of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from thinrank.optim import MatrixOptimizer
+from thinrank.optim.exchange.replicas import BUCKET_BYTES, broadcast
+from thinrank.optim.replicated import MESSAGES
+from thinrank.trainers.errors import UserError
+from thinrank.trainers.strategies.config import MESSAGE_DTYPES
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """Every process holds the whole model; what travels is what the optimizer's updates need of gradients.
+
+    `Trainer(strategy="thinrank_ddp")` after `import thinrank.trainers`, or an object of this class for other settings.
+    The model is not wrapped. The module's optimizers must be thinrank's, since they are who exchanges
+    (`MatrixOptimizer.replicate`, which says what the settings mean). Accumulation, `gradient_clip_val` by norm and
+    clipping by `CausalLM` work as ever; a gradient is freed once it is on its way, so that `p.grad` of a matrix is
+    None after backward.
+
+    Args:
+        messages: `auto` (coordinates where they are enough), or `full` (gradients).
+        dtype: of the messages: `auto` (float32 for coordinates, a gradient's own), `float32`, `bfloat16`.
+        overlap: messages leave while backward goes on.
+        check_every: steps between two looks at whether the replicas are still equal; None: never.
+        bucket_bytes: least payload of a message.
+        options: of Lightning's `DDPStrategy`, but for those of DDP's wrapper.
+    """
+
+    def __init__(
+        self,
+        *,
+        messages: str = "auto",
+        dtype: str = "auto",
+        overlap: bool = True,
+        check_every: int | None = 100,
+        bucket_bytes: int = BUCKET_BYTES,
+        **options: Any,
+    ) -> None:
+        for name, value, allowed in (("messages", messages, MESSAGES), ("dtype", dtype, tuple(MESSAGE_DTYPES))):
+            if value not in allowed:
+                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
+        super().__init__(**options)
+        self._exchange: dict[str, Any] = {
+            "messages": messages,
+            "dtype": MESSAGE_DTYPES[dtype],
+            "overlap": overlap,
+            "check_every": check_every,
+            "bucket_bytes": bucket_bytes,
+        }
+
+    def configure_ddp(self) -> None:
+        """Gives all ranks the first one's weights and buffers; nothing is wrapped."""
+        assert self.model is not None
+        broadcast(tensor.data for tensor in (*self.model.parameters(), *self.model.buffers()))
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise UserError(
+                "thinrank_ddp frees gradients in backward, before a loss scaler could look at them: use "
+                "precision='bf16-mixed' or '32-true' instead of '16-mixed'"
+            )
+        try:
+            for optimizer in self._own():
+                optimizer.replicate(**self._exchange)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.precision_plugin.clip_grad_by_norm = _clip_by_norm
+        self.precision_plugin.clip_grad_by_value = _clip_by_value
+
+    def _own(self) -> list[MatrixOptimizer]:
+        for optimizer in self.optimizers:
+            if not isinstance(optimizer, MatrixOptimizer):
+                raise UserError(
+                    f"thinrank_ddp leaves the exchange to thinrank's optimizers, and {type(optimizer).__name__} is "
+                    "none: return thinrank.optim.build(self, config) from configure_optimizers, or use strategy='ddp'"
+                )
+        return self.optimizers  # pyright: ignore[reportReturnType]
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Gradients of micro-batches add up on this rank until the last one."""
+        own = self._own()
+        for optimizer in own:
+            optimizer.accumulating = True
+        try:
+            yield
+        finally:
+            for optimizer in own:
+                optimizer.accumulating = False
+
+
+def _clip_by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+    found = getattr(optimizer, "_optimizer", optimizer)  # inside of Lightning's wrapper
+    assert isinstance(found, MatrixOptimizer)  # setup_optimizers has looked
+    found.clip_grad_norm_(clip_val)
+
+
+def _clip_by_value(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+    raise UserError(
+        f"gradient_clip_algorithm='value' with {clip_val:g} needs whole gradients, which thinrank_ddp does not send: "
+        "use 'norm'"
+    )
