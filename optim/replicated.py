@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 
 MESSAGES = ("auto", "full")
 
+KINDS = {"low": "coordinates", "at_entries": "entries"}
+"""What the parts of an image are called in the count of bytes."""
+
 
 class ReplicaDrift(RuntimeError):
     """Weights or optimizer state that must be equal on all ranks are not."""
@@ -33,7 +36,9 @@ class Replicated(InBackward):
     """What an optimizer of matrices does where other ranks hold the same weights and other data.
 
     Attributes:
-        wire: what this rank has sent; None without replicas.
+        wire: what this rank has sent, by kind: `coordinates` and `entries` of matrices, `renewals` (gradients of
+            matrices by which a step chooses), `gradients` (of matrices of which nothing less is enough), `dense` (of
+            everything else), `present` (which parameters had a gradient); None without replicas.
     """
 
     _meeting: Meeting | None = None
@@ -177,7 +182,7 @@ class Replicated(InBackward):
                 if rule.chooses(state, step):
                     return [Part("renewals", param.grad)]
                 image = rule.image(local.bring([param.grad], bucket.view), state, step, first=False)
-                parts += [Part(key, value, f"{bucket.prefix}\n{key}") for key, value in image.items()]
+                parts += [Part(KINDS[key], value, f"{bucket.prefix}\n{key}") for key, value in image.items()]
         return parts
 
     def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:

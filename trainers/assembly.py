@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
 from thinrank.optim import MatrixOptimizer
+from thinrank.optim.backward import whole_because
 from thinrank.optim.linalg.products import fast_products
 from thinrank.trainers import report
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
@@ -33,6 +34,7 @@ from thinrank.trainers.data import TextData
 from thinrank.trainers.ending import (
     FINISHED,
     PREEMPTED,
+    communication,
     conclude,
     final_validation,
     optimizer_state,
@@ -48,7 +50,7 @@ from thinrank.trainers.parts import Parts
 from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.rng import seed_all
 from thinrank.trainers.run import RunFolder, config_tree, identity_json
-from thinrank.trainers.strategies import World, build_strategy, process_group, together
+from thinrank.trainers.strategies import ReplicatedConfig, World, build_strategy, process_group, together
 from thinrank.trainers.strategies.world import from_rank_zero
 
 
@@ -239,7 +241,7 @@ def _train(parts: Parts) -> dict[str, Any]:
     optimizer = trainer.optimizers[0]
     if isinstance(optimizer, MatrixOptimizer) and (ranks := optimizer.ranks()):
         parts.routing = parts.job.route(parts.model, ranks)
-    state = optimizer_state(parts)
+    state, sent_a_step = optimizer_state(parts), communication(parts)
     metrics, sample, artifacts = before, {}, {}
     if not preempted:
         metrics = {**before, **final_validation(parts)}
@@ -247,7 +249,7 @@ def _train(parts: Parts) -> dict[str, Any]:
     if parts.checkpointing.best_step >= 0:
         metrics["val/best_loss"] = parts.checkpointing.best_value
         metrics["val/best_step"] = parts.checkpointing.best_step
-    return from_rank_zero(world, lambda: conclude(parts, facts, state, metrics, sample, artifacts))
+    return from_rank_zero(world, lambda: conclude(parts, facts, state, sent_a_step, metrics, sample, artifacts))
 
 
 def _introduce(parts: Parts) -> None:
@@ -270,12 +272,28 @@ def _introduce(parts: Parts) -> None:
         f"({world.size} × {plan.accumulate} × {plan.micro_batch} sequences)",
     )
     say(world, routing.table())
+    if (exchange := _exchange(parts)) is not None:
+        say(world, f"exchange    {exchange}")
     if parts.resume is not None:
         done = "; nothing is left to do but the end" if parts.start >= plan.steps else ""
         say(world, f"resuming from step {parts.start:,} ({parts.resume.name}){done}")
     for logger in parts.trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("routing", f"```\n{routing.table()}\n```", parts.start)
+
+
+def _exchange(parts: Parts) -> str | None:
+    """What travels between the ranks at every step, in words."""
+    strategy = parts.config.strategy
+    if parts.world.size == 1 or not isinstance(strategy, ReplicatedConfig):
+        return None
+    rule = parts.config.optimizer.matrix_rule()
+    if strategy.messages == "full" or rule is None:
+        return "whole gradients, as asked for" if rule is not None else "whole gradients: this method has no subspace"
+    cause = whole_because(rule)
+    if cause is not None:
+        return f"whole gradients, because {cause}"
+    return "coordinates of matrices between renewals; gradients at renewals, and of everything else"
 
 
 def _wants_cuda(config: TrainingConfig, world: World) -> bool:

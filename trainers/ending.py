@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from thinrank.trainers import curves, report
+from thinrank.trainers.callbacks.metrics import sent
 from thinrank.trainers.callbacks.sample import sample_text
 from thinrank.trainers.errors import GuardStop, UserError
 from thinrank.trainers.parts import Parts
@@ -33,6 +34,23 @@ def optimizer_state(parts: Parts) -> dict[str, int]:
         "predicted_bytes": parts.routing.state_bytes(),
         "measured_bytes": optimizer.state_bytes(),  # pyright: ignore[reportAttributeAccessIssue]
         "adamw_bytes": parts.job.adamw_bytes(parts.model),
+    }
+
+
+def communication(parts: Parts) -> dict[str, float]:
+    """What this rank has sent for the optimizer, in payload bytes a step since this start: all, by kind, and what whole
+    gradients would have been; {} where DDP or nobody sends."""
+    optimizer, steps = parts.trainer.optimizers[0], parts.trainer.global_step - parts.start
+    found = sent(optimizer)
+    if not found or not steps:
+        return {}
+    messages = found.pop("messages")
+    params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
+    return {
+        "payload": found.total() / steps,
+        **{kind: size / steps for kind, size in found.items()},
+        "whole gradients": float(sum(param.numel() * param.element_size() for param in params)),
+        "messages": messages / steps,
     }
 
 
@@ -86,6 +104,7 @@ def conclude(
     parts: Parts,
     facts: dict[str, Any],
     state: dict[str, int],
+    sent_a_step: dict[str, float],
     metrics: dict[str, float],
     sample: dict[str, str],
     artifacts: dict[str, str],
@@ -124,6 +143,7 @@ def conclude(
             "skipped_steps": parts.guard.skipped,
             "world": parts.world.size,
             "accumulate": parts.plan.accumulate,
+            "communication": sent_a_step,
         },
         metrics=metrics,
         curves=curves.read(folder.path),

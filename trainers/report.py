@@ -51,7 +51,8 @@ def collect(
         model: parameters, trained_parameters, and origin, the digests of what training started from.
         routing: one row for each parameter: name, shape, role, rule, lr, elements, state_bytes, rank.
         optimizer_state: predicted_bytes and measured_bytes of this rank, and adamw_bytes for comparison.
-        training: steps, tokens, seconds, tokens_per_second, skipped_steps, world, accumulate.
+        training: steps, tokens, seconds, tokens_per_second, skipped_steps, world, accumulate, communication (payload
+            bytes a step by kind).
         metrics: final values.
         curves: lines of the run's curves; their summary (`thinrank.trainers.curves.summary`) joins `training` and
             `metrics`.
@@ -172,6 +173,15 @@ def page(report: Mapping[str, Any]) -> str:
             ],
         )
     )
+    communication = training.get("communication") or {}
+    if communication:
+        sizes = [(key, _mib(value)) for key, value in communication.items() if key != "messages"]
+        parts.append(
+            _table(
+                ("sent for a step by each rank", "MiB"),
+                [*sizes, ("in so many messages", f"{communication['messages']:.1f}")],
+            )
+        )
     parts.append(
         _table(
             ("optimizer state", "MiB"),

@@ -210,7 +210,7 @@ def test_what_travels_is_what_is_said_to(ranks, dtype):
     assert counts[0] == {"renewals": size * (chosen + zeros), "dense": size * dense, "present": size * params}
     assert counts[2] == {
         "renewals": size * (chosen + 3 * zeros),
-        "low": 2 * size * 3 * sum(USED),
+        "coordinates": 2 * size * 3 * sum(USED),
         "dense": 3 * size * dense,
         "present": 3 * size * params,
     }

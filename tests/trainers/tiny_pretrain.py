@@ -12,6 +12,7 @@ from thinrank.trainers.data import FilesConfig, TextData
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig, pretrain
 from thinrank.trainers.run import RunConfig
+from thinrank.trainers.strategies import StrategyConfig
 
 METHOD = GaLoreConfig(rank=4, update_proj_gap=7, lr=0.01)
 
@@ -25,7 +26,7 @@ def write_corpus(folder):
         (folder / f"{index}.txt").write_text(text)
 
 
-def config(base, name, *, optimizer: MethodConfig = METHOD, run=None, model=None, data=None, **trainer):
+def config(base, name, *, optimizer: MethodConfig = METHOD, strategy=None, run=None, model=None, data=None, **trainer):
     """A run in `base/name` on the corpus `base/corpus`; further arguments are the trainer's."""
     base = Path(base)
     settings = {
@@ -65,6 +66,7 @@ def config(base, name, *, optimizer: MethodConfig = METHOD, run=None, model=None
             }
         ),
         optimizer=optimizer,
+        strategy=strategy or StrategyConfig(),
         trainer=TrainerConfig(**settings),
     )
 
@@ -85,13 +87,13 @@ def signalled_at(step, rank, number=signal.SIGTERM, batch=4):
     return undo
 
 
-def losses(folder):
-    """The training losses in a run's TensorBoard events, by step."""
+def losses(folder, tag="train/loss"):
+    """The training losses, or the values of another tag, in a run's TensorBoard events, by step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(Path(folder) / "tensorboard"))
     events.Reload()
-    return {event.step: event.value for event in events.Scalars("train/loss")}
+    return {event.step: event.value for event in events.Scalars(tag)}
 
 
 def main(base):

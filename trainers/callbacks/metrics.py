@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -94,6 +95,8 @@ class TrainingMetrics(pl.Callback):
     | `lowrank/rank[/<parameter>]` | directions of a matrix, where matrices have ranks of their own |
     | `tokens_per_sec`, `time/step` | tokens per second of all ranks; seconds per step |
     | `consumed_tokens` | tokens so far |
+    | `comm/payload(MiB)`, `comm/<kind>(MiB)` | sent for the optimizer by this rank, a step |
+    | `comm/messages` | collectives for that, a step |
     | `memory/optimizer_state(MiB)` | tensors of the optimizer on this rank |
     | `memory/max_rss(GiB)`, `memory/max_active(GiB)` | peak of the process; peak of the CUDA allocator |
 
@@ -114,6 +117,7 @@ class TrainingMetrics(pl.Callback):
         self._measuring = False
         self._seen = 0  # optimizer steps done when this callback last looked
         self._last = 0  # optimizer steps done at the last reading
+        self._sent: Counter[str] = Counter()  # bytes and messages until then
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen = self._last = trainer.global_step
@@ -146,6 +150,16 @@ class TrainingMetrics(pl.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
 
+    def _wire(self, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, float]:
+        now = sent(optimizer)
+        new = {kind: (now[kind] - self._sent[kind]) / steps for kind in now}
+        self._sent = now
+        if not new:
+            return {}
+        messages = new.pop("messages")
+        sizes = {f"comm/{kind}(MiB)": size / 2**20 for kind, size in new.items()}
+        return {"comm/payload(MiB)": sum(sizes.values()), **sizes, "comm/messages": messages}
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock.pause()
 
@@ -163,6 +177,7 @@ class TrainingMetrics(pl.Callback):
             metrics |= _measured(getattr(optimizer, "measured", {}))
         tokens, seconds = self._clock.take()
         metrics["time/step"] = seconds / (trainer.global_step - self._last)
+        metrics |= self._wire(optimizer, trainer.global_step - self._last)
         self._last = trainer.global_step
         if tokens:
             metrics["tokens_per_sec"] = tokens / seconds
@@ -170,6 +185,12 @@ class TrainingMetrics(pl.Callback):
         if consumed is not None:
             metrics["consumed_tokens"] = float(consumed)
         return metrics | _memory(optimizer, module.device)
+
+
+def sent(optimizer: torch.optim.Optimizer) -> Counter[str]:
+    """Bytes of payload that an optimizer has sent so far, by kind, and its `messages`; nothing where none exchanges."""
+    wire = getattr(optimizer, "wire", None)
+    return Counter() if wire is None else Counter({**wire.payload, "messages": wire.messages})
 
 
 def _measured(measured: dict[str, dict[str, float]]) -> dict[str, float]:

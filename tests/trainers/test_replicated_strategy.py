@@ -1,0 +1,151 @@
+"""`strategy=thinrank_ddp` in whole runs, and `Trainer(strategy="thinrank_ddp")` around a user's own module."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny_replicas
+import torch
+from test_pretrain import final, same
+from tiny_pretrain import config, losses, write_corpus
+
+from thinrank.configs.load import load
+from thinrank.configs.schema import PRETRAIN
+from thinrank.optim import FiraConfig
+from thinrank.trainers.pretrain import pretrain
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replicas")
+    (folder / "corpus").mkdir()
+    write_corpus(folder / "corpus")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, tiny_replicas.__file__, str(folder)], capture_output=True, text=True, timeout=280, cwd=folder
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["galore", "fira"])
+def test_two_ranks_have_the_losses_of_one_process(base, name):
+    method = tiny_replicas.GALORE if name == "galore" else FiraConfig(rank=4, svd="power")
+    settings = {**tiny_replicas.PARTS, "model": {"extra": {}}, "optimizer": method}
+    pretrain(config(base, f"{name} alone", **settings))
+    one, two = losses(base / f"{name} alone"), losses(base / name)
+    assert sorted(one) == sorted(two) == list(range(1, 21))
+    for step, value in one.items():
+        assert two[step] == pytest.approx(value, abs=1e-5), step
+    assert one[20] < one[1] - 0.1
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_what_travels_is_said_logged_and_reported(base):
+    said = (base / "stdout").read_text()
+    assert "exchange    coordinates of matrices between renewals" in said
+    assert "exchange    whole gradients, because its update is as large as the gradient" in said
+    whole = json.loads((base / "fira" / "report.json").read_text())["training"]["communication"]
+    assert whole["payload"] == pytest.approx(whole["whole gradients"], rel=0.01)
+    less = json.loads((base / "galore" / "report.json").read_text())["training"]["communication"]
+    # rank 4 of 16, in 17 steps of 20; three send gradients
+    assert less["coordinates"] == pytest.approx(0.25 * 17 / 20 * (whole["gradients"]), rel=1e-6)
+    assert less["renewals"] == pytest.approx(3 / 20 * whole["gradients"], rel=1e-6)
+    assert "sent for a step by each rank" in (base / "galore" / "report.md").read_text()
+    curve = losses(base / "galore", "comm/coordinates(MiB)")
+    assert [step for step, value in curve.items() if value == 0.0] == [1, 8, 15]  # those that choose a subspace
+    assert curve[2] == pytest.approx(0.25 * whole["gradients"] / 2**20, rel=1e-6)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_a_preempted_run_goes_on_to_the_bit(base):
+    first, second, _ = json.loads((base / "result.json").read_text())
+    assert (first["state"], second["state"], second["resumed_from"]) == ("preempted", "finished", 7)
+    same(final(base / "parts"), final(base / "whole"))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_a_module_that_knows_nothing_of_replicas(base):
+    """Accumulation, and clipping by the Trainer, which is by what is left of the gradients."""
+    weights, clipped = torch.load(base / "own.pt", weights_only=True)
+    alone = tiny_replicas.fit(tiny_replicas.own, accumulate=2).state_dict()
+    for name, value in alone.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+    def projecting(model):
+        optimizer = tiny_replicas.own(model)
+        optimizer.in_backward("project")
+        return optimizer
+
+    def clips(self, optimizer, *args, **kwargs):
+        optimizer.clip_grad_norm_(0.1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_replicas.Own, "configure_gradient_clipping", clips)
+        alone = tiny_replicas.fit(projecting).state_dict()
+    for name, value in alone.items():
+        torch.testing.assert_close(clipped[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_what_it_cannot_do_is_refused(base):
+    *_, said = json.loads((base / "result.json").read_text())
+    assert "AdamW is none: return thinrank.optim.build(self, config)" in said["other optimizer"]
+    assert "needs whole gradients, which thinrank_ddp does not send: use 'norm'" in said["by value"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["trainer.in_backward=project", "optimizer=galore"], "leave in_backward out"),
+        (["optimizer=galore", "optimizer.rank_allocation=gradient"], "use optimizer.rank_allocation=weight"),
+        (["trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed or 32-true"),
+        (["strategy.messages=small"], "messages must be one of auto, full"),
+        (["strategy.dtype=float16"], "dtype must be one of auto, float32, bfloat16"),
+        (["strategy.check_every=0"], "use null for never"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_configurations_that_cannot_work_are_refused(arguments, remedy):
+    with pytest.raises(Exception, match=remedy.replace(".", r"\.")) as caught:
+        load(PRETRAIN, ["strategy=thinrank_ddp", *arguments])
+    assert type(caught.value).__name__ == "ConfigError"
+
+
+def test_the_strategy_is_known_by_name_without_lightning_being_imported_first():
+    code = (
+        "import sys, thinrank.trainers; assert 'lightning' not in sys.modules; import lightning.pytorch as pl; "
+        "trainer = pl.Trainer(strategy='thinrank_ddp', accelerator='cpu', devices=1, logger=False, "
+        "enable_checkpointing=False); print(type(trainer.strategy).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().endswith("ReplicatedStrategy"), done.stderr[-2000:]
+
+
+def test_the_other_package_of_the_same_authors_is_answered():
+    pytest.importorskip("pytorch_lightning", reason="comes with lightning, but need not")
+    code = (
+        "import thinrank.trainers, pytorch_lightning as pl\n"
+        "try: pl.Trainer(strategy='thinrank_ddp', accelerator='cpu', devices=1)\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "write `import lightning.pytorch as pl`" in done.stdout, done.stderr[-2000:]
+
+
+def test_settings_of_the_strategy_are_those_of_its_configuration():
+    from thinrank.trainers import ReplicatedConfig, ReplicatedStrategy
+
+    with pytest.raises(Exception, match="dtype must be one of"):
+        ReplicatedStrategy(dtype="half")
+    names = {field.name for field in dataclasses.fields(ReplicatedConfig)}
+    assert {"messages", "dtype", "overlap", "check_every"} <= names
