@@ -59,7 +59,7 @@ def test_what_travels_is_said_logged_and_reported(base):
     assert less["renewals"] == pytest.approx(3 / 20 * whole["gradients"], rel=1e-6)
     assert "sent for a step by each rank" in (base / "galore" / "report.md").read_text()
     curve = losses(base / "galore", "comm/coordinates(MiB)")
-    assert [step for step, value in curve.items() if value == 0.0] == [1, 8, 15]  # those that choose a subspace
+    assert [step for step in range(1, 21) if not curve.get(step)] == [1, 8, 15]  # those that choose a subspace
     assert curve[2] == pytest.approx(0.25 * whole["gradients"] / 2**20, rel=1e-6)
 
 
