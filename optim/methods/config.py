@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from thinrank.optim.inner.adam import Adam
+from thinrank.optim.inner.base import Whole
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.inner.half import WAYS, HalfWeights
 from thinrank.optim.inner.moments import BITS
@@ -126,6 +127,11 @@ class MethodConfig:
         """The rule for matrices, or None when they are stepped like everything else."""
         return None
 
+    @property
+    def projects(self) -> bool:
+        """True when matrices are stepped in fewer directions than they have."""
+        return False
+
     def element_rule(self) -> ElementwiseAdamW:
         """The rule for everything else."""
         return self.adamw()
@@ -217,6 +223,10 @@ class RankedConfig(MatrixConfig):
                 f"rank_allocation={self.rank_allocation!r} has nothing to share out with rank={self.rank!r}: set "
                 "another rank, or rank_allocation='uniform'"
             )
+
+    @property
+    def projects(self) -> bool:
+        return self.rank is not None and not isinstance(self.matrix_rule(), Whole)
 
     @property
     def dtype(self) -> torch.dtype:
