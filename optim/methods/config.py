@@ -72,7 +72,11 @@ class MethodConfig:
         metadata={"help": "decoupled weight decay of matrices, embeddings and head; norms and biases have none"},
     )
     state_bits: int = field(
-        default=32, metadata={"help": "bits of each entry of Adam's moments: 32, or 8 (small tensors keep 32)"}
+        default=32,
+        metadata={
+            "help": "bits of each entry of Adam's moments: 32, or 8 (tensors of 4096 entries and more, "
+            "projections wider than one)"
+        },
     )
     half_weights: str = field(
         default="nearest",

@@ -154,7 +154,8 @@ class LDAdamConfig(RankedConfig):
         default=0.908, metadata={"help": "share of the momentum in what the subspace follows; 0: the gradient alone"}
     )
     error_feedback: str = field(
-        default="full", metadata={"help": "what did not fit is added to the next gradient: off, full (float32), 8bit"}
+        default="full",
+        metadata={"help": "what did not fit is added to the next gradient: off, full (float32), 8bit, 4bit"},
     )
     svd: str = field(
         default="exact", metadata={"help": "the first basis: exact (the paper), or power: randomized iteration"}

@@ -143,12 +143,13 @@ def test_feedback_sends_what_does_not_fit():
     """A gradient of full rank at rank 1: without feedback one direction moves, with it they take their turns."""
     grads = [decaying(12, 8, ratio=0.9, seed=1)] * 40
     ranks = {}
-    for feedback in ("off", "full", "8bit"):
+    for feedback in ("off", "full", "8bit", "4bit"):
         weight, _ = train(torch.zeros(12, 8), grads, rank=1, error_feedback=feedback)
         ranks[feedback] = int(torch.linalg.matrix_rank(weight.detach(), rtol=0.05))
     assert ranks["off"] == 1
     assert ranks["full"] > 1
     assert ranks["8bit"] > 1
+    assert ranks["4bit"] > 1
 
 
 def test_the_first_basis_by_iteration_is_nearly_the_exact_one():
@@ -163,7 +164,7 @@ def test_the_first_basis_by_iteration_is_nearly_the_exact_one():
 # --- what an error in p.grad comes to ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("feedback", ["off", "full", "8bit"])
+@pytest.mark.parametrize("feedback", ["off", "full", "8bit", "4bit"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("when", [0, 4])
 def test_a_gradient_that_is_no_number_counts_as_zero(value, feedback, when):
