@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thinrank.optim.axis import Axis
 from thinrank.optim.matrix import MatrixView
-from thinrank.optim.rule import State, Step, key_of
+from thinrank.optim.rule import State, Step, beside, key_of
 
 OF_PARAMETER = ("step", "master")
 """State that a parameter has once, however many matrices it is seen as."""
@@ -78,6 +78,13 @@ class Bucket:
         """Rows of the stack that belong to the parameters at the places `active` (rising)."""
         return _rows(active, self.view.blocks)
 
+    def places(self, active: Sequence[int], which: Sequence[int], device: torch.device) -> Tensor | slice:
+        """Rows of the stack of the matrices `which` (rising) of a step of the parameters at `active`."""
+        rows = self.rows(active)
+        if isinstance(rows, slice) and len(which) == rows.stop - rows.start:
+            return rows
+        return beside([rows.start + i if isinstance(rows, slice) else rows[i] for i in which], device)
+
     def advance(self, active: Sequence[int]) -> None:
         """Counts one more finished update of the parameters at `active`."""
         self.counts[_rows(active, 1)] += 1.0
@@ -106,6 +113,7 @@ class Bucket:
             transposed=self.view.transposed,
             record=record,
             notes=[],
+            held=[],
             overlaps=[],
         )
 
@@ -114,13 +122,9 @@ class Bucket:
         for which, values in overlaps:
             if self.overlap is None:
                 self.overlap = values.new_full((len(self.keys),), math.nan)
-            rows = self.rows(active)
-            first = rows.start if isinstance(rows, slice) else 0
-            places = [first + i for i in which] if isinstance(rows, slice) else [rows[i] for i in which]
-            if len(places) == len(self.keys):
-                self.overlap.copy_(values)
-            else:
-                self.overlap[places] = values
+            places = self.places(active, which, values.device)
+            old = self.overlap[places]
+            self.overlap[places] = torch.where(values.isnan(), old, values)  # no number: not renewed, after all
 
     def overlaps(self) -> dict[str, float]:
         """What `remember` was given since it was asked last, by parameter: the mean of its matrices."""

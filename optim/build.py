@@ -7,7 +7,7 @@ from typing import Any, TypeGuard, cast
 
 from torch import nn
 
-from thinrank.optim.grouping import Routing, Row, group_parameters
+from thinrank.optim.grouping import Routing, Row, group_parameters, unstepped
 from thinrank.optim.heads import HeadLayout
 from thinrank.optim.methods.config import MethodConfig, RankedConfig
 from thinrank.optim.optimizer import MatrixOptimizer
@@ -35,9 +35,11 @@ def route(
 
     Raises:
         ValueError: when a target, an exclusion, a role or a heads pattern matches nothing, when a rank is of no
-            projected matrix, and when the heads of an attention weight cannot be told apart.
+            projected matrix, when LoRA's factors would be projected, and when the heads of an attention weight cannot
+            be told apart.
+        RuntimeError: when a trainable parameter is in no group: it would never be stepped.
     """
-    routing = group_parameters(model, config, roles, ranks, heads)
+    routing = _grouped(model, config, roles, ranks, heads)
     stand_ins = [
         {**group, "params": [(name, nn.Parameter(p.detach().to("meta"))) for name, p in group["params"]]}
         for group in routing.groups
@@ -93,7 +95,7 @@ def build(
         raise ValueError(
             f"ranks are given, and rank_allocation={config.rank_allocation!r} would replace them: leave one of them out"
         )
-    optimizer = _optimizer(group_parameters(model, config, roles, ranks, heads).groups, config, seed=seed)
+    optimizer = _optimizer(_grouped(model, config, roles, ranks, heads).groups, config, seed=seed)
     if shared_out:
         optimizer.allocate_ranks(config.rank_allocation, every=config.rank_allocation_every)
     return optimizer
@@ -102,6 +104,17 @@ def build(
 def allocates(config: MethodConfig) -> TypeGuard[RankedConfig]:
     """True when `config` has ranks shared out by spectra."""
     return isinstance(config, RankedConfig) and config.rank_allocation != "uniform"
+
+
+def _grouped(model: nn.Module, config: MethodConfig, *how: Any) -> Routing:
+    routing = group_parameters(model, config, *how)
+    left = unstepped(model, routing.groups)
+    if left:
+        raise RuntimeError(
+            f"no rule steps the trainable parameter {left[0]} ({len(left):,} in all): freeze it by "
+            "requires_grad_(False) if it is to stay as it is"
+        )
+    return routing
 
 
 def _optimizer(groups: list[dict[str, Any]], config: MethodConfig, *, seed: int) -> MatrixOptimizer:

@@ -34,6 +34,8 @@ MLP = (
     r"(^|\.)(gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|c_fc|mlp\.c_proj|fc_in|fc_out|dense_h_to_4h"
     r"|dense_4h_to_h|w1|w2|w3)(\.|$)"
 )
+FACTOR = r"(?i)(^|\.)lora_(embedding_)?[ab](\.|$)"
+"""Names of LoRA's factors, as peft and others have them."""
 PRESETS: dict[str, str] = {"all-linear": ".*", "attention": ATTENTION, "mlp": MLP}
 
 
@@ -209,6 +211,34 @@ def stepped_matrices(
     return {name: p for name, p in trainable.items() if name in chosen}
 
 
+def refuse_factors(names: Iterable[str], config: MethodConfig) -> None:
+    """Refuses to project LoRA's factors, which have few directions already, so that nothing would be saved.
+
+    Args:
+        names: of the matrices that `config` projects.
+
+    Raises:
+        ValueError: when one of them is such a factor.
+    """
+    factors = [name for name in names if re.search(FACTOR, name)]
+    if factors:
+        raise ValueError(
+            f"{config.name or type(config).__name__} would project gradients of LoRA's factors, which have few "
+            f"directions already ({factors[0]}, {len(factors):,} in all): exclude=['lora_'] has AdamW step them, and "
+            "AdamWConfig steps everything so"
+        )
+
+
+def unstepped(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of the trainable parameters of `model` that are in none of the parameter `groups`, in the model's order.
+
+    Args:
+        groups: an optimizer's `param_groups`, or `Routing.groups`.
+    """
+    held = {id(p[1] if isinstance(p, tuple) else p) for group in groups for p in group["params"]}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+
+
 def head_groups(
     model: nn.Module, config: MethodConfig, names: list[str], heads: Mapping[str, HeadLayout] | None
 ) -> dict[str, dict[str, Any]]:
@@ -240,7 +270,8 @@ def group_parameters(
         heads: regular expression on a name → the layout of its heads, where that cannot be found.
 
     Raises:
-        ValueError: for a rank of something that the method does not project, and as in `stepped_matrices`.
+        ValueError: for a rank of something that the method does not project, for factors of LoRA that it would, and as
+            in `stepped_matrices`.
     """
     role = roles(model, overrides)
     parameters = dict(model.named_parameters())
@@ -253,8 +284,10 @@ def group_parameters(
     for name in ranks:
         if name not in chosen:
             raise ValueError(f"ranks: {name!r} is no matrix that {config.name} projects here: remove it or target it")
-    headed = [name for name in names if name in chosen and (name not in ranks or ranks[name] is not None)]
-    layouts = head_groups(model, config, headed, heads)
+    projected = [name for name in names if name in chosen and (name not in ranks or ranks[name] is not None)]
+    if config.projects:
+        refuse_factors(projected, config)
+    layouts = head_groups(model, config, projected, heads)
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     vector_lr = embedding_lr if config.vector_lr is None else config.vector_lr
     rate = {Role.MATRIX: config.lr, Role.EMBEDDING: embedding_lr, Role.HEAD: embedding_lr, Role.VECTOR: vector_lr}

@@ -23,7 +23,7 @@ from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.own_ranks import OwnRanks, ranks_of
-from thinrank.optim.rule import Decay, MatrixRule, Note, Probe, State, Step, key_of, seed_of
+from thinrank.optim.rule import NOT_FINITE, Decay, MatrixRule, Note, Probe, State, Step, key_of, seed_of
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,9 @@ class MatrixOptimizer(OwnRanks):
             new one, of the last renewal since the step that measured before) and, where groups have `ranks`, `rank`;
             by group label `update_rms` and `effective_lr`.
         skipped_renewals: how often since construction or loading a parameter kept its old subspace because its gradient
-            was not finite or its factorisation did not converge, by name; the first of each kind is logged.
+            was not finite or its factorisation did not converge, by name; the first of each kind is logged. Methods
+            that renew at every step leave their counts on the device: on a GPU they are logged in a step with
+            `measure`, or when this is read, and the host then waits.
         axis: the ranks that share matrices and data; the identity in one process and under plain DDP.
     """
 
@@ -119,7 +121,8 @@ class MatrixOptimizer(OwnRanks):
         self._clamped = False
         self.measure = False
         self.measured: dict[str, dict[str, float]] = {}
-        self.skipped_renewals: dict[str, int] = {}
+        self._skipped: dict[str, int] = {}
+        self._held: dict[tuple[str, ...], Tensor] = {}
         self._told: set[tuple[str, str]] = set()
         self.axis: Axis = WHOLE
 
@@ -288,6 +291,7 @@ class MatrixOptimizer(OwnRanks):
             if any(group["ranks"] is not None for group in self.param_groups):
                 self.measured["rank"] = {name: float(rank) for name, rank in self.directions().items()}
             self.measure = False
+            self._count_held()
         self._allocate_if_due("weight")  # at the end, since coordinates that backward left are in the old subspaces
         return loss
 
@@ -353,10 +357,33 @@ class MatrixOptimizer(OwnRanks):
         bucket.remember(active, step.overlaps or ())
         for note in step.notes or ():
             self._tell(bucket.prefix + bucket.names[active[note.matrix // bucket.view.blocks]], note)
+        for which, held in step.held or ():
+            host = held.device.type == "cpu"
+            if host and not bool(held.any()):
+                continue
+            names = tuple(bucket.prefix + name for name in bucket.names)
+            if names not in self._held:
+                self._held[names] = torch.zeros(len(bucket.keys), dtype=torch.int32, device=held.device)
+            self._held[names][bucket.places(active, which, held.device)] += held
+            if host:
+                self._count_held()
+
+    def _count_held(self) -> None:
+        """Takes from the device which subspaces stayed as they were; the host waits for it."""
+        for names, counts in self._held.items():
+            for name, count in zip(names, counts.view(len(names), -1).sum(-1).tolist(), strict=True):
+                for _ in range(count):
+                    self._tell(name, Note(0, NOT_FINITE, skipped=True))
+        self._held.clear()
+
+    @property
+    def skipped_renewals(self) -> dict[str, int]:
+        self._count_held()
+        return self._skipped
 
     def _tell(self, name: str, note: Note) -> None:
         if note.skipped:
-            self.skipped_renewals[name] = self.skipped_renewals.get(name, 0) + 1
+            self._skipped[name] = self._skipped.get(name, 0) + 1
         if (name, note.cause) not in self._told:
             self._told.add((name, note.cause))
             instead = "it keeps the subspace that it has" if note.skipped else "subspace iteration took its place"

@@ -36,6 +36,12 @@ def seed_of(seed: int, key: int, count: int) -> int:
     return (seed * 0x9E3779B1 + key * 0x85EBCA6B + count * 0xC2B2AE35) & 0x7FFFFFFFFFFFFFFF
 
 
+NOT_FINITE = "its gradient was not finite"
+FAILED = "the factorisation of its gradient did not converge"
+SVD_FAILED = "its exact SVD did not converge"
+"""Why a matrix keeps its subspace, or has one by subspace iteration (the last)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Note:
     """Something that went wrong with a matrix without stopping it.
@@ -64,6 +70,9 @@ class Step:
         transposed: True when a rule's (long, short) is the transpose of how the weight is stored.
         record: where a rule leaves what it measured, one value for each matrix, or None when nobody asks.
         notes: where a rule leaves what went wrong with a matrix without stopping it, or None when nobody asks.
+        held: where a rule leaves, at renewals, which subspaces stayed as they were because a gradient was not finite,
+            if it knows that on the device only: places in the batch, and for each of them a bool; None when nobody
+            asks.
         overlaps: where a rule leaves, at renewals, the share of the old subspaces in the new ones (`Change.overlap`):
             places in the batch and their values, on the device; None when nobody asks.
     """
@@ -75,12 +84,18 @@ class Step:
     transposed: bool = False
     record: dict[str, Tensor] | None = None
     notes: list[Note] | None = None
+    held: list[tuple[Sequence[int], Tensor]] | None = None
     overlaps: list[tuple[list[int], Tensor]] | None = None
 
     def note(self, matrix: int, cause: str, *, skipped: bool) -> None:
         """Tells that a renewal of a matrix of the batch went otherwise than it should."""
         if self.notes is not None:
             self.notes.append(Note(matrix, cause, skipped))
+
+    def hold(self, which: Sequence[int], held: Tensor) -> None:
+        """Tells which of the matrices `which` kept their subspaces, `held` (len(which),) bool, without looking."""
+        if self.held is not None:
+            self.held.append((which, held))
 
     def only(self, which: Sequence[int]) -> Step:
         """The same circumstances for some matrices of the batch; what these measure is not recorded."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from thinrank.optim import AdamWConfig, LowRankConfig, MethodConfig
+from thinrank.optim import AdamWConfig, MethodConfig
 from thinrank.trainers.adapters import AdapterConfig, LoraConfig
 from thinrank.trainers.data.config import DataConfig, HeadersConfig
 from thinrank.trainers.pretrain import TrainingConfig
@@ -67,7 +67,7 @@ class FinetuneConfig(TrainingConfig):
                 f"data.tokenizer must be the model's own, {self.model.path}, got {self.data.tokenizer!r}: "
                 "set it to the value of model.path"
             )
-        if isinstance(self.adapter, LoraConfig) and isinstance(self.optimizer, LowRankConfig):
+        if isinstance(self.adapter, LoraConfig) and self.optimizer.projects:
             raise ValueError(
                 f"optimizer={self.optimizer.name} would project gradients of LoRA's factors, which have rank "
                 f"{self.adapter.rank} already: use optimizer=adamw, or adapter=none"

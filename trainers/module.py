@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thinrank import optim
+from thinrank.optim.grouping import unstepped
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig, build_model
 from thinrank.trainers.schedule import ScheduleConfig, build_scheduler
@@ -128,10 +129,20 @@ class CausalLM(pl.LightningModule):
         self.model = build_model(self.model_config, vocab_size, seed=self.seed)
 
     def configure_optimizers(self) -> Any:
-        """One optimizer object and its schedule, stepped with every optimizer step."""
+        """One optimizer object and its schedule, stepped with every optimizer step.
+
+        Raises:
+            UserError: when the function given as `optimizer` leaves a trainable parameter out.
+        """
         model = self._network
         if callable(self.optimizer):
             optimizer = cast("torch.optim.Optimizer", self.optimizer(model))
+            left = unstepped(model, optimizer.param_groups)
+            if left:
+                raise UserError(
+                    f"the optimizer was not given the trainable parameter {left[0]} ({len(left):,} in all), which "
+                    "would stay as it is: pass it to the optimizer, or freeze it by requires_grad_(False)"
+                )
         else:
             optimizer = optim.build(model, self.optimizer, seed=self.projection_seed)
         self._take_in_backward(optimizer)

@@ -76,12 +76,13 @@ def cosh_rms(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     return (1.0 + total / count).sqrt()
 
 
-def finite_or_zero(x: Tensor, axis: Axis = WHOLE) -> Tensor:
-    """`x` (..., long, short) with zeros in the place of each matrix that holds something that is no finite number.
+def all_finite(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """Which matrices of `x` (..., long, short) hold finite numbers alone, on every rank: (..., 1, 1) bool.
 
-    For sums that are kept for ever, which one infinity would spoil for ever. All ranks of a matrix decide alike.
+    Replicas decide alike, too: what one of them cannot use would be no number in the mean of all.
     """
-    return torch.where(torch.isfinite(peak(x, axis)), x, 0.0)
+    fine = torch.isfinite(peak(x, axis))  # a maximum passes on what is no number
+    return fine if axis.replicas is None else axis.mean(fine.float()) == 1.0
 
 
 def unit_columns(x: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class Renewals:
         """Notes that all matrices of `state` were renewed.
 
         Args:
-            overlap: of their old and new subspaces, (batch,); None at the first update, which has no old one.
+            overlap: of their old and new subspaces, (batch,); None at the first update, which has no old one; no number
+                for a matrix that was not renewed after all, and will be at its next update.
         """
         if self.lazy is None:
             return
@@ -62,9 +63,11 @@ class Renewals:
             lead = [self._lead(step, every, i) for i in range(len(step.count))]
             state["renewed"].copy_(torch.tensor([c - ahead for c, ahead in zip(step.count, lead, strict=True)]))
             return
-        state["renewed"].copy_(torch.tensor(list(step.count)))
-        steady = overlap.to(state["gap"]) >= self.lazy
-        state["gap"].copy_(torch.where(steady, 2.0 * state["gap"], float(every)))
+        found = overlap.to(state["gap"])
+        now = torch.tensor(list(step.count), dtype=torch.float32)
+        state["renewed"].copy_(torch.where(found.isnan(), state["renewed"], now))
+        gap = torch.where(found >= self.lazy, 2.0 * state["gap"], float(every))
+        state["gap"].copy_(torch.where(found.isnan(), state["gap"], gap))
 
     def _on_time(self, step: Step, every: int, index: int) -> bool:
         count = step.count[index]

@@ -15,8 +15,8 @@ from thinrank.optim.lowrank.feedback import Feedback, NoFeedback
 from thinrank.optim.lowrank.lift import Lift, LinearLift, Project
 from thinrank.optim.lowrank.renewals import Renewals
 from thinrank.optim.lowrank.subspace import Subspace, second_choice
-from thinrank.optim.lowrank.transport import Change, Keep, Transport
-from thinrank.optim.rule import Decay, State, Step
+from thinrank.optim.lowrank.transport import Change, Keep, Slots, Transport
+from thinrank.optim.rule import FAILED, NOT_FINITE, SVD_FAILED, Decay, State, Step
 from thinrank.optim.update import Update
 
 
@@ -117,9 +117,10 @@ class LowRank:
     def renew(self, x: Tensor, state: State, step: Step, due: Sequence[int]) -> Tensor | None:
         """Renews the subspaces of the matrices `due` and carries their moments over.
 
-        A gradient that is not finite would leave a basis that is not one: such a matrix keeps what it has. Where a
-        factorisation does not converge, the batch is renewed matrix by matrix and the one that fails by subspace
-        iteration; where that fails too, it keeps what it has.
+        A gradient that is not finite would leave a basis that is not one: such a matrix keeps what it has (subspaces
+        that do not factorise see to it on the device, `Slots.held`). Where a factorisation does not converge, the batch
+        is renewed matrix by matrix and the one that fails by subspace iteration; where that fails too, it keeps what it
+        has.
 
         Returns the coordinates of all of `x` where the renewal computed them.
         """
@@ -128,7 +129,7 @@ class LowRank:
             finite = torch.isfinite(peak(shared, step.axis)).flatten().tolist()  # a maximum passes on what is no number
             for i in due:
                 if not finite[i]:
-                    step.note(i, "its gradient was not finite", skipped=True)
+                    step.note(i, NOT_FINITE, skipped=True)
             due = [i for i in due if finite[i]]
         first, later = [i for i in due if step.count[i] == 0], [i for i in due if step.count[i] > 0]
         waiting = [which for which in (first, later) if which]
@@ -147,10 +148,12 @@ class LowRank:
                     continue
                 other = self._second_choice(entered, some, part)
                 if other is None:
-                    step.note(which[0], "the factorisation of its gradient did not converge", skipped=True)
+                    step.note(which[0], FAILED, skipped=True)
                     continue
-                step.note(which[0], "its exact SVD did not converge", skipped=False)
+                step.note(which[0], SVD_FAILED, skipped=False)
                 change, low = other
+            if isinstance(change, Slots) and change.held is not None:
+                step.hold(which, change.held)
             self.transport.carry(some, change, part.count)
             overlap = change.overlap() if part.count[0] > 0 and self.subspace.orthonormal else None
             if overlap is not None and step.overlaps is not None:

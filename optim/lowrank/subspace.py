@@ -11,6 +11,7 @@ from torch import Tensor
 
 from thinrank.optim.linalg.basis import random_columns, subspace_iteration, svd_bases, svd_basis
 from thinrank.optim.linalg.fixed import basis_matrix, column_norms, dct_rows_fft, select_columns
+from thinrank.optim.linalg.norms import peak
 from thinrank.optim.linalg.products import pays, product
 from thinrank.optim.lowrank.transport import Change, Rotation, Slots
 from thinrank.optim.rule import State, Step
@@ -249,8 +250,11 @@ class FixedColumns:
         norms = column_norms(coordinates, self.norm, step.axis)
         first = step.count[0] == 0
         columns, kept = select_columns(norms, None if first else state["columns"], state["columns"].shape[-1])
+        held = ~torch.isfinite(peak(x, step.axis)).squeeze(-1)  # (batch, 1): by what is no number, nothing is chosen
+        columns = torch.where(held, state["columns"].long(), columns)
         state["columns"].copy_(columns)
-        return Slots(kept), coordinates.gather(-1, columns.unsqueeze(-2).expand(-1, x.shape[-2], -1))
+        low = coordinates.gather(-1, columns.unsqueeze(-2).expand(-1, x.shape[-2], -1))
+        return Slots(kept | held, held.squeeze(-1)), low
 
     def atoms(self, state: State, short: int) -> Tensor:
         """The chosen atoms as columns: (batch, short, r)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,13 +27,20 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """`kept` (batch, r): the columns whose meaning did not change; the others are new. A rotation of zeros and ones."""
+    """A rotation of zeros and ones.
+
+    Attributes:
+        kept: (batch, r) bool, the columns whose meaning did not change; the others are new.
+        held: (batch,) bool, the matrices for which nothing was chosen, so that all columns are `kept`; None: no such.
+    """
 
     kept: Tensor
+    held: Tensor | None = None
 
     def overlap(self) -> Tensor:
-        """The share of columns that stayed (batch,)."""
-        return self.kept.float().mean(-1)
+        """The share of columns that stayed (batch,); no number for matrices that are `held`."""
+        share = self.kept.float().mean(-1)
+        return share if self.held is None else share.masked_fill(self.held, math.nan)
 
 
 Change = Rotation | Slots
@@ -57,11 +65,13 @@ class Reset:
     """Both moments start again from zero, and so do the columns' ages where they are kept."""
 
     def carry(self, state: State, change: Change, count: Sequence[int]) -> None:
+        held = change.held if isinstance(change, Slots) else None
         with moments(state, count) as (m, v):
-            m.zero_()
-            v.zero_()
-        if "age" in state:
-            state["age"].zero_()
+            for value in (m, v, state["age"]) if "age" in state else (m, v):
+                if held is None:
+                    value.zero_()
+                else:
+                    value.masked_fill_(~held.view(-1, *[1] * (value.ndim - 1)), 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from thinrank.optim.inner.adam import Adam
+from thinrank.optim.inner.base import Whole
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.inner.half import WAYS, HalfWeights
 from thinrank.optim.inner.moments import BITS
@@ -71,7 +72,11 @@ class MethodConfig:
         metadata={"help": "decoupled weight decay of matrices, embeddings and head; norms and biases have none"},
     )
     state_bits: int = field(
-        default=32, metadata={"help": "bits of each entry of Adam's moments: 32, or 8 (small tensors keep 32)"}
+        default=32,
+        metadata={
+            "help": "bits of each entry of Adam's moments: 32, or 8 (tensors of 4096 entries and more, "
+            "projections wider than one)"
+        },
     )
     half_weights: str = field(
         default="nearest",
@@ -125,6 +130,11 @@ class MethodConfig:
     def matrix_rule(self) -> MatrixRule | None:
         """The rule for matrices, or None when they are stepped like everything else."""
         return None
+
+    @property
+    def projects(self) -> bool:
+        """True when matrices are stepped in fewer directions than they have."""
+        return False
 
     def element_rule(self) -> ElementwiseAdamW:
         """The rule for everything else."""
@@ -217,6 +227,10 @@ class RankedConfig(MatrixConfig):
                 f"rank_allocation={self.rank_allocation!r} has nothing to share out with rank={self.rank!r}: set "
                 "another rank, or rank_allocation='uniform'"
             )
+
+    @property
+    def projects(self) -> bool:
+        return self.rank is not None and not isinstance(self.matrix_rule(), Whole)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,7 +19,7 @@ the errors that codes make in it, which are in proportion to the captured part b
 The paper's: all of the above. Ours: signs for which Q and P agree (R's triangular factor has a positive diagonal, else
 `right_factor="qr"` could step uphill); a column of P that rounding alone would make is left out, and its column of Q
 kept, where the paper keeps Q for a zero momentum only; a gradient that is not finite counts as zero, since M would keep
-it for ever.
+it for ever, and Q stays as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.linalg.basis import captured_energy, random_columns
-from thinrank.optim.linalg.norms import finite_or_zero, unit_columns
+from thinrank.optim.linalg.norms import all_finite, unit_columns
 from thinrank.optim.linalg.orthogonal import cholesky_qr, householder_qr, shape_scale
 from thinrank.optim.linalg.products import product
 from thinrank.optim.lowrank.subspace import width
@@ -77,14 +77,16 @@ class DionRule:
         for i, count in enumerate(step.count):
             if count == 0:
                 basis[i] = unit_columns(random_columns(short, r, step.generator(i), basis.device))
-        momentum.add_(finite_or_zero(grad, step.axis))
+        fine = all_finite(grad, step.axis)  # (batch, 1, 1)
+        step.hold(range(len(step.count)), ~fine.flatten())
+        momentum.add_(torch.where(fine, grad, 0.0))
         left = self.orthonormal(step)(step.axis.mean(self.product(momentum, basis)))  # (batch, long, r)
         right = step.axis.mean(step.axis.sum(self.product(momentum.mT, left)))  # (batch, short, r)
         if step.record is not None:
             step.record["captured_energy"] = captured_energy(momentum, left @ right.mT, step.axis)
         momentum.baddbmm_(left, right.mT, alpha=self.momentum - 1.0)
         unit = unit_columns(right) if self.right_factor == "column_norm" else self.orthonormal()(right)
-        basis.copy_(torch.where(unit.any(-2, keepdim=True), unit, basis))
+        basis.copy_(torch.where(fine & unit.any(-2, keepdim=True), unit, basis))
         left.mul_(shape_scale(self.adjust_lr, *step.stored(momentum)))
         return Update(left.to(self.dtype), unit.to(self.dtype))
 

@@ -20,8 +20,8 @@ the span matters to V alone, elementwise.
 The error is a state tensor of its own. The authors keep it in `p.grad` by letting `zero_grad` leave it there; then
 gradient clipping clips it, a scaler unscales it, DDP averages it and `set_to_none` deletes it.
 
-A matrix whose gradient holds something that is no number takes its step as if the gradient were zero: an error of NaN
-would stay for ever.
+A matrix whose gradient holds something that is no number takes its step as if the gradient were zero, in the basis that
+it has: an error of NaN would stay for ever.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from torch import Tensor
 from thinrank.optim.inner.adam import Adam
 from thinrank.optim.inner.moments import first_moment
 from thinrank.optim.linalg.basis import captured_energy, momentum_iteration, svd_basis
-from thinrank.optim.linalg.norms import peak
+from thinrank.optim.linalg.norms import all_finite
 from thinrank.optim.lowrank.feedback import FEEDBACKS, Feedback
 from thinrank.optim.lowrank.subspace import PowerIteration
 from thinrank.optim.lowrank.transport import Rotate, Rotation
 from thinrank.optim.methods.config import RankedConfig, choice, number
-from thinrank.optim.rule import Decay, State, Step, beside
+from thinrank.optim.rule import FAILED, SVD_FAILED, Decay, State, Step, beside
 from thinrank.optim.update import Update
 
 
@@ -73,11 +73,14 @@ class LDAdamRule:
         }
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
-        finite = torch.isfinite(peak(grad, step.axis))
-        x = self.feedback.enter(torch.where(finite, grad, 0.0).float(), state)
+        fine = all_finite(grad, step.axis)  # (batch, 1, 1)
+        x = self.feedback.enter(torch.where(fine, grad, 0.0).float(), state)
         old, momentum = state["basis"].clone(), first_moment(state).clone()
         self.renew(x, state, step)
-        change = Rotation(state["basis"].mT @ old)
+        state["basis"].copy_(torch.where(fine, state["basis"], old))
+        step.hold(range(len(step.count)), ~fine.flatten())
+        turn = state["basis"].mT @ old
+        change = Rotation(torch.where(fine, turn, torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)))
         self.transport.carry(state, change, step.count)
         low = step.axis.mean(self.subspace.down(x, state))
         if self.feedback.listens:
@@ -89,11 +92,15 @@ class LDAdamRule:
         if step.record is not None:
             step.record["captured_energy"] = captured_energy(x, low, step.axis)
             first = torch.tensor([count == 0 for count in step.count]).to(x.device)
-            step.record["subspace_overlap"] = change.overlap().masked_fill(first, math.nan)
+            step.record["subspace_overlap"] = change.overlap().masked_fill(first | ~fine.flatten(), math.nan)
         return self.subspace.up(self.inner.direction(low, state, step), state, x.shape[-1])
 
     def renew(self, x: Tensor, state: State, step: Step) -> None:
-        """Writes the next basis to `state`: one warm power iteration or, for a first update, a factorisation."""
+        """Writes the next basis to `state`: one warm power iteration or, for a first update, a factorisation.
+
+        Where that does not converge, the matrices are taken one by one; subspace iteration takes the place of an exact
+        SVD, and where that fails, too, the old basis stays.
+        """
         basis = state["basis"]
         first = [i for i, count in enumerate(step.count) if count == 0]
         if len(first) < len(step.count):
@@ -108,12 +115,33 @@ class LDAdamRule:
         if self.exact and not step.axis.whole:
             raise RuntimeError("an exact SVD needs whole matrices: use svd='power' where rows are sharded")
         shared = step.axis.mean(x[first])
-        if self.exact:
-            basis[first] = svd_basis(shared, basis.shape[-1], transposed=step.transposed)
-        else:
-            some = {"basis": basis[first]}
-            self.subspace.renew(shared, some, step.only(first))
-            basis[first] = some["basis"]
+        self._begin(shared, basis, step, first)
+
+    def _begin(self, x: Tensor, basis: Tensor, step: Step, which: list[int]) -> None:
+        """Writes the first bases of the matrices `which`, whose gradients are `x` (len(which), long, short)."""
+        own, part = basis[which], step.only(which)
+        try:
+            basis[which] = self._exact(x, own, part) if self.exact else self._iterated(x, own, part)
+        except torch.linalg.LinAlgError:
+            if len(which) > 1:
+                for row, i in enumerate(which):
+                    self._begin(x[row : row + 1], basis, step, [i])
+                return
+            try:
+                if not self.exact:
+                    raise
+                basis[which] = self._iterated(x, own, part)
+                step.note(which[0], SVD_FAILED, skipped=False)
+            except torch.linalg.LinAlgError:
+                step.note(which[0], FAILED, skipped=True)
+
+    def _exact(self, x: Tensor, basis: Tensor, step: Step) -> Tensor:
+        return svd_basis(x, basis.shape[-1], transposed=step.transposed)
+
+    def _iterated(self, x: Tensor, basis: Tensor, step: Step) -> Tensor:
+        state = {"basis": basis.clone()}
+        self.subspace.renew(x, state, step)
+        return state["basis"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +154,8 @@ class LDAdamConfig(RankedConfig):
         default=0.908, metadata={"help": "share of the momentum in what the subspace follows; 0: the gradient alone"}
     )
     error_feedback: str = field(
-        default="full", metadata={"help": "what did not fit is added to the next gradient: off, full (float32), 8bit"}
+        default="full",
+        metadata={"help": "what did not fit is added to the next gradient: off, full (float32), 8bit, 4bit"},
     )
     svd: str = field(
         default="exact", metadata={"help": "the first basis: exact (the paper), or power: randomized iteration"}

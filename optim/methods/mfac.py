@@ -1,7 +1,8 @@
 """M-FAC: a step along the inverse empirical Fisher matrix of the last gradients (Frantar et al., NeurIPS 2021,
 arXiv 2107.03356), in the coordinates of a subspace.
 
-With the projected gradients g = vec(G B) of the last k ≤ m steps (B as in `subspace_adamw`):
+With the projected gradients g = vec(G B) of the last k ≤ m steps, G (long × short; a wide weight with the sides
+exchanged), B (short × r) as in `subspace_adamw`, g and v (long · r), F (long · r × long · r) for each matrix:
 
     F = λ I + (1/k) Σ g_i g_iᵀ ;  v ← μ v + (1−μ) F⁻¹ g ;  W ← (1−η λ_w) W − η α v Bᵀ
 
@@ -18,9 +19,9 @@ the size of 1/‖g‖ where ‖g‖² is above λ, and of ‖g‖/λ below, so t
 `finish="adam"` is Natural GaLore (Das 2024, arXiv 2410.16029): Adam steps on F⁻¹ g. There m = 20 and λ = 1e-3 without
 the division by k.
 
-Memory: m numbers for each projected one, float32 with `state_bits=8`, too, which is for AdamW's moments and those of
-`finish="adam"`: what the errors of codes would do to F⁻¹ is not known. `space="whole"` has no subspace, for parameters
-that are small themselves: factors of LoRA.
+Memory: a basis (short × r), a momentum (long × r) and m numbers for each projected one, float32 with `state_bits=8`,
+too, which is for AdamW's moments and those of `finish="adam"`: what the errors of codes would do to F⁻¹ is not known.
+`space="whole"` has no subspace, for parameters that are small themselves: factors of LoRA.
 """
 
 from __future__ import annotations

@@ -30,7 +30,10 @@ class MomentumConfig(MatrixConfig):
     )
     state_bits: int = field(
         default=32,
-        metadata={"help": "bits of each entry of the momentum and of Adam's moments: 32, or 8 (small tensors keep 32)"},
+        metadata={
+            "help": "bits of each entry of the momentum (rows wider than one) and of Adam's moments (from 4096 entries "
+            "on): 32, or 8"
+        },
     )
     momentum: float = field(default=0.95, metadata={"help": "decay rate of the matrices' running mean"})
 

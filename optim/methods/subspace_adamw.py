@@ -2,11 +2,15 @@
 
 No single paper's; its parts are: randomized subspace iteration (Halko et al. 2011; GaLore+, Liao et al. 2024) for the
 basis, warm from the one before; LDAdam's rotation of both moments (Robert et al. 2024); Fira's scaled residual (Chen et
-al. 2024), optionally reduced to signs and one scale a row (ours). With
+al. 2024), optionally reduced to signs and one scale a row (ours). For a gradient G (m × n, m ≥ n; wide weights with
+the sides exchanged), basis B (n × r), coordinates R and their direction N (m × r), a factor φ_j for each of m rows:
 
     every T steps: B ← top-r right singular subspace of G by subspace iteration from the old B; moments rotated
     R = G B ;  N = Adam(R) ;  φ_j = ‖N_j‖ / ‖R_j‖ for each row j
     W ← (1−η λ) W − η α (N Bᵀ + limit(φ ∘ (G − R Bᵀ)))
+
+Defaults: T = 200 and r = n/4 are GaLore's (its 60M, 350M and 1B models), limit 1.01 is Fira's, β and ε are torch's
+AdamW's; α = 1 (the rate as it is), rotation and the whole residual are ours. State: B, two moments (m × r), one norm.
 """
 
 from __future__ import annotations

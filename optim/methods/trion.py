@@ -20,7 +20,7 @@ The paper's: everything above the last formula. Ours: the last, bases other than
 replicas of other data only b and the columns' norms are averaged (r·m + n numbers) and every rank keeps its own H. The
 ranks agree on columns by the mean of their norms, which is not the norm of the mean: where gradients of single ranks
 are mostly noise, columns with much noise are chosen, too. For the same columns the weights are those of one rank that
-has all data. A gradient that is not finite counts as zero, since H would keep it for ever.
+has all data. A gradient that is not finite counts as zero, since H would keep it for ever, and the columns stay.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from thinrank.optim.linalg.basis import captured_energy
 from thinrank.optim.linalg.fixed import column_norms, select_columns
-from thinrank.optim.linalg.norms import finite_or_zero
+from thinrank.optim.linalg.norms import all_finite
 from thinrank.optim.linalg.orthogonal import SETS, newton_schulz, shape_scale
 from thinrank.optim.lowrank.subspace import FixedColumns
 from thinrank.optim.lowrank.transport import Slots
@@ -69,16 +69,21 @@ class TrionRule:
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
         momentum = state["momentum"]
-        momentum.add_(finite_or_zero(self.subspace.coordinates(grad), step.axis))
+        coordinates = self.subspace.coordinates(grad)
+        fine = all_finite(coordinates, step.axis).squeeze(-1)  # (batch, 1)
+        step.hold(range(len(step.count)), ~fine.squeeze(-1))
+        momentum.add_(torch.where(fine.unsqueeze(-1), coordinates, 0.0))
         norms = step.axis.mean(column_norms(momentum, self.subspace.norm, step.axis))
         columns, kept = select_columns(norms, state["columns"], state["columns"].shape[-1])
+        columns = torch.where(fine, columns, state["columns"].long())
         state["columns"].copy_(columns)
         index = columns.unsqueeze(-2).expand(-1, momentum.shape[-2], -1)
         own = momentum.gather(-1, index)  # (batch, long, r)
         if step.record is not None:
             first = torch.tensor([count == 0 for count in step.count]).to(own.device)
             step.record["captured_energy"] = captured_energy(momentum, own, step.axis)
-            step.record["subspace_overlap"] = Slots(kept).overlap().masked_fill(first, math.nan)
+            overlap = Slots(kept, ~fine.squeeze(-1)).overlap()
+            step.record["subspace_overlap"] = overlap.masked_fill(first, math.nan)
         momentum.scatter_(-1, index, self.momentum * own)
         direction = newton_schulz(step.axis.mean(own), SETS[self.coefficients], axis=step.axis)
         direction.mul_(shape_scale(self.adjust_lr, *step.stored(momentum)))

@@ -27,6 +27,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct_adamw/residual": ("dct_adamw", {"residual": "full"}),
     "dct_adamw/sign": ("dct_adamw", {"residual": "sign", "update_proj_gap": 1}),
     "ldadam/8bit": ("ldadam", {"error_feedback": "8bit", "svd": "power"}),
+    "ldadam/4bit": ("ldadam", {"error_feedback": "4bit"}),
     "ldadam/off": ("ldadam", {"error_feedback": "off", "negative_variance": "absolute"}),
     "ldadam/8bit moments": ("ldadam", {"state_bits": 8}),
     "ldadam/bfloat16": ("ldadam", {"projection_dtype": "bfloat16"}),

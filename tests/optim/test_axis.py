@@ -16,7 +16,9 @@ from thinrank.optim.lowrank.lift import Residual, ScaledGradient
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import FixedColumns, Gaussian, PowerIteration, Svd, TwoSidedSvd
 from thinrank.optim.lowrank.transport import Rotate
+from thinrank.optim.methods.dion import DionRule
 from thinrank.optim.methods.ldadam import LDAdamConfig, LDAdamRule
+from thinrank.optim.methods.trion import TrionRule
 from thinrank.optim.rule import MatrixRule, Step
 
 LONG, SHORT, RANK, STEPS = 11, 8, 3, 7
@@ -172,6 +174,46 @@ def test_a_mean_after_projection_equals_projecting_the_mean(ranks, name):
     assert not torch.allclose(parts[0][1]["error"], parts[1][1]["error"])
     errors = torch.stack([own["error"] for _, own in parts])
     torch.testing.assert_close(errors.mean(0), state["error"], rtol=1e-3, atol=1e-5)
+
+
+RULES_OF_THEIR_OWN: dict[str, MatrixRule] = {
+    "columns": RULES["columns"],
+    "power": RULES["power"],
+    "ldadam": RULES["ldadam"],
+    "dion": DionRule(rank=RANK),
+    "trion": TrionRule(subspace=FixedColumns(rank=RANK)),
+}
+
+
+def one_spoilt(name, kind):
+    """What a rank holds as its basis before and after a step in which the last rank's gradient is no number."""
+    last = dist.get_rank() == 1
+    rule = RULES_OF_THEIR_OWN[name]
+    mine = slice(7, 11) if last else slice(0, 7)
+    grads = [grad[:, mine] if kind == "rows" else grad for grad in gradients(dist.get_rank() if kind != "rows" else 0)]
+    state = rule.init((2, grads[0].shape[1], SHORT), torch.device("cpu"))
+    axis = Axis(rows=dist.group.WORLD) if kind == "rows" else Axis(replicas=dist.group.WORLD)
+    key = "columns" if "columns" in state else "basis"
+    for count in range(3):
+        rule.update(grads[count], state, Step(count=[count, count], keys=[5, 6], axis=axis))
+    before, grad = state[key].clone(), grads[3].clone()
+    if last:
+        grad[0, 1, 2] = torch.nan
+    step = Step(count=[3, 3], keys=[5, 6], axis=axis, notes=[], held=[])
+    rule.update(grad, state, step)
+    held = [bool(value) for _, values in step.held or () for value in values]
+    return before, state[key], held or [any(note.matrix == i for note in step.notes or ()) for i in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["rows", "replicas"])
+@pytest.mark.parametrize("name", RULES_OF_THEIR_OWN)
+def test_all_ranks_keep_a_subspace_that_one_cannot_renew(ranks, name, kind):
+    """A replica that kept its basis alone would step other weights from then on."""
+    first, second = ranks(2).run(one_spoilt, name, kind)
+    for before, after, held in (first, second):
+        assert held == [True, False]
+        assert torch.equal(before[0], after[0])
+    assert torch.equal(first[1], second[1])
 
 
 def sums_and_means():

@@ -1,5 +1,6 @@
 """Every parameter gets one role and one rule, and a request that matches nothing is refused."""
 
+import importlib
 import re
 from typing import Any
 
@@ -8,7 +9,21 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from thinrank.optim import METHODS, AdamWConfig, GaLoreConfig, Role, build, roles, route
+from thinrank.optim import (
+    METHODS,
+    AdamWConfig,
+    AuONConfig,
+    GaLoreConfig,
+    LDAdamConfig,
+    MethodConfig,
+    MFACConfig,
+    MuonConfig,
+    RankedConfig,
+    Role,
+    build,
+    roles,
+    route,
+)
 
 
 def llama(tied: bool = False) -> nn.Module:
@@ -179,3 +194,90 @@ def test_the_table_of_a_model_with_an_empty_parameter():
     model = nn.ModuleDict({"layer": nn.Linear(4, 8, bias=False)})
     model.register_parameter("nothing", nn.Parameter(torch.zeros(0)))
     assert "vector" in route(model, GaLoreConfig(rank=2)).table()
+
+
+# Factors of LoRA -----------------------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A frozen layer with two factors, named as peft names them, or as parameters of their own."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(16, 12).requires_grad_(False)
+        a, b = nn.Linear(16, 4, bias=False), nn.Linear(4, 12, bias=False)
+        if style == "peft":
+            self.lora_A, self.lora_B = nn.ModuleDict({"default": a}), nn.ModuleDict({"default": b})
+        elif style == "embedding":
+            self.lora_embedding_A = nn.ParameterDict({"default": a.weight})
+            self.lora_embedding_B = nn.ParameterDict({"default": b.weight})
+        elif style == "parameters":
+            self.lora_A, self.lora_B = a.weight, b.weight
+        else:
+            self.lora_a, self.lora_b = a, b
+
+
+@pytest.mark.parametrize("style", ["peft", "embedding", "parameters", "small letters"])
+@pytest.mark.parametrize("name", METHODS)
+def test_factors_of_lora_are_never_projected(name, style):
+    """Low-rank methods without a gap, such as LDAdam, once projected them without a word."""
+    model = nn.ModuleDict({"layer": Adapted(style)})
+    config = METHODS[name]()
+    if not isinstance(config, RankedConfig):
+        assert len(route(model, config).rows) == 2
+        return
+    for make in (build, route):
+        with pytest.raises(ValueError, match=rf"{name} would project gradients of LoRA's factors.*layer\.lora_\w*"):
+            make(model, config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [AdamWConfig(), MuonConfig(), AuONConfig(), MFACConfig(space="whole"), LDAdamConfig(rank=None)],
+    ids=lambda config: config.name,
+)
+def test_what_steps_matrices_whole_steps_factors(config: MethodConfig):
+    model = nn.ModuleDict({"layer": Adapted("peft")})
+    optimizer = build(model, config)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+
+
+def test_factors_beside_projected_weights_are_left_to_adamw_by_name():
+    model = nn.ModuleDict({"layer": Adapted("peft"), "plain": nn.Linear(16, 12, bias=False)})
+    with pytest.raises(ValueError, match=r"layer\.lora_A\.default\.weight, 2 in all\): exclude=\['lora_'\]"):
+        build(model, GaLoreConfig(rank=4))
+    rules = {row.name: row.rule for row in route(model, GaLoreConfig(rank=4, exclude=["lora_"])).rows}
+    assert rules == {
+        "layer.lora_A.default.weight": "adamw",
+        "layer.lora_B.default.weight": "adamw",
+        "plain.weight": "galore",
+    }
+    own = {"layer.lora_A.default.weight": None, "layer.lora_B.default.weight": None, "plain.weight": 4}
+    assert len(route(model, GaLoreConfig(rank=4), ranks=own).rows) == 3
+
+
+def test_a_name_that_only_looks_like_a_factor_is_projected():
+    model = nn.ModuleDict({"explora_a": nn.Linear(16, 12, bias=False), "lora_alpha": nn.Linear(16, 12, bias=False)})
+    assert {row.rule for row in route(model, GaLoreConfig(rank=4)).rows} == {"galore"}
+
+
+# A total grouping ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [build, route])
+def test_a_parameter_that_no_rule_steps_is_an_error(make, monkeypatch):
+    building = importlib.import_module("thinrank.optim.build")
+    real = building.group_parameters
+
+    def forgetful(*how: Any):
+        routing = real(*how)
+        for group in routing.groups:
+            group["params"] = [(name, p) for name, p in group["params"] if name != "1.weight"]
+        return routing
+
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 4))
+    monkeypatch.setattr(building, "group_parameters", forgetful)
+    with pytest.raises(RuntimeError, match=r"no rule steps the trainable parameter 1\.weight \(1 in all\): freeze it"):
+        make(model, GaLoreConfig(rank=2))
+    model[1].weight.requires_grad_(False)
+    make(model, GaLoreConfig(rank=2))

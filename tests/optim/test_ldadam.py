@@ -143,12 +143,13 @@ def test_feedback_sends_what_does_not_fit():
     """A gradient of full rank at rank 1: without feedback one direction moves, with it they take their turns."""
     grads = [decaying(12, 8, ratio=0.9, seed=1)] * 40
     ranks = {}
-    for feedback in ("off", "full", "8bit"):
+    for feedback in ("off", "full", "8bit", "4bit"):
         weight, _ = train(torch.zeros(12, 8), grads, rank=1, error_feedback=feedback)
         ranks[feedback] = int(torch.linalg.matrix_rank(weight.detach(), rtol=0.05))
     assert ranks["off"] == 1
     assert ranks["full"] > 1
     assert ranks["8bit"] > 1
+    assert ranks["4bit"] > 1
 
 
 def test_the_first_basis_by_iteration_is_nearly_the_exact_one():
@@ -163,11 +164,11 @@ def test_the_first_basis_by_iteration_is_nearly_the_exact_one():
 # --- what an error in p.grad comes to ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("feedback", ["off", "full", "8bit"])
+@pytest.mark.parametrize("feedback", ["off", "full", "8bit", "4bit"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("when", [0, 4])
 def test_a_gradient_that_is_no_number_counts_as_zero(value, feedback, when):
-    """For its matrix alone, with the next one in the same batch stepping as ever."""
+    """In the basis that was there, and for its matrix alone: the next one in the same batch steps as ever."""
     ends = []
     for spoilt in (value, 0.0):
         params = [nn.Parameter(seeded(8, 5, seed=i)) for i in range(2)]
@@ -178,14 +179,30 @@ def test_a_gradient_that_is_no_number_counts_as_zero(value, feedback, when):
             if step == when:
                 grad = params[0].grad
                 assert grad is not None
-                if spoilt:
-                    grad[2, 3] = spoilt
-                else:
-                    grad.zero_()
+                grad[2, 3] = spoilt
             optimizer.step()
         assert all(bool(t.float().isfinite().all()) for s in optimizer.state.values() for t in s.values())
         ends.append(params)
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_a_step_without_a_gradient_in_the_basis_that_was_there():
+    """M and V decay but for what V lacks to M's square, and of the error what the basis holds is sent."""
+    weight, optimizer = train(seeded(9, 6), [seeded(9, 6, seed=i + 1) for i in range(4)], rank=3, lr=0.01)
+    before, state = weight.detach().clone(), {key: t.clone() for key, t in optimizer.state[weight].items()}
+    weight.grad = torch.full((9, 6), torch.nan)
+    optimizer.step()
+    after, basis = optimizer.state[weight], state["basis"]
+    assert torch.equal(after["basis"], basis)
+    sent = state["error"] @ basis
+    torch.testing.assert_close(after["error"], state["error"] - sent @ basis.mT, rtol=1e-4, atol=1e-5)
+    b1, b2 = 0.908, 0.99
+    torch.testing.assert_close(after["exp_avg"], b1 * state["exp_avg"] + (1 - b1) * sent, rtol=1e-4, atol=1e-6)
+    least = (state["exp_avg"] / (1 - b1**4)).square() * (1 - b2**4)
+    variance = b2 * torch.maximum(state["exp_avg_sq"], least) + (1 - b2) * sent.square()
+    torch.testing.assert_close(after["exp_avg_sq"], variance, rtol=1e-4, atol=1e-6)
+    direction = (after["exp_avg"] / (1 - b1**5)) / ((variance / (1 - b2**5)).sqrt() + 1e-8)
+    torch.testing.assert_close(weight.detach(), before - 0.01 * direction @ basis.mT, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_and_errors_are_apart():

@@ -1,5 +1,7 @@
 """Bytes of state: predicted on the meta device, measured, and by a formula written down here, all three equal."""
 
+import gc
+
 import pytest
 import torch
 from cases import CONFIGS, copies, make, run, small
@@ -7,6 +9,8 @@ from laws import seeded
 from torch import nn
 
 from thinrank.optim import METHODS, build, route
+from thinrank.optim.linalg import fixed
+from thinrank.optim.lowrank import subspace
 
 LONG, SHORT, R = 24, 10, 3
 BLOCK = 256  # of the 8-bit error's scales, along the rows
@@ -37,6 +41,7 @@ FORMULAS = {
     "ldadam": 4 * (2 * LONG * R + SHORT * R + LONG * SHORT) + 4,
     "ldadam/bfloat16": 4 * (2 * LONG * R + SHORT * R + LONG * SHORT) + 4,
     "ldadam/8bit": 4 * (2 * LONG * R + SHORT * R) + LONG * SHORT + 4 * LONG * -(-SHORT // BLOCK) + 4,
+    "ldadam/4bit": 4 * (2 * LONG * R + SHORT * R) + LONG * -(-SHORT // 2) + 4 * LONG * -(-SHORT // 64) + 4,
     "ldadam/off": 4 * (2 * LONG * R + SHORT * R) + 4,
     # one moment (or Adam's two), a basis, and a window of projections with their norms
     "mfac": 4 * (LONG * R + SHORT * R + 32 * (LONG * R + 1)) + 4,
@@ -188,7 +193,11 @@ def test_predicting_allocates_nothing_and_leaves_the_model_alone():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_no_tensor_outlives_a_step(name):
-    """Everything kept between steps is in `state`: what else is reachable from the optimizer holds no large tensor."""
+    """Everything that an optimizer keeps between steps is in `state`: what else is reachable from it is no tensor.
+
+    Two small ones aside, of a number for each matrix, and gone once they are read: overlaps of renewals, and on a GPU
+    counts of those that were skipped.
+    """
     params = [nn.Parameter(seeded(64, 48, seed=i)) for i in range(2)]
     optimizer = make(small(name), copies(params))
     own = optimizer.param_groups[0]["params"]
@@ -219,3 +228,63 @@ def test_no_tensor_outlives_a_step(name):
 
     walk(optimizer.__dict__)
     assert found == []
+
+
+REMEMBERED = (subspace._matrix, subspace._kept_gaussians, fixed._makhoul)
+"""What the process keeps beside all optimizers: functions of sizes, dtypes, devices and seeds alone."""
+SIDE, WIDTH = 48, 3  # the short side of the matrices below, and their rank
+REMEMBERED_BYTES = {
+    "dct_adamw": 4 * SIDE * SIDE,  # the DCT matrix
+    "dct_adamw/bfloat16": 2 * SIDE * SIDE,
+    "dct_adamw/hadamard": 4 * SIDE * SIDE,
+    # the samples' order and the twiddle factors, and the atoms to go back by
+    "dct_adamw/fft": 8 * SIDE + 8 * (SIDE // 2 + 1) + 4 * SIDE * SIDE,
+    "dct_adamw/identity": 0,
+    "trion": 4 * SIDE * SIDE,
+    "dion2": 0,
+    # a period's projection, and the one before it
+    "apollo": 2 * 4 * SIDE * WIDTH,
+    "apollo_mini": 2 * 4 * SIDE * WIDTH,
+}
+
+
+def forget():
+    for function in REMEMBERED:
+        function.cache_clear()
+
+
+def alive():
+    """Bytes of every tensor that is not a view of another, by where its numbers lie."""
+    gc.collect()
+    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+
+
+@pytest.mark.parametrize("name", [*METHODS, *(name for name in REMEMBERED_BYTES if name not in METHODS)])
+def test_what_the_process_remembers_is_known_and_is_not_state(name, monkeypatch):
+    """No tensor is left beside weights and state but those said here, and to forget them changes no step."""
+    monkeypatch.setattr(subspace, "pays", lambda: True)  # the choice of engine is the processor's
+    ends, left = [], 0
+    for forgetful in (False, True):
+        forget()
+        before = {} if forgetful else alive()
+        params = [nn.Parameter(seeded(64, SIDE, seed=i)) for i in range(2)]
+        optimizer = make(CONFIGS[name], params)
+        for step in range(8):
+            if forgetful:
+                forget()
+            for i, p in enumerate(params):
+                p.grad = seeded(64, SIDE, seed=10 * step + i)
+            optimizer.measure = step == 7  # which reads the overlaps of renewals
+            optimizer.step()
+        for p in params:
+            p.grad = None
+        own = [*params, *(t for s in optimizer.state.values() for t in s.values())]
+        known = before.keys() | {t.untyped_storage().data_ptr() for t in own}
+        ends.append([t.detach().clone() for t in own])
+        known |= {t.untyped_storage().data_ptr() for t in ends[-1]}
+        if not forgetful:
+            left = sum(size for place, size in alive().items() if place not in known)
+    forget()
+    assert left == REMEMBERED_BYTES.get(name, 0)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -13,7 +13,7 @@ from tiny_pretrain import signalled_at
 from tiny_run import read, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from thinrank.optim import AdamWConfig, GaLoreConfig, route
+from thinrank.optim import METHODS, AdamWConfig, GaLoreConfig, MFACConfig, RankedConfig, build, route
 from thinrank.trainers import checkpoint as ckpt
 from thinrank.trainers.adapters import AdapterConfig, LoraConfig, add_adapter, lora_modules, merge_adapter
 from thinrank.trainers.data import TextData
@@ -250,6 +250,28 @@ def test_without_peft_one_sentence_says_how_to_get_it(base, monkeypatch):
 def test_bad_values_are_refused_by_one_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_projects_is_refused_beside_lora(base, name):
+    """By the configuration before anything is read, and by `build` for those who come without one."""
+    method = METHODS[name]()
+    model = add_adapter(loaded(base / "model"), LORA, seed=0)
+    if method.projects:
+        with pytest.raises(ValueError, match=rf"optimizer={name} would project gradients of LoRA's factors"):
+            FinetuneConfig(adapter=LORA, optimizer=method)
+        with pytest.raises(ValueError, match=rf"{name} would project gradients of LoRA's factors.*lora_A"):
+            build(model, method)
+    else:
+        FinetuneConfig(adapter=LORA, optimizer=method)
+        build(model, method)
+    assert method.projects == isinstance(method, RankedConfig)
+
+
+def test_mfac_on_whole_factors_goes_with_lora(base):
+    method = MFACConfig(space="whole", window=2, lr=0.01)
+    report = finetune(config(base, "mfac", optimizer=method, adapter=LORA, max_steps=2, export=False))
+    assert report["run"]["state"] == "finished"
 
 
 def test_every_field_says_what_it_means():

@@ -52,6 +52,9 @@ def test_dry_run_shows_what_is_trained_and_writes_nothing(call, tmp_path):
         "python launch/finetune.py model.path=model data=files 'data.train=[corpus/*.txt]' "
         "adapter=lora adapter.rank=4 'adapter.targets=[attention]'"
     )
+    code, out, err = call("--dry-run", "adapter=lora", "optimizer=mfac", "optimizer.space=whole")
+    assert (code, err) == (0, "")
+    assert "matrix     mfac                  28" in out
     code, out, err = call("--dry-run", "optimizer=galore", "optimizer.rank=4")
     assert (code, err) == (0, "")
     assert "matrix     galore                14" in out
@@ -84,6 +87,8 @@ def test_a_run_from_the_command_line(call, tmp_path):
         (["model.path=broken"], "error: the model in model.path 'broken' cannot be loaded: "),
         (["model.path=strange"], "error: model.path 'strange' holds no model that transformers knows: "),
         (["adapter=lora", "optimizer=galore"], "error: optimizer=galore would project gradients of LoRA's factors"),
+        (["adapter=lora", "optimizer=ldadam"], "error: optimizer=ldadam would project gradients of LoRA's factors"),
+        (["--dry-run", "adapter=lora", "optimizer=dion2"], "error: optimizer=dion2 would project gradients of LoRA's"),
         (["adapter=lora", "adapter.targets=[zzz]"], "error: adapter.targets: 'zzz' matches no matrix of the model"),
         (["adapter=lora", "adapter.targets=['(']"], "error: adapter.targets: '(' is not a regular expression"),
         (["adapter=lora", "adapter.rank=0"], "error: adapter.rank must be a whole number of at least 1, got 0"),

@@ -125,6 +125,15 @@ def test_two_ranks_train_and_evaluate_as_one(ranks):
 # ---- steps
 
 
+def test_an_optimizer_that_was_not_given_all_of_the_model_is_refused():
+    """A model of which a part stays as it was is most often a mistake, and no curve shows it."""
+    module = tiny_module(optimizer=lambda model: torch.optim.SGD(list(model.parameters())[1:], lr=1.0))
+    with pytest.raises(UserError, match=r"trainable parameter model\.embed_tokens\.weight \(1 in all\), .*freeze it"):
+        tiny_trainer(1).fit(module, TinyData(rows(4)))
+    next(iter(module.parameters())).requires_grad_(False)
+    tiny_trainer(1).fit(module, TinyData(rows(4)))
+
+
 def test_accumulation_equals_the_big_batch():
     tokens = rows(16)
     whole, parts = tiny_module(optimizer=sgd, clip_norm=0.5), tiny_module(optimizer=sgd, clip_norm=0.5)
