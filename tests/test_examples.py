@@ -1,6 +1,8 @@
 """The examples run, and do what they say."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -34,5 +36,19 @@ def test_lightning_user():
     assert 2.0 < bits < 8.5  # bytes at random cost 8 bits
 
 
+def test_replicas():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, EXAMPLES / "replicas.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = [float(line.split("loss ")[1]) for line in done.stdout.splitlines() if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    assert "0.27 of what gradients would have been" in done.stdout  # a quarter, renewals, and biases whole
+
+
 def test_every_example_is_run_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"own_loop", "groups_by_hand", "lightning_user"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "own_loop",
+        "groups_by_hand",
+        "lightning_user",
+        "replicas",
+    }
