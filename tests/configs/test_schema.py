@@ -125,13 +125,51 @@ def test_models_are_the_presets():
     assert {name: load(PRETRAIN, [f"model={name}"]).config.model for name in PRESETS} == PRESETS
 
 
-def test_recipes_are_the_published_ones():
-    """By name; what they do not say is the method's default, which is the authors', too."""
-    big = load(PRETRAIN, ["optimizer=galore_7b"]).config.optimizer
-    assert type(big) is METHODS["galore"]
-    assert (big.rank, big.lr, big.scale, big.update_proj_gap, big.state_bits) == (1024, 5e-3, 0.25, 500, 8)
-    fira = load(PRETRAIN, ["optimizer=fira_1b"]).config.optimizer
-    assert (fira.rank, fira.lr, fira.scale, fira.update_proj_gap) == (512, 0.01, 0.0625, 200)
+GALORE = {"name": "galore", "lr": 0.01, "scale": 0.25, "update_proj_gap": 200, "eps": 1e-6, "state_bits": 32}
+FIRA = {**GALORE, "name": "fira", "transport": "keep", "residual_limit": 1.01, "svd": "exact"}
+APOLLO = {**GALORE, "name": "apollo", "scale": 1.0, "proj": "random", "scale_type": "channel", "disable_nl": False}
+LDADAM = {"name": "ldadam", "lr": 1e-3, "rho": 0.908, "betas": (0.908, 0.99), "eps": 1e-8, "error_feedback": "full"}
+RECIPES = {
+    "galore_60m": ({**GALORE, "rank": 128}, ("60m", 10_000, None)),
+    "galore_130m": ({**GALORE, "rank": 256}, ("130m", 20_000, None)),
+    "galore_350m": ({**GALORE, "rank": 256}, ("350m", 60_000, None)),
+    "galore_1b": ({**GALORE, "rank": 512}, ("1b", 100_000, None)),
+    "galore_7b": (
+        {**GALORE, "lr": 5e-3, "rank": 1024, "update_proj_gap": 500, "state_bits": 8, "eps": 1e-8},
+        ("7b", 150_000, 1.0),
+    ),
+    "fira_60m": ({**FIRA, "rank": 128}, ("60m", 10_000, None)),
+    "fira_1b": ({**FIRA, "rank": 512, "scale": 0.0625}, ("1b", 100_000, None)),
+    "apollo_60m": ({**APOLLO, "rank": 128}, ("60m", 10_000, None)),
+    "ldadam_350m": ({**LDADAM, "rank": 8}, ("350m", 55_000, None)),
+}
+"""Of every file of a published recipe: what it amounts to, and model, steps and clipping norm that complete it."""
+
+REST = "# The rest of the recipe: "
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_the_published_ones(name):
+    """Whether a value stands in the file or is the method's default; the rest as the file's comment says it."""
+    expected, (model, steps, clip) = RECIPES[name]
+    expected = {"betas": (0.9, 0.999), "weight_decay": 0.0, "rank_allocation": "uniform", **expected}
+    path = PRETRAIN.choices("optimizer")[name]
+    assert path is not None
+    rest = next(line for line in path.read_text().splitlines() if line.startswith(REST)).removeprefix(REST).split()
+    config = load(PRETRAIN, [f"optimizer={name}", *rest]).config
+    assert {key: getattr(config.optimizer, key) for key in expected} == expected
+    trainer, schedule = config.trainer, config.trainer.schedule
+    assert config.model == PRESETS[model]
+    assert (trainer.max_steps, trainer.batch_size, trainer.clip_norm) == (steps, 512, clip)
+    # these are the defaults of the other groups
+    assert config.data.sequence_length == 256
+    assert (schedule.kind, schedule.min_lr_fraction) == ("cosine", 0.1)
+    assert (schedule.warmup_steps, schedule.warmup_fraction) == (None, 0.1)
+
+
+def test_every_published_recipe_is_in_the_table():
+    sized = {name for name in PRETRAIN.choices("optimizer") if name.rpartition("_")[2] in PRESETS}
+    assert sized == set(RECIPES)
 
 
 def test_methods_are_those_of_the_optimizers():

@@ -148,6 +148,26 @@ def test_equals_the_equations_in_float64(shape, proj, per, rank):
 
 
 @pytest.mark.parametrize("per", ["channel", "tensor"])
+@pytest.mark.parametrize("proj", ["random", "svd"])
+@pytest.mark.parametrize("side", ["std", "reverse_std", "left", "right"])
+def test_every_side_equals_the_equations(side, proj, per):
+    """Of one-wide matrices too: the side of one has no projection, the other may."""
+    for shape in (*SHAPES.values(), (7, 1), (1, 7), (1, 1)):
+        rank = min(RANK, *shape)
+        grads = [gradient(shape, step) for step in range(STEPS)]
+
+        def project(epoch, short, rank=rank):
+            return torch.eye(short) if short == rank else projection(epoch, short, rank=rank)
+
+        found = stepped(Apollo, shape, rank=rank, proj=proj, proj_type=side, scale_type=per)
+        named = {"rank": rank, "gap": GAP, "scale": 1.0, "side": side, "per": per, **OPTIONS}
+        start = seeded(*shape) * 0.1
+        expected = equations(start, grads, project=None if proj == "svd" else project, **named)
+        rounding = STEPS * 2.0**-24 * float(expected.norm())  # of the weight, in every step
+        assert moved(found, expected) <= 1e-5 * moved(start, expected) + rounding, shape
+
+
+@pytest.mark.parametrize("per", ["channel", "tensor"])
 def test_the_update_grows_slowly(per):
     """The limiter sees norms without the bias correction: of the steps, √(1−β2ᵗ)/(1−β1ᵗ) taken out."""
     lengths = {}

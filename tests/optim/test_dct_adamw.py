@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import moved, stepped
 from laws import decaying, seeded
-from reference.dct_adamw import dct_adamw
+from reference.dct_adamw import dct, dct_adamw, decoded
 from torch import nn
 
 from thinrank.optim import DCTAdamW
@@ -39,6 +39,76 @@ def test_equals_the_equations_in_float64(shape, gap, feedback, ages):
         torch.testing.assert_close(own if shape[0] >= shape[1] else own.mT, error.float(), rtol=1e-3, atol=1e-5)
 
 
+BASES = ["dct", "identity", "hadamard", "random"]
+EVERY = {"tall": (14, 9), "wide": (8, 15), "one wide": (7, 1), "one high": (1, 7), "one": (1, 1)}
+OPTIONS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+
+
+def rounded(start, end):
+    """How far from its equations a weight may be: 1e-5 of its movement, and a rounding of it in every step."""
+    return 1e-5 * moved(start, end) + STEPS * 2.0**-24 * float(end.norm())
+
+
+def of(basis, short):
+    return dct(short) if basis == "dct" else basis_matrix(basis, short, dtype=torch.float64, device="cpu")
+
+
+def over_three_choices(shape, **named):
+    """Columns change at most of the choices, and sizes at every step: the residual's limiter is at work."""
+    start = seeded(*shape)
+    grads = [decaying(*shape, seed=i + 1) * (1 + i % 4) for i in range(STEPS)]
+    named = {"rank": min(4, *shape), **OPTIONS, **named}
+    weight, _ = train(start, grads, update_proj_gap=3, residual_limit=1.1, **named)
+    atoms = of(named.pop("basis"), min(shape))
+    expected, _ = dct_adamw(start, grads, gap=3, atoms=atoms, ages=True, limit=1.1, **named)
+    assert moved(weight, expected) <= rounded(start, expected)
+
+
+@pytest.mark.parametrize("residual", ["off", "full", "sign"])
+@pytest.mark.parametrize("transport", ["rotate", "keep", "reset"])
+@pytest.mark.parametrize("shape", EVERY.values(), ids=EVERY)
+def test_every_transport_and_residual_equals_the_equations(shape, transport, residual):
+    over_three_choices(shape, basis="dct", transport=transport, residual=residual)
+
+
+@pytest.mark.parametrize("transport", ["rotate", "keep", "reset"])
+@pytest.mark.parametrize("basis", [basis for basis in BASES if basis != "dct"])
+def test_every_other_basis_equals_the_equations(basis, transport):
+    for shape in ((14, 9), (8, 15)):
+        over_three_choices(shape, basis=basis, transport=transport, residual="full")
+
+
+@pytest.mark.parametrize("transport", ["rotate", "keep", "reset"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(14, 9), (8, 15), (70, 66), (257, 258), (7, 1)], ids=str)
+def test_coded_feedback_equals_the_equations(shape, bits, transport):
+    """Given what was remembered, which is the error that the equations have to within half a level. Rows of 66 numbers
+    are two blocks of 4 bits, rows of 257 two blocks of 8."""
+    start, rank = seeded(*shape), min(3, *shape)
+    grads = [decaying(*shape, ratio=0.9, seed=i + 1) for i in range(6)]
+    weight = nn.Parameter(start.clone())
+    named = {"rank": rank, "transport": transport, **OPTIONS}
+    optimizer = DCTAdamW([weight], error_feedback=f"{bits}bit", **named)
+    memory, scales = [], []
+    block, short = (256 if bits == 8 else 64), min(shape)
+    for grad in grads:
+        weight.grad = grad.clone()
+        optimizer.step()
+        codes, scale = (optimizer.state[weight][f"error_{key}"].clone() for key in ("codes", "scale"))
+        memory.append(decoded(codes, scale, bits=bits, width=short, block=block))
+        scales.append(scale.double())
+
+    def remembered(t, error):
+        largest = torch.stack([part.abs().amax(1) for part in error.split(block, 1)], 1)
+        torch.testing.assert_close(scales[t], largest / (2 ** (bits - 1) - 1), rtol=1e-4, atol=1e-7)  # all levels
+        level = scales[t][:, torch.arange(short) // block]
+        assert bool(((memory[t] - error).abs() <= 0.5 * level + 1e-6).all()), t  # entries below one, in float32
+        return memory[t]
+
+    expected, _ = dct_adamw(start, grads, gap=1, feedback=True, remembered=remembered, ages=True, **named)
+    assert moved(weight, expected) <= rounded(start, expected)
+
+
 def test_l2_selection_equals_the_equations():
     start, grads = seeded(14, 9), [decaying(14, 9, seed=i + 1) for i in range(STEPS)]
     options = {"lr": 0.01, "rank": 4, "eps": 1e-6}
@@ -47,7 +117,7 @@ def test_l2_selection_equals_the_equations():
     assert moved(weight, expected) <= 1e-4 * moved(start, expected)
 
 
-@pytest.mark.parametrize("basis", ["dct", "identity", "hadamard", "random"])
+@pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12)], ids=["tall", "wide"])
 def test_full_rank_is_adamw_in_rotated_coordinates(shape, basis):
     start, grads = seeded(*shape), [seeded(*shape, seed=i + 1) for i in range(STEPS)]

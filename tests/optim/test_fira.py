@@ -1,6 +1,5 @@
 """Fira must follow the published trajectory: the fira package's own step, and the equations in float64."""
 
-import importlib
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +19,7 @@ from thinrank.optim.lowrank.subspace import Svd
 from thinrank.optim.rule import Step
 
 SHAPES = {"tall": (24, 10), "wide": (9, 31), "square": (12, 12)}
+EVERY = {**SHAPES, "one wide": (7, 1), "one high": (1, 7), "one": (1, 1)}
 SIDES = ["std", "reverse_std", "left", "right"]
 STEPS, GAP, RANK, BETAS = 50, 20, 4, (0.9, 0.99)
 OPTIONS = {"lr": 0.01, "betas": BETAS, "eps": 1e-6, "weight_decay": 0.1}
@@ -42,7 +42,7 @@ def groups(matrices, vectors, side, alpha):
 @pytest.mark.parametrize("side", SIDES)
 def test_equals_the_fira_package(side, alpha):
     """50 steps over two renewals, tall, wide and square matrices and unprojected vectors in one optimizer."""
-    package: Any = importlib.import_module("fira")
+    package: Any = pytest.importorskip("fira", reason="fira (extra `compare`) is not installed")
     start = [seeded(*shape, seed=i) * 0.1 for i, shape in enumerate((*SHAPES.values(), (13,), (4, 6)))]
     ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
     mine = Fira(groups(ours[:3], ours[3:], side, alpha), **OPTIONS)
@@ -98,6 +98,31 @@ def test_equals_the_equations_in_float64(shape, side, alpha):
     limited = [b / a > 1.0099 for a, b in pairwise(norms)]
     assert any(limited)
     assert not all(limited)
+
+
+@pytest.mark.parametrize("limit", [1.01, 1.3])
+@pytest.mark.parametrize("transport", ["keep", "rotate", "reset"])
+@pytest.mark.parametrize("shape", EVERY.values(), ids=EVERY)
+def test_other_transports_and_limits_equal_the_equations(shape, transport, limit):
+    """Over two renewals; also of one-wide matrices, of whose gradient a scale of 0.25 leaves three quarters over."""
+    start = seeded(*shape) * 0.1
+    grads = [gradient(shape, step) for step in range(STEPS)]
+    weight = nn.Parameter(start.clone())
+    rank = min(RANK, *shape)
+    optimizer = Fira(
+        [weight], rank=rank, scale=0.25, update_proj_gap=GAP, transport=transport, residual_limit=limit, **OPTIONS
+    )
+    found = []
+    for grad in grads:
+        weight.grad = grad.clone()
+        optimizer.step()
+        found.append(float(optimizer.state[weight]["residual_norm"]))
+    named = {"scale": 0.25, "gap": GAP, "transport": transport, "limit": limit, **OPTIONS}
+    expected, norms = equations(start, grads, rank=rank, **named)
+    rounding = STEPS * 2.0**-24 * float(expected.norm())  # of the weight, in every step
+    assert moved(weight, expected) <= 1e-5 * moved(start, expected) + rounding
+    assert found == pytest.approx(norms, rel=1e-4)
+    assert any(b / a == pytest.approx(limit, rel=1e-4) for a, b in pairwise(norms))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.25, 4.0])

@@ -124,7 +124,7 @@ def test_without_what_is_new_it_follows_galore_torch():
 
 @pytest.mark.parametrize("reselect", ["never", "renewal"])
 @pytest.mark.parametrize("warmup", [0, 1, 4, 5])
-@pytest.mark.parametrize("transport", ["rotate", "reset"])
+@pytest.mark.parametrize("transport", ["rotate", "keep", "reset"])
 @pytest.mark.parametrize(("side", "shape"), [("std", (14, 9)), ("std", (8, 15)), ("right", (6, 10)), ("left", (9, 6))])
 def test_equals_the_equations_in_float64(side, shape, transport, warmup, reselect):
     """With an exact SVD, three heads where there are some, over three renewals and the end of the warm-up."""

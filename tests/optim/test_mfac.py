@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import moved
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import LAW, decaying, seeded
-from reference.mfac import explicit, mfac, recursive
+from reference.mfac import explicit, mfac, projected, recursive
 from torch import nn
 
 from thinrank.optim import MFAC
@@ -84,6 +85,23 @@ def test_equals_the_equations_in_float64(shape):
     expected = mfac(start, grads, lr=0.1, window=5, damping=0.01, rounding=ROUNDING)
     apart = (weight.detach().double() - expected).norm()
     assert float(apart) <= 1e-4 * float((expected - start).norm())
+
+
+@pytest.mark.parametrize("finish", ["momentum", "adam"])
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9), (6, 1), (1, 6), (1, 1)], ids=str)
+def test_in_a_subspace_it_equals_the_equations(shape, finish):
+    """Over three renewals, some of them before the window is full."""
+    start, grads = seeded(*shape), [decaying(*shape, ratio=0.5, seed=i + 1) for i in range(17)]
+    options = {"lr": 0.05, "rank": min(3, *shape), "window": 7, "damping": 0.01, "finish": finish, "scale": 0.5}
+    options |= {"betas": (0.8, 0.99), "eps": 1e-4, "weight_decay": 0.1}
+    weight = nn.Parameter(start.clone())
+    optimizer = MFAC([weight], update_proj_gap=5, **options)
+    for grad in grads:
+        weight.grad = grad.clone()
+        optimizer.step()
+    expected = projected(start, grads, gap=5, rounding=ROUNDING, **options)
+    rounding = 17 * 2.0**-24 * float(expected.norm())  # of the weight, in every step
+    assert moved(weight, expected) <= 1e-5 * moved(start, expected) + rounding
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12)], ids=["tall", "wide"])

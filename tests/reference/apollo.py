@@ -12,19 +12,21 @@ def apollo(
     gap,
     scale,
     project=None,
+    side="std",
     per="channel",
     betas=(0.9, 0.999),
     eps=1e-6,
     weight_decay=0.0,
     limit=1.01,
 ):
-    """The weight (m, n) after all of `grads`, projected along the shorter side.
+    """The weight (m, n) after all of `grads`. `side`: which side is projected, in GaLore's words.
 
     `project(epoch, short)` gives the (short, rank) matrix of a period; None stands for singular vectors.
     """
     w = weight.detach().double().clone()
-    wide = w.shape[0] < w.shape[1]
-    turn = (lambda x: x.T) if wide else (lambda x: x)
+    m, n = w.shape
+    left = {"std": m < n, "reverse_std": m >= n, "left": True, "right": False}[side]
+    turn = (lambda x: x.T) if left else (lambda x: x)
     w = turn(w)
     basis, first, second, before = w, None, None, None
     for t, grad in enumerate(grads):
@@ -33,7 +35,7 @@ def apollo(
             if project is None:
                 # as stored and in its own precision: moments kept over a renewal depend on the factorisation's signs
                 u, _, vh = torch.linalg.svd(grad, full_matrices=False)
-                basis = (u[:, :rank] if wide else vh[:rank].T).double()
+                basis = (u[:, :rank] if left else vh[:rank].T).double()
             else:
                 basis = project(t // gap, g.shape[1]).double()
         low = g @ basis

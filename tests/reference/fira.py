@@ -1,11 +1,13 @@
 """Fira's equations, one matrix, one loop, float64; slow on purpose. (Chen et al. 2024, and its code's alpha.)"""
 
 import torch
+from reference.parts import carried
 
 
 def fira(
-    weight, grads, *, lr, rank, gap, scale, side="std", betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, limit=1.01
-):
+    weight, grads, *, lr, rank, gap, scale, side="std", transport="keep", betas=(0.9, 0.999), eps=1e-6,
+    weight_decay=0.0, limit=1.01,
+):  # fmt: skip
     """The weight (m, n) after all of `grads`, and the norm of what was added to each step beside the subspace."""
     w = weight.detach().double().clone()
     m, n = w.shape
@@ -19,7 +21,9 @@ def fira(
         if t % gap == 0:
             # as stored and in its own precision: moments kept over a renewal depend on the factorisation's signs
             u, _, vh = torch.linalg.svd(grad, full_matrices=False)
-            basis = (u[:, :rank] if left else vh[:rank].T).double()
+            old, basis = basis, (u[:, :rank] if left else vh[:rank].T).double()
+            if first is not None:
+                first, second = carried(first, second, basis.T @ old, t, betas, transport)
         low = g @ basis
         first = (1 - betas[0]) * low + (0 if first is None else betas[0] * first)
         second = (1 - betas[1]) * low**2 + (0 if second is None else betas[1] * second)

@@ -4,6 +4,7 @@ of lists of entries, sums over all of them in the place of candidates where that
 import math
 
 import torch
+from reference.parts import principal
 
 
 def loudest(g, heads, wanted):
@@ -44,7 +45,7 @@ def galore_plus(
         g = g.double()
         renew = t % gap == 0
         if renew:
-            new = torch.linalg.svd(loudest(g, heads, rank), full_matrices=False)[2][:rank].T
+            new = principal(loudest(g, heads, rank), rank)
             turn = new.T @ p
             p = new
             if t > 0 and transport == "rotate":

@@ -1,6 +1,7 @@
 """M-FAC by its definitions in float64: the explicit inverse, and the paper's recursion. (Frantar et al. 2021.)"""
 
 import torch
+from reference.parts import carried, principal
 
 
 def explicit(gradients, x, damping, divisor):
@@ -31,3 +32,40 @@ def mfac(weight, grads, *, lr, window, damping, rounding, momentum=0.9):
         v = momentum * v + (1 - momentum) * explicit(rows, g, damping + floor, len(last))
         w = w - lr * v
     return w.view(weight.shape)
+
+
+def projected(
+    weight, grads, *, lr, rank, gap, window, damping, rounding, finish="momentum", scale=1.0, betas=(0.9, 0.999),
+    eps=1e-8, weight_decay=0.0,
+):  # fmt: skip
+    """The weight (m, n) after all of `grads`, in the coordinates of exact singular vectors; wide matrices with the
+    sides exchanged. Remembered gradients turn with the basis; `rounding` counts them as long as they came."""
+    w = weight.detach().double().clone()
+    wide = w.shape[0] < w.shape[1]
+    w = w.T if wide else w
+    basis = torch.zeros(w.shape[1], rank, dtype=w.dtype)
+    m = v = torch.zeros(w.shape[0], rank, dtype=w.dtype)
+    last, squares = [], []
+    for t, grad in enumerate(grads):
+        g = grad.double().T if wide else grad.double()
+        if t % gap == 0:
+            old, basis = basis, principal(g, rank)
+            turn = basis.T @ old
+            last = [one @ turn.T for one in last]
+            if finish == "momentum":
+                m = m @ turn.T
+            else:
+                m, v = carried(m, v, turn, t, betas, "rotate")
+        low = g @ basis
+        last, squares = [*last, low][-window:], [*squares, float(low.square().sum())][-window:]
+        rows = torch.stack([one.flatten() for one in last])
+        floor = damping + rounding * sum(squares) / len(last)
+        direction = explicit(rows, rows[-1], floor, len(last)).view(low.shape)
+        m = betas[0] * m + (1 - betas[0]) * direction
+        v = betas[1] * v + (1 - betas[1]) * direction**2
+        if finish == "momentum":
+            direction = m
+        else:
+            direction = (m / (1 - betas[0] ** (t + 1))) / ((v / (1 - betas[1] ** (t + 1))).sqrt() + eps)
+        w = (1 - lr * weight_decay) * w - lr * scale * direction @ basis.T
+    return w.T if wide else w
