@@ -147,6 +147,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--lr", nargs="+", default=[], metavar="LR", help="3e-3 (default), or also NAME=LR for a method"
     )
+    parser.add_argument("--text", metavar="FOLDER", help="of Python files (default: the standard library's)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and the order of the text (default 0)")
     parser.add_argument("--timeout", type=float, default=7200, metavar="S", help="for all methods on one network")
     parser.add_argument("--out", type=Path, default=None, help="write the tables to this file too")

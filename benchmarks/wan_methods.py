@@ -174,6 +174,7 @@ METHODS: dict[str, Method] = {
     "thinrank-bf16": thinrank(0.25, LINEAR, torch.bfloat16),
     "thinrank-all-bf16": thinrank(0.25, EVERYTHING, torch.bfloat16),
     "thinrank-all-8-bf16": thinrank(0.125, EVERYTHING, torch.bfloat16),
+    "thinrank-all-16-bf16": thinrank(0.0625, EVERYTHING, torch.bfloat16),
 }
 ABOUT = {
     NOOP: "no exchange: what a step takes at least (its ranks drift apart)",
@@ -186,4 +187,5 @@ ABOUT = {
     "thinrank-bf16": "the same, messages in bfloat16",
     "thinrank-all-bf16": "the same, embeddings and head projected, too",
     "thinrank-all-8-bf16": "the same, rank 1/8",
+    "thinrank-all-16-bf16": "the same, rank 1/16",
 }

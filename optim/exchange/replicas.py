@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,14 +16,20 @@ BUCKET_BYTES = 4 * 2**20
 its latency does not count. torch's DDP takes 25 MiB, for messages that are up to short/r times as large."""
 
 
+DIRECT_BYTES = 2 * 2**20
+"""Up to here a message goes in two hops instead of gloo's ring. Measured on 4 ranks, 100 Mbit/s, 20 ms one way: a step
+with a message of 0.7 MB takes 0.29 s instead of 0.39 s, of 1.5 MB 0.39 instead of 0.44, of 4.6 MB 0.87 instead of 0.69,
+for a ring is sending all the time and a hop waits for the one before."""
+
+
 @dataclass(slots=True)
 class Wire:
     """What this rank has handed to collectives since it was made, by what it was.
 
     Attributes:
         payload: bytes of the tensors themselves.
-        messages: collectives.
-        egress: bytes that leave a rank when a ring makes the sum: 2 (n−1)/n of the payload on n ranks.
+        messages: sums over the ranks.
+        egress: bytes that leave a rank: 2 (n−1)/n of the payload on n ranks, in a ring and in two hops.
     """
 
     payload: Counter[str] = field(default_factory=Counter)
@@ -57,30 +64,112 @@ class Part:
 
 
 class Letter:
-    """Parts on their way to their mean over the ranks; every rank of the group sends the same shapes."""
+    """Parts on their way to their mean over the ranks; every rank of the group sends the same shapes.
+
+    By the backend's all-reduce or, without NCCL and up to `DIRECT_BYTES`, in two hops: every rank sums up one piece of
+    the message, which all others send it, and sends all others the sum. As many bytes leave a rank as in a ring of N,
+    whose 2 (N−1) hops follow each other.
+    """
 
     def __init__(self, parts: Sequence[Part], group: dist.ProcessGroup | None, dtype: torch.dtype | None, wire: Wire):
-        self._ranks = dist.get_world_size(group)
+        self._group, self._ranks = group, dist.get_world_size(group)
         self._like = [(part.value.shape, part.value.dtype) for part in parts]
         places: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, part in enumerate(parts):
             places.setdefault((dtype or part.value.dtype, part.value.device), []).append(i)
-        self._sent: list[tuple[list[int], Tensor, dist.Work | None]] = []
+        self._sent: list[tuple[list[int], _Sum]] = []
         for (own, _), which in places.items():
             flat = torch.cat([parts[i].value.reshape(-1).to(own) for i in which])
             wire.note(((parts[i].kind, parts[i].value.numel() * flat.element_size()) for i in which), self._ranks)
-            self._sent.append((which, flat, dist.all_reduce(flat, group=group, async_op=True)))
+            self._sent.append((which, _sum(flat, group, self._ranks)))
+
+    def turn(self) -> None:
+        """Begins the second hop, where there is one; waits for the first."""
+        for _, each in self._sent:
+            each.turn()
 
     def open(self) -> list[Tensor]:
         """Waits, and gives the means in the order, the shapes and the dtypes of the parts."""
+        self.turn()
         found: list[Tensor] = [torch.empty(0)] * len(self._like)
-        for which, flat, work in self._sent:
-            if work is not None:
-                work.wait()
+        for which, each in self._sent:
             shapes = [self._like[i] for i in which]
-            for i, piece, (shape, dtype) in zip(which, flat.split([s.numel() for s, _ in shapes]), shapes, strict=True):
-                found[i] = piece.to(dtype).div_(self._ranks).view(shape)
+            pieces = each.mean().split([shape.numel() for shape, _ in shapes])
+            for i, piece, (shape, dtype) in zip(which, pieces, shapes, strict=True):
+                found[i] = piece.to(dtype).view(shape)
         return found
+
+
+class _Sum(Protocol):
+    def __init__(self, flat: Tensor, group: dist.ProcessGroup | None, ranks: int) -> None: ...
+
+    def turn(self) -> None: ...
+
+    def mean(self) -> Tensor: ...
+
+
+class _Ring:
+    """The backend's own all-reduce."""
+
+    def __init__(self, flat: Tensor, group: dist.ProcessGroup | None, ranks: int) -> None:
+        self._flat, self._ranks = flat, ranks
+        self._work = dist.all_reduce(flat, group=group, async_op=True)
+
+    def turn(self) -> None:
+        pass
+
+    def mean(self) -> Tensor:
+        _wait(self._work)
+        return self._flat.div_(self._ranks)
+
+
+class _Direct:
+    """Two hops: the pieces to those who sum them up, and the sums to all.
+
+    Sums are made in float32 at least, in the order of the ranks, and are the same everywhere to the bit.
+    """
+
+    def __init__(self, flat: Tensor, group: dist.ProcessGroup | None, ranks: int) -> None:
+        self._group, self._ranks, self._size = group, ranks, flat.numel()
+        self._turned = ranks == 1
+        piece = -(-flat.numel() // ranks)
+        self._out = flat.new_zeros(ranks, piece)
+        self._out.view(-1)[: flat.numel()] = flat
+        if not self._turned:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._in = torch.empty_like(self._out)
+        self._work = dist.all_to_all_single(self._in, self._out, group=self._group, async_op=True)
+
+    def turn(self) -> None:
+        if self._turned:
+            return
+        _wait(self._work)
+        precise = torch.promote_types(self._in.dtype, torch.float32)
+        own = self._in[0].to(precise, copy=True)
+        for other in self._in[1:]:  # one after the other: torch may add up a column in another order
+            own.add_(other)
+        self._out.copy_(own.div_(self._ranks).expand_as(self._out))
+        self._begin()
+        self._turned = True
+
+    def mean(self) -> Tensor:
+        if self._ranks > 1:
+            _wait(self._work)
+            self._out = self._in
+        return self._out.view(-1)[: self._size]
+
+
+def _sum(flat: Tensor, group: dist.ProcessGroup | None, ranks: int) -> _Sum:
+    nccl = flat.is_cuda and "nccl" in str(dist.get_backend_config(group))
+    short = flat.numel() * flat.element_size() <= DIRECT_BYTES
+    return _Direct(flat, group, ranks) if short and not nccl else _Ring(flat, group, ranks)
+
+
+def _wait(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
 
 
 class Meeting:
@@ -162,6 +251,8 @@ class Meeting:
             return
         while len(self._away) < len(self._letters):
             self._send()
+        for sent in self._away:
+            sent.letter.turn()
         for sent in self._away:
             # A mean of zero says that nobody had a gradient. The host looks only where this rank had none, so that a
             # GPU is seldom waited for.
