@@ -86,6 +86,16 @@ class JobConfig:
         return self.processes_per_node or max(self.gpus_per_node, 1)
 
     @property
+    def variables(self) -> dict[str, str]:
+        """The environment of the agents.
+
+        By default (torch 2.13) the ranks of all restarts meet in one store, where a new rank may read the address of
+        one that is gone before its successor has written its own, and then waits in vain. A store for each start has
+        no past.
+        """
+        return {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **self.env}
+
+    @property
     def elastic(self) -> bool:
         """Whether the job may go on with fewer machines."""
         return self.min_nodes is not None and self.min_nodes < self.nodes

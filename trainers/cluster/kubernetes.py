@@ -151,7 +151,7 @@ def _pod(config: SubmitConfig, job: KubernetesJob, words: Sequence[str]) -> dict
                 ],
                 "env": [
                     {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
-                    *({"name": key, "value": value} for key, value in job.env.items()),
+                    *({"name": key, "value": value} for key, value in job.variables.items()),
                 ],
                 # requests equal to limits: the last to be evicted where memory runs out
                 "resources": {"requests": amounts, "limits": dict(amounts)},

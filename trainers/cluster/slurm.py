@@ -61,7 +61,7 @@ def script(config: SubmitConfig, words: Sequence[str], *, made_by: str) -> str:
         is_host="$((SLURM_NODEID == 0))",
         logs='"$LOGS/node-$SLURM_NODEID"',
     )
-    setup = [*job.setup, *(f"export {name}={shlex.quote(value)}" for name, value in job.env.items())]
+    setup = [*job.setup, *(f"export {name}={shlex.quote(value)}" for name, value in job.variables.items())]
     # Without a node, an elastic job goes on; any other ends at once, rather than wait for it.
     loss = "--no-kill --kill-on-bad-exit=0 --wait=0" if job.elastic else "--kill-on-bad-exit=1"
     return _SCRIPT.format(

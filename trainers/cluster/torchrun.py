@@ -14,7 +14,7 @@ def lines(config: SubmitConfig, words: Sequence[str]) -> list[str]:
     job = config.job
     assert isinstance(job, TorchrunJob)
     identity, hosts = job.id or config.run.name, job.hosts or ["localhost"]
-    variables = [f"{name}={shlex.quote(value)}" for name, value in job.env.items()]
+    variables = [f"{name}={shlex.quote(value)}" for name, value in job.variables.items()]
     nodes = f"{job.min_nodes}:{job.nodes}" if job.elastic else str(job.nodes)
     return [
         " ".join(

@@ -76,10 +76,11 @@ def check_machines(world: World, config: PreflightConfig, folder: Path, *, cuda:
     slowest = min(links, key=lambda link: links[link])
     seconds = max(seconds for seconds, _ in reduced)
     spread = max(s for s, _ in products) / min(s for s, _ in products)
+    hosts = ", ".join(sorted({place.host for place in group.places}))
     return (
-        f"{world.size} ranks on {', '.join(sorted({p.host for p in group.places}))}; all-reduce of {config.megabytes:g} MB "
-        f"in {seconds * 1e3:.1f} ms; slowest link {links[slowest]:.2f} GB/s, from {group.places[slowest[0]]} to "
-        f"{group.places[slowest[1]]}; slowest product {spread:.2f} times the fastest"
+        f"{world.size} ranks on {hosts}; all-reduce of {config.megabytes:g} MB in {seconds * 1e3:.1f} ms; slowest link "
+        f"{links[slowest]:.2f} GB/s, from {group.places[slowest[0]]} to {group.places[slowest[1]]}; slowest product "
+        f"{spread:.2f} times the fastest"
     )
 
 

@@ -17,7 +17,7 @@ class PreflightConfig:
         default=0.0, metadata={"help": "GB/s that every link inside a machine has to carry; 0: only compared"}
     )
     slow_factor: float = field(
-        default=4.0, metadata={"help": "how many times slower than the median a rank or a link may be"}
+        default=4.0, metadata={"help": "how many times slower than the others a rank or a link may be"}
     )
     megabytes: float = field(default=32.0, metadata={"help": "size of a message that is measured"})
     rounds: int = field(default=8, metadata={"help": "links of every rank that are measured, if it has so many"})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.cuda import nccl
 
 import thinrank
 from thinrank.trainers.report import code_version
@@ -39,7 +40,7 @@ def collect(token: Path, *, local_size: int, cuda: bool) -> Facts:
     commit = "no checkout" if code["commit"] is None else code["commit"] + (" with changes" if code["dirty"] else "")
     libraries, device = "", platform.machine()
     if cuda:
-        libraries = f"{torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        libraries = f"{torch.version.cuda}, NCCL {'.'.join(map(str, nccl.version()))}"
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         device = f"{properties.name}, {round(properties.total_memory / 2**30)} GiB"
     return Facts(

@@ -54,7 +54,7 @@ def judge_products(products: Sequence[tuple[float, int]], places: Sequence[Place
     slow = laggards(seconds, factor)
     if slow:
         raise PreflightError(
-            f"{_some(slow, places)} takes {seconds[slow[0]] / min(seconds):.1f} times as long as the fastest rank for a "
+            f"{_some(slow, places)} takes {seconds[slow[0]] / min(seconds):.1f} times as long as the fastest for a "
             f"product ({seconds[slow[0]] * 1e3:.2f} ms): {_EXCLUDE}, or raise run.preflight.slow_factor ({factor:g})"
         )
 
@@ -104,7 +104,7 @@ def judge_links(
         if links[worst] < floors[inside]:
             bound, change = f"run.preflight.{key} asks for {floors[inside]:g}", f"lower run.preflight.{key}"
         else:
-            bound = f"less than 1/{config.slow_factor:g} of the median"
+            bound = f"less than 1/{config.slow_factor:g} of the faster links"
             change = "raise run.preflight.slow_factor"
         raise PreflightError(
             f"{named(slow, places)} is slow: {places[worst[0]]} and {places[worst[1]]} exchange {links[worst]:.3g} "
