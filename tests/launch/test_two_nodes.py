@@ -177,8 +177,8 @@ def test_a_preempted_job_goes_on_and_survives_the_death_of_a_rank(tmp_path, star
     assert not (run / "preempted").exists()
     assert verdict(run, "--since", before) == (0, f"{run}: finished at step 160")
 
-    # Outputs of every rank lie in the run folder, with what the look at the machines found. Rank 0's of the killed start
-    # may be overwritten: an agent that only sees another one restart writes into the same folder again.
+    # Outputs of every rank lie in the run folder, with what the look at the machines found. Rank 0's of the killed
+    # start may be overwritten: an agent that only sees another one restart writes into the same folder again.
     for folder in run.glob("logs/node-*"):
         assert len(list(folder.glob("*/attempt_*/0/stderr.log"))) >= 2
     said = [path.read_text() for path in run.glob("logs/node-*/**/stdout.log")]

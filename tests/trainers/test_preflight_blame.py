@@ -115,12 +115,13 @@ def test_links_are_compared_with_their_kind_alone():
     assert slow_links(links, hosts, floors=(0.0, 0.0), factor=4.0) == [(0, 1)]
 
 
-@pytest.mark.parametrize("bad", range(6))
-def test_the_links_of_a_slow_rank_are_slow_and_name_it(bad):
-    links = all_links(6, lambda a, b: 1.0 if bad in (a, b) else 10.0)
-    slow = slow_links(links, [f"h{rank}" for rank in range(6)], floors=(0.0, 0.0), factor=4.0)
-    assert len(slow) == 5
-    assert named(slow, places(6)) == f"rank {bad} on host{bad}"
+@pytest.mark.parametrize(("size", "bad"), [(size, bad) for size in (3, 4, 6, 9) for bad in range(size)])
+def test_the_links_of_a_slow_rank_are_slow_and_name_it(size, bad):
+    """Of three ranks two links in three are slow, of four every second one."""
+    links = all_links(size, lambda a, b: 1.0 if bad in (a, b) else 10.0)
+    slow = slow_links(links, [f"h{rank}" for rank in range(size)], floors=(0.0, 0.0), factor=4.0)
+    assert len(slow) == size - 1
+    assert named(slow, places(size)) == f"rank {bad} on host{bad}"
 
 
 def test_floors_hold_for_their_kind_and_also_for_a_single_link():

@@ -144,9 +144,9 @@ class SlurmJob(JobConfig):
         for option in self.options:
             if not option.startswith("-"):
                 raise ValueError(f"options must be those of sbatch, as --mem=0, got {option!r}: begin it with --")
-        for text in (*self.options, *self.setup, self.partition or "", self.account or "", self.qos or ""):
-            if "\n" in text:
-                raise ValueError(f"options and setup must be one line each, got {text!r}: make a list of lines")
+        for name in ("options", "setup", "partition", "account", "qos"):
+            if "\n" in "".join(getattr(self, name) or ""):
+                raise ValueError(f"{name} must be one line, or lines in a list, got a line break: take it out")
 
     @property
     def seconds(self) -> int:
