@@ -215,66 +215,70 @@ def test_a_newline_in_a_word_stays_in_its_word(capsys):
 # The scripts at work -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cluster(tmp_path, capsys):
-    """Runs a generated script with stand-ins for scontrol, srun and torchrun. The verdict is the real one.
+class Cluster:
+    """Runs generated scripts with stand-ins for scontrol, srun and torchrun. The verdict is the real one.
 
-    What torchrun's stand-in does is a shell line in `tmp_path/ranks`; it has the node's environment and arguments.
+    What torchrun's stand-in does is a shell line; it has the node's environment and arguments.
     """
-    (tmp_path / "bin").mkdir()
 
-    def command(name, text):
-        path = tmp_path / "bin" / name
+    def __init__(self, folder, capsys):
+        self.folder, self.capsys = folder, capsys
+        (folder / "bin").mkdir()
+        (folder / "run").mkdir()
+        self._command(
+            "scontrol",
+            f'if [ "$1" = show ]; then printf "alpha\\nbeta\\n"; else echo "$@" >> {folder}/scontrol; fi',
+        )
+        self._command(
+            "srun",
+            'while [ "$1" != bash ]; do shift; done; code=0\n'
+            'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || code=$?; done; exit $code',
+        )
+        self._command(
+            "python",
+            f'if [ "$2" = torch.distributed.run ]; then echo "$@" >> {folder}/agents; . {folder}/ranks\n'
+            f'else exec {sys.executable} "$@"; fi',
+        )
+        self.environment = {
+            **os.environ,
+            "PATH": f"{folder}/bin:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT / "src"),
+            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NODELIST": "a-list",
+            "SLURM_NNODES": "2",
+            "SLURM_CPUS_PER_TASK": "8",
+        }
+
+    def _command(self, name, text):
+        path = self.folder / "bin" / name
         path.write_text(f"#!/bin/bash\n{text}\n")
         path.chmod(0o755)
 
-    command(
-        "scontrol",
-        f'if [ "$1" = show ]; then printf "alpha\\nbeta\\n"; else echo "$@" >> {tmp_path}/scontrol; fi',
-    )
-    command(
-        "srun",
-        'while [ "$1" != bash ]; do shift; done; code=0\n'
-        'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || code=$?; done; exit $code',
-    )
-    command(
-        "python",
-        f'if [ "$2" = torch.distributed.run ]; then echo "$@" >> {tmp_path}/agents; . {tmp_path}/ranks\n'
-        f'else exec {sys.executable} "$@"; fi',
-    )
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT / "src"),
-        "SLURM_JOB_ID": "123456",
-        "SLURM_JOB_NODELIST": "a-list",
-        "SLURM_NNODES": "2",
-        "SLURM_CPUS_PER_TASK": "8",
-    }
-
-    def run(script, ranks, **variables):
-        (tmp_path / "ranks").write_text(ranks)
-        (tmp_path / "script").write_text(script)
+    def start(self, script, ranks, **variables):
+        (self.folder / "ranks").write_text(ranks)
+        (self.folder / "script").write_text(script)
         return subprocess.Popen(
-            ["bash", f"{tmp_path}/script"],
-            cwd=tmp_path,
-            env={**environment, **variables},
+            ["bash", f"{self.folder}/script"],
+            cwd=self.folder,
+            env={**self.environment, **variables},
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def slurm(ranks, *words, **variables):
-        _, text = submit_script(capsys, "--dry-run", "job.nodes=2", f"run.dir={tmp_path}/run", *words)
-        process = run(text, ranks, **variables)
+    def slurm(self, ranks, *words, **variables):
+        """Exit code of the batch script, whether it asked for another start, and what it said."""
+        _, text = submit_script(self.capsys, "--dry-run", "job.nodes=2", f"run.dir={self.folder}/run", *words)
+        process = self.start(text, ranks, **variables)
         said = process.communicate(timeout=60)[1]
-        asked = tmp_path / "scontrol"
+        asked = self.folder / "scontrol"
         requeued = asked.read_text().split() == ["requeue", "123456"] if asked.exists() else False
         asked.unlink(missing_ok=True)
         return process.returncode, requeued, said
 
-    run.slurm = slurm
-    (tmp_path / "run").mkdir()
-    return run
+
+@pytest.fixture
+def cluster(tmp_path, capsys):
+    return Cluster(tmp_path, capsys)
 
 
 def status(state, step, marker=None, code=1):
@@ -285,7 +289,7 @@ def status(state, step, marker=None, code=1):
     return "; ".join([*lines, "exit 1"])
 
 
-def test_slurm_queues_a_preempted_job_again_and_no_other(cluster, tmp_path):
+def test_slurm_queues_a_preempted_job_again_and_no_other(cluster):
     assert cluster.slurm(status("preempted", 5, marker=5, code=75))[:2] == (75, True)
     # the marker is still there, but the run has not begun: a typo must not go round for ever
     assert cluster.slurm("exit 1")[:2] == (1, False)
@@ -328,7 +332,7 @@ def test_a_pod_hands_the_signal_on_waits_for_the_save_and_says_75(cluster, tmp_p
         f"save() {{ sleep 0.5; {status('preempted', 5, marker=5)}; }}; RUN={tmp_path}/run; trap save TERM\n"
         f"touch {tmp_path}/ready; while true; do sleep 0.05; done"
     )
-    pod = cluster(pod_script(text), saves, JOB_COMPLETION_INDEX="1", POD_IP="10.0.0.7")
+    pod = cluster.start(pod_script(text), saves, JOB_COMPLETION_INDEX="1", POD_IP="10.0.0.7")
     deadline = time.monotonic() + 30
     while not (tmp_path / "ready").exists():
         assert pod.poll() is None
@@ -347,7 +351,7 @@ def test_a_pod_hands_the_signal_on_waits_for_the_save_and_says_75(cluster, tmp_p
 @pytest.mark.parametrize(("ranks", "code"), [("exit 1", 1), ("exit 0", 0), (status("failed", 3, code=3), 3)])
 def test_a_pod_ends_with_the_runs_own_code(cluster, tmp_path, capsys, ranks, code):
     _, text = submit_script(capsys, "--dry-run", *K8S[:3], "job.mount=/", f"run.dir={tmp_path}/run")
-    pod = cluster(pod_script(text), ranks, JOB_COMPLETION_INDEX="0", POD_IP="10.0.0.7", RUN=f"{tmp_path}/run")
+    pod = cluster.start(pod_script(text), ranks, JOB_COMPLETION_INDEX="0", POD_IP="10.0.0.7", RUN=f"{tmp_path}/run")
     pod.communicate(timeout=30)
     assert pod.returncode == code
 

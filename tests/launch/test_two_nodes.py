@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from submitting import ROOT, submit_script
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # half a minute on an idle machine
 
 
 def words(base, port_name):
@@ -23,7 +23,7 @@ def words(base, port_name):
         "job.hosts=[127.0.0.1, 127.0.0.1]",
         f"job.id={port_name}",
         "job.save_seconds=30",
-        "job.join_seconds=90",
+        "job.join_seconds=300",
         "job.env={GLOO_SOCKET_IFNAME: lo}",
         f"job.python={sys.executable}",
         f"run.dir={base}/run",
@@ -84,7 +84,7 @@ class Nodes:
                 return child
         return None
 
-    def wait_for(self, condition, seconds=100):
+    def wait_for(self, condition, seconds=240):
         """Waits until `condition` holds, which it must before an agent ends."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -93,7 +93,7 @@ class Nodes:
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.05)
 
-    def codes(self, seconds=100):
+    def codes(self, seconds=240):
         return [agent.wait(timeout=seconds) for agent in self.agents]
 
     def said(self):
