@@ -11,9 +11,9 @@ from typing import Any
 
 from thinrank.configs.arguments import parse
 from thinrank.configs.errors import ConfigError
-from thinrank.trainers.errors import GuardStop, UserError
+from thinrank.trainers.errors import GuardStop, PreflightError, UserError
 
-FINISHED, REFUSED, PREEMPTED, STOPPED = 0, 2, 75, 76
+FINISHED, REFUSED, UNFIT, PREEMPTED, STOPPED = 0, 2, 3, 75, 76
 RANK = os.environ.get("RANK", "0")
 
 
@@ -53,6 +53,8 @@ def command(argv: list[str], *, usage: str, schema: str, start: Callable[[Any], 
         return code
     except GuardStop as error:
         return refuse(error, STOPPED)
+    except PreflightError as error:
+        return refuse(error, UNFIT)
     except (ConfigError, UserError) as error:
         return refuse(error)
 
@@ -65,8 +67,8 @@ def say(text: str) -> int:
 
 
 def refuse(error: Exception, code: int = REFUSED) -> int:
-    """Say what is wrong on standard error; what every rank finds in its configuration, on rank 0 alone."""
-    if RANK == "0" or not isinstance(error, ConfigError):
+    """Say what is wrong on standard error; what every rank finds alike, on rank 0 alone."""
+    if RANK == "0" or not isinstance(error, (ConfigError, PreflightError)):
         print(f"error{f' on rank {RANK}' if RANK != '0' else ''}: {error}", file=sys.stderr)
     tell_torchrun(str(error))
     return code

@@ -7,6 +7,7 @@ from pathlib import Path
 from thinrank.configs.compose import Schema
 from thinrank.optim.methods import METHODS
 from thinrank.trainers.adapters import AdapterConfig, LoraConfig
+from thinrank.trainers.cluster.config import KubernetesJob, SlurmJob, SubmitConfig, TorchrunJob
 from thinrank.trainers.data.config import FilesConfig, HeadersConfig, HuggingFaceConfig, PySourceConfig
 from thinrank.trainers.finetune import FinetuneConfig
 from thinrank.trainers.models import ModelConfig
@@ -32,6 +33,14 @@ PRETRAIN = Schema(
     base="pretrain",
 )
 """The configuration of a pre-training run."""
+
+SUBMIT = Schema(
+    root=SubmitConfig,
+    groups={**PRETRAIN.groups, "job": {"slurm": SlurmJob, "k8s": KubernetesJob, "torchrun": TorchrunJob}},
+    folder=FOLDER,
+    base="submit",
+)
+"""The same with the job that runs it on a cluster."""
 
 FINETUNE = Schema(
     root=FinetuneConfig,

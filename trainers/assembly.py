@@ -43,10 +43,11 @@ from thinrank.trainers.ending import (
     say,
     start_metrics,
 )
-from thinrank.trainers.errors import UserError
+from thinrank.trainers.errors import PreflightError, UserError
 from thinrank.trainers.jobs import Job, resumable
 from thinrank.trainers.module import CausalLM, frozen_names
 from thinrank.trainers.parts import Parts
+from thinrank.trainers.preflight.check import check_machines, check_run
 from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.rng import seed_all
 from thinrank.trainers.run import RunFolder, config_tree, identity_json
@@ -67,12 +68,14 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
         begun = False
         try:
             resume, origin = from_rank_zero(world, lambda: _open(folder, job, tree))
+            if config.run.preflight.enabled:
+                say(world, f"preflight   {check_machines(world, config.run.preflight, folder.path, cuda=cuda)}")
             parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda)
             begun = True
             with parts.preemption, _products(config.trainer.precision, cuda=cuda):
                 return _train(parts)
         except BaseException as error:
-            if world.main and begun:
+            if world.main and (begun or isinstance(error, PreflightError)):
                 record_failure(folder, error)
             raise
         finally:
@@ -115,6 +118,9 @@ def _assemble(
     routing = job.route(model)
     size = _checkpoint_bytes(model, job.keeps_frozen) + routing.state_bytes()
     from_rank_zero(world, lambda: require_space(folder.checkpoints, size))
+    if config.run.preflight.enabled:
+        gradients = 0 if config.trainer.in_backward != "off" else _gradient_bytes(model)
+        check_run(world, config.run.preflight, data.manifest_hash, size + gradients, cuda=cuda)
     module = CausalLM(
         model,
         config.optimizer,
@@ -164,6 +170,10 @@ def _checkpoint_bytes(model: torch.nn.Module, frozen: bool) -> int:
     left_out = set() if frozen else frozen_names(model)
     values = [value for name, value in model.state_dict().items() if name not in left_out]
     return sum(value.numel() * value.element_size() for value in values)
+
+
+def _gradient_bytes(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def _trainer(

@@ -11,13 +11,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from thinrank.trainers import curves, report
 from thinrank.trainers.callbacks.metrics import sent
 from thinrank.trainers.callbacks.sample import sample_text
-from thinrank.trainers.errors import GuardStop, UserError
+from thinrank.trainers.errors import GuardStop, PreflightError, UserError
 from thinrank.trainers.parts import Parts
 from thinrank.trainers.run import RunFolder, config_hash
 from thinrank.trainers.strategies import World
 from thinrank.trainers.strategies.world import from_rank_zero
 
-FINISHED, FAILED, BAD_CONFIG, PREEMPTED, STOPPED = 0, 1, 2, 75, 76
+FINISHED, FAILED, BAD_CONFIG, UNFIT, PREEMPTED, STOPPED = 0, 1, 2, 3, 75, 76
 """Exit codes of a run, as far as launchers let them through; ``status.json`` has them always."""
 
 
@@ -183,7 +183,8 @@ def _before(metrics: Mapping[str, float], key: str) -> str:
 
 def record_failure(folder: RunFolder, error: BaseException) -> None:
     """Status and history of a run that ended with an error, exit code included."""
-    code = STOPPED if isinstance(error, GuardStop) else BAD_CONFIG if isinstance(error, UserError) else FAILED
+    codes = {GuardStop: STOPPED, PreflightError: UNFIT, UserError: BAD_CONFIG}
+    code = next((code for kind, code in codes.items() if isinstance(error, kind)), FAILED)
     # Lightning turns Ctrl-C into SystemExit
     interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
     sentence = "interrupted" if interrupted else f"{type(error).__name__}: {error}"

@@ -13,3 +13,7 @@ class UserError(Exception):
 
 class GuardStop(UserError):
     """Training was stopped on purpose by a guard, on all ranks together, with the weights of the last good step."""
+
+
+class PreflightError(UserError):
+    """The look at all machines before training has found one that is not as it should be."""

@@ -33,6 +33,7 @@ import yaml
 
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.files import append_json_line, read_json_lines, remove_temporary, write_json, write_text
+from thinrank.trainers.preflight.config import PreflightConfig
 
 FREE_KEYS = (
     "run",
@@ -85,6 +86,9 @@ class RunConfig:
     )
     overwrite: bool = field(
         default=False, metadata={"help": "with resume=never: delete what an earlier run left in the folder"}
+    )
+    preflight: PreflightConfig = field(
+        default_factory=PreflightConfig, metadata={"help": "a look at all machines before the first step"}
     )
 
     def __post_init__(self) -> None:
