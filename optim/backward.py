@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from thinrank.optim.allocation import Allocation
 from thinrank.optim.axis import WHOLE, Axis
 from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
-from thinrank.optim.exchange.replicas import Meeting
+from thinrank.optim.exchange.replicas import Meeting, connected
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
@@ -29,10 +28,6 @@ def whole_because(rule: MatrixRule | None) -> str | None:
     if isinstance(rule, LowRank):
         return rule.whole_because
     return None if rule is None else "its step reads the gradient itself and not its coordinates in a basis that stays"
-
-
-def _other_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class Images:
@@ -176,7 +171,7 @@ class InBackward(torch.optim.Optimizer):
                 f"mode {mode!r} is for one process; replicas exchange gradients, and free them, in backward already: "
                 "use mode 'off'"
             )
-        if mode != "off" and self.axis == WHOLE and _other_ranks():
+        if mode != "off" and self.axis == WHOLE and connected() > 1:
             raise ValueError(
                 f"mode {mode!r} takes gradients before other ranks have had their say, and there are some: leave it "
                 "'off', and call replicate, which frees gradients in backward as well"

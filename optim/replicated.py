@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from thinrank.optim.axis import WHOLE
 from thinrank.optim.backward import Hooks, InBackward, whole_because
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange import local
-from thinrank.optim.exchange.replicas import BUCKET_BYTES, Meeting, Part, Wire, broadcast, difference
+from thinrank.optim.exchange.replicas import (
+    BUCKET_BYTES,
+    Group,
+    Meeting,
+    Part,
+    Wire,
+    broadcast,
+    connected,
+    difference,
+    gathered,
+)
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, whole_steps
@@ -46,7 +55,7 @@ class Replicated(InBackward):
 
     def replicate(
         self,
-        group: dist.ProcessGroup | None = None,
+        group: Group | None = None,
         *,
         messages: str = "auto",
         dtype: torch.dtype | None = None,
@@ -86,7 +95,7 @@ class Replicated(InBackward):
         choice("messages", messages, MESSAGES)
         if check_every is not None:
             whole_steps("check_every", check_every)
-        if not (dist.is_available() and dist.is_initialized()):
+        if connected() == 0:
             raise RuntimeError("replicas need a process group: call torch.distributed.init_process_group before")
         if self._hooks is not None:
             raise ValueError(
@@ -250,7 +259,7 @@ def _elements(shape: tuple[int, int, int]) -> int:
     return shape[0] * shape[1] * shape[2]
 
 
-def _refuse_other_models(params: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+def _refuse_other_models(params: Mapping[str, Tensor], group: Group | None) -> None:
     for name, param in params.items():
         if type(param.data) is not Tensor:
             raise ValueError(
@@ -258,9 +267,7 @@ def _refuse_other_models(params: Mapping[str, Tensor], group: dist.ProcessGroup 
                 "unsharded, or replicate out"
             )
     mine = {name: (tuple(param.shape), str(param.dtype), param.requires_grad) for name, param in params.items()}
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    for rank, theirs in enumerate(everyone):
+    for rank, theirs in enumerate(gathered(mine, group)):
         names = [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
         if names or list(mine) != list(theirs):
             name = names[0] if names else "the order of parameters"
@@ -270,9 +277,7 @@ def _refuse_other_models(params: Mapping[str, Tensor], group: dist.ProcessGroup 
             )
 
 
-def replicate(
-    model: torch.nn.Module, optimizer: Replicated, group: dist.ProcessGroup | None = None, **options: Any
-) -> None:
+def replicate(model: torch.nn.Module, optimizer: Replicated, group: Group | None = None, **options: Any) -> None:
     """Makes `model` and `optimizer` one of several equal replicas, each with its own data, without any wrapper.
 
     All weights and buffers of the model are made equal to those of the first rank of `group`, whether `optimizer` steps
@@ -291,5 +296,10 @@ def replicate(
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise ValueError("DistributedDataParallel averages whole gradients itself: give replicate the module inside it")
     optimizer.replicate(group, **options)
-    stepped = {param.data_ptr() for group_ in optimizer.param_groups for param in group_["params"]}
-    broadcast((t.data for t in (*model.parameters(), *model.buffers()) if t.data_ptr() not in stepped), group)
+    stepped = {param for group_ in optimizer.param_groups for param in group_["params"]}
+    equalise(model, group, but=stepped)
+
+
+def equalise(model: torch.nn.Module, group: Group | None = None, *, but: Collection[Tensor] = ()) -> None:
+    """Gives all ranks of `group` the first one's weights and buffers, but for those in `but`."""
+    broadcast((tensor.data for tensor in (*model.parameters(), *model.buffers()) if tensor not in but), group)

@@ -85,6 +85,6 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-from thinrank.trainers.strategies.registration import register_strategies  # noqa: E402 - needs the names above
+from thinrank.trainers.registration import register_strategies  # noqa: E402 - needs the names above
 
 register_strategies()  # Trainer(strategy="thinrank_ddp")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Group = dist.ProcessGroup
+T = TypeVar("T")
 
 BUCKET_BYTES = 4 * 2**20
 """Least payload of a message, but for the last one: small enough to leave while backward goes on, large enough that
@@ -71,7 +74,7 @@ class Letter:
     whose 2 (N−1) hops follow each other.
     """
 
-    def __init__(self, parts: Sequence[Part], group: dist.ProcessGroup | None, dtype: torch.dtype | None, wire: Wire):
+    def __init__(self, parts: Sequence[Part], group: Group | None, dtype: torch.dtype | None, wire: Wire):
         self._group, self._ranks = group, dist.get_world_size(group)
         self._like = [(part.value.shape, part.value.dtype) for part in parts]
         places: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -101,7 +104,7 @@ class Letter:
 
 
 class _Sum(Protocol):
-    def __init__(self, flat: Tensor, group: dist.ProcessGroup | None, ranks: int) -> None: ...
+    def __init__(self, flat: Tensor, group: Group | None, ranks: int) -> None: ...
 
     def turn(self) -> None: ...
 
@@ -111,7 +114,7 @@ class _Sum(Protocol):
 class _Ring:
     """The backend's own all-reduce."""
 
-    def __init__(self, flat: Tensor, group: dist.ProcessGroup | None, ranks: int) -> None:
+    def __init__(self, flat: Tensor, group: Group | None, ranks: int) -> None:
         self._flat, self._ranks = flat, ranks
         self._work = dist.all_reduce(flat, group=group, async_op=True)
 
@@ -129,7 +132,7 @@ class _Direct:
     Sums are made in float32 at least, in the order of the ranks, and are the same everywhere to the bit.
     """
 
-    def __init__(self, flat: Tensor, group: dist.ProcessGroup | None, ranks: int) -> None:
+    def __init__(self, flat: Tensor, group: Group | None, ranks: int) -> None:
         self._group, self._ranks, self._size = group, ranks, flat.numel()
         self._turned = ranks == 1
         piece = -(-flat.numel() // ranks)
@@ -161,7 +164,7 @@ class _Direct:
         return self._out.view(-1)[: self._size]
 
 
-def _sum(flat: Tensor, group: dist.ProcessGroup | None, ranks: int) -> _Sum:
+def _sum(flat: Tensor, group: Group | None, ranks: int) -> _Sum:
     nccl = flat.is_cuda and "nccl" in str(dist.get_backend_config(group))
     short = flat.numel() * flat.element_size() <= DIRECT_BYTES
     return _Direct(flat, group, ranks) if short and not nccl else _Ring(flat, group, ranks)
@@ -197,7 +200,7 @@ class Meeting:
         pack: Callable[[torch.nn.Parameter], list[Part]],
         unpack: Callable[[torch.nn.Parameter, list[Part]], None],
         *,
-        group: dist.ProcessGroup | None = None,
+        group: Group | None = None,
         dtype: torch.dtype | None = None,
         overlap: bool = True,
         bucket_bytes: int = BUCKET_BYTES,
@@ -289,7 +292,7 @@ class _Sent:
     letter: Letter
 
 
-def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+def broadcast(tensors: Iterable[Tensor], group: Group | None = None) -> None:
     """Gives every rank the values of the group's first."""
     first = dist.get_global_rank(group, 0) if group is not None else 0
     for tensor in tensors:
@@ -297,6 +300,18 @@ def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None)
         dist.broadcast(whole, src=first, group=group)
         if whole is not tensor:
             tensor.copy_(whole)
+
+
+def connected() -> int:
+    """How many processes there are; 0 where they have not been connected."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gathered(value: T, group: Group | None = None) -> list[T]:
+    """What each rank has, in the order of the ranks; anything that can be pickled."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group=group)
+    return everyone
 
 
 SAMPLE = 4096
@@ -313,7 +328,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return (bits * odd).sum()
 
 
-def difference(named: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> str | None:
+def difference(named: Mapping[str, Tensor], group: Group | None = None) -> str | None:
     """The name of the first tensor of which two ranks hold different values; None where all are equal.
 
     Every rank must give the same names in the same order; one message travels, of two numbers a tensor.

@@ -21,7 +21,7 @@ def words(base, port_name):
         "job.nodes=2",
         "job.gpus_per_node=0",
         "job.hosts=[127.0.0.1, 127.0.0.1]",
-        f"job.id={port_name}",
+        f"job.id={port_name}-{os.getpid()}",  # its port, too: two suites may run on one machine
         "job.save_seconds=30",
         "job.join_seconds=300",
         "job.env={GLOO_SOCKET_IFNAME: lo}",

@@ -11,8 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from thinrank.optim import MatrixOptimizer
-from thinrank.optim.exchange.replicas import BUCKET_BYTES, broadcast
-from thinrank.optim.replicated import MESSAGES
+from thinrank.optim.replicated import BUCKET_BYTES, MESSAGES, equalise
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
 
@@ -60,7 +59,7 @@ class ReplicatedStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Gives all ranks the first one's weights and buffers; nothing is wrapped."""
         assert self.model is not None
-        broadcast(tensor.data for tensor in (*self.model.parameters(), *self.model.buffers()))
+        equalise(self.model)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
