@@ -279,7 +279,9 @@ def untouched():
     replicate(model, optimizer)
     run(model, optimizer, mine(), steps=range(4))
     steps = [float(optimizer.state[model.unused.weight]["step"]), float(optimizer.state[model.seldom.weight]["step"])]
-    before = copy.deepcopy(optimizer.state_dict()), optimizer.wire.messages
+    wire = optimizer.wire
+    assert wire is not None
+    before = copy.deepcopy(optimizer.state_dict()), wire.messages
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     for param in model.parameters():
@@ -290,7 +292,7 @@ def untouched():
         for i, state in before[0]["state"].items()
         for key, value in state.items()
     )
-    return torch.equal(model.unused.weight, start), steps, same, optimizer.wire.messages - before[1]
+    return torch.equal(model.unused.weight, start), steps, same, wire.messages - before[1]
 
 
 def test_what_has_no_gradient_anywhere_stays(ranks):
