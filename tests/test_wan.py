@@ -25,6 +25,8 @@ from thinrank.trainers.models import ModelConfig, build_model  # noqa: E402
 REASON = slow_network.unavailable()
 Link, Seen = slow_network.Link, wan_rank.Seen
 WORLD, STEPS, LR = 2, 4, 1e-2
+PATIENCE = 240  # seconds: each rank's first job imports transformers and Lightning
+pytestmark = pytest.mark.timeout(300)
 SMALL = ModelConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 WIDE = ModelConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=1, num_attention_heads=2)
 
@@ -66,14 +68,17 @@ def numbers():
 
 
 def test_ddp_is_one_process_and_sends_every_gradient(ranks, alone):
-    found = ranks(WORLD).run(train, "ddp")
+    found = ranks(WORLD).run(train, "ddp", timeout=PATIENCE)
     for own, payloads, _ in found:
         torch.testing.assert_close(own, alone, rtol=1e-4, atol=1e-5)
         assert payloads == [4 * numbers()] * STEPS
 
 
 def test_bf16_sends_half_and_is_nearly_the_same(ranks):
-    exact, found = ranks(WORLD).run(train, "ddp"), ranks(WORLD).run(train, "ddp-bf16")
+    exact, found = (
+        ranks(WORLD).run(train, "ddp", timeout=PATIENCE),
+        ranks(WORLD).run(train, "ddp-bf16", timeout=PATIENCE),
+    )
     assert torch.equal(found[0][0], found[1][0])
     assert not torch.equal(found[0][0], exact[0][0])
     for (_, payloads, losses), (_, _, reference) in zip(found, exact, strict=True):
@@ -83,7 +88,7 @@ def test_bf16_sends_half_and_is_nearly_the_same(ranks):
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_powersgd_sends_two_factors_from_the_third_step_on(ranks, rank):
-    found = ranks(WORLD).run(train, f"powersgd-{rank}")
+    found = ranks(WORLD).run(train, f"powersgd-{rank}", timeout=PATIENCE)
     assert torch.equal(found[0][0], found[1][0])
     factors = 0
     for p in build_model(SMALL, 64, seed=0, meta=True).parameters():
@@ -97,12 +102,12 @@ def test_powersgd_sends_two_factors_from_the_third_step_on(ranks, rank):
 def test_powersgd_takes_a_model_of_more_than_one_ddp_bucket(ranks):
     """In DDP's own buckets, the first of 1 MiB, gloo's threads made the ranks sum P and Q of different buckets with
     each other: in the first compressed step a rank died of a message too long for its tensor, or all waited."""
-    found = ranks(4).run(train, "powersgd-2", WIDE, 1024, steps=8)
+    found = ranks(4).run(train, "powersgd-2", WIDE, 1024, steps=8, timeout=PATIENCE)
     assert all(torch.equal(found[0][0], own) for own, *_ in found)
 
 
 def test_noop_sends_nothing_and_drifts_apart(ranks):
-    found = ranks(WORLD).run(train, "noop")
+    found = ranks(WORLD).run(train, "noop", timeout=PATIENCE)
     assert all(payloads == [0] * STEPS for _, payloads, _ in found)
     assert not torch.allclose(found[0][0], found[1][0])
 
@@ -128,14 +133,14 @@ def by_time(folder, seconds, uneven):
 
 @pytest.mark.parametrize("uneven", [False, True])
 def test_a_training_by_time_ends_on_all_ranks_after_the_same_step(ranks, tmp_path, uneven):
-    curves = ranks(4).run(by_time, str(tmp_path), 0.2, uneven)
+    curves = ranks(4).run(by_time, str(tmp_path), 0.2, uneven, timeout=PATIENCE)
     assert len({len(curve) for curve in curves}) == 1
     assert len(curves[0]) > 3
     assert curves[0][-3][0] < 0.2 <= curves[0][-1][0]
 
 
 def test_a_training_by_time_of_ranks_that_never_meet_ends_too(ranks, tmp_path):
-    assert all(len(curve) >= 1 for curve in ranks(2).run(alone_by_time, str(tmp_path)))
+    assert all(len(curve) >= 1 for curve in ranks(2).run(alone_by_time, str(tmp_path), timeout=PATIENCE))
 
 
 def alone_by_time(folder):

@@ -1,6 +1,6 @@
 """What every method must do, whatever it is. A new room is tested here as soon as it is registered."""
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,8 +22,9 @@ from cases import (
 from laws import decaying, eye_error, seeded
 from torch import nn
 
-from thinrank.optim import METHODS, MatrixConfig, RankedConfig, build
+from thinrank.optim import METHODS, DionConfig, MatrixConfig, RankedConfig, build
 from thinrank.optim import optimizer as optimizer_module
+from thinrank.optim.linalg.fixed import basis_matrix
 
 pytestmark = pytest.mark.filterwarnings("ignore:rank 3 is above the 1 directions")
 every = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -280,6 +281,64 @@ def test_full_rank_captures_everything(config):
     optimizer.measure = True
     run(optimizer, params, 0, 1)
     assert optimizer.measured["captured_energy"]["weight"] == pytest.approx(1.0, abs=1e-4)
+
+
+def held(config, grad, before, after):
+    """Squares of what the subspace holds of a matrix and of the matrix itself, from the state before and after a step.
+
+    The matrix is the gradient, with the error where that is fed back, or a momentum that this gradient has entered.
+    """
+    rule: Any = config.matrix_rule()
+    if "momentum" in before and "basis" in before:  # Dion: of what was sent, a share of 1−μ was taken away
+        x = before["momentum"] + grad
+        sent = (x - after["momentum"]) / (1 - rule.momentum)
+    elif "momentum" in before:  # Trion: what was sent was multiplied by μ
+        chosen = after["columns"].long()
+        x = after["momentum"].clone()
+        sent = x[:, chosen] = x[:, chosen] / rule.momentum
+    else:
+        x = rule.feedback.enter(grad.unsqueeze(0), {key: value.unsqueeze(0) for key, value in before.items()})[0]
+        if "columns" in after:
+            atoms = basis_matrix(rule.subspace.basis, x.shape[1], dtype=torch.float32, device="cpu")
+            sent = x @ atoms[after["columns"].long()].mT
+        else:
+            sent = x @ after["basis"]
+            sent = after["basis_long"].mT @ sent if "basis_long" in after else sent
+    return float(sent.double().square().sum()), float(x.double().square().sum())
+
+
+def shared(before, after):
+    """The share of the old subspace that is in the new one."""
+    if "columns" in before:
+        old, new = set(before["columns"].tolist()), set(after["columns"].tolist())
+        return len(old & new) / len(old)
+    return float((after["basis"].double().mT @ before["basis"].double()).square().sum()) / before["basis"].shape[1]
+
+
+@pytest.mark.parametrize("config", CAPTURING.values(), ids=CAPTURING)
+def test_energy_and_overlap_are_those_of_the_subspace(config):
+    """At renewals and between them; to float32's precision, and twice that of a bfloat16 product."""
+    names = ["tall", "wide", "other"]
+    params = dict(zip(names, [nn.Parameter(seeded(*shape)) for shape in ((8, 5), (5, 8), (8, 5))], strict=True))
+    optimizer = make(config, list(params.items()))
+    exact = 1e-5 if getattr(config, "projection_dtype", "float32") == "float32" else 2.0**-7
+    overlaps = 0
+    for step in range(8):
+        give(list(params.values()), step)
+        before = {name: {key: value.clone() for key, value in optimizer.state[p].items()} for name, p in params.items()}
+        optimizer.measure = True
+        optimizer.step()
+        for name, p in params.items():
+            assert p.grad is not None
+            old, new = before[name], optimizer.state[p]
+            short = new["basis"].shape[0] if "basis" in new else 5
+            sent, total = held(config, p.grad if p.grad.shape[1] == short else p.grad.mT, old, new)
+            energy = optimizer.measured["captured_energy"][name]
+            assert energy == pytest.approx(sent / total, abs=exact)
+            if name in optimizer.measured["subspace_overlap"]:
+                overlaps += 1
+                assert optimizer.measured["subspace_overlap"][name] == pytest.approx(shared(old, new), abs=exact)
+    assert overlaps or isinstance(config, DionConfig)
 
 
 # --- compiled models --------------------------------------------------------------------------------------------------
