@@ -119,8 +119,12 @@ def test_bfloat16_parameters(config):
     for p, q, before in zip(half, full, start, strict=True):
         assert p.dtype is torch.bfloat16
         assert not torch.equal(p, before)
-        # four steps of 0.02 and the rounding of weights near 2
-        assert float((p.detach().float() - q.detach()).abs().max()) < 0.1
+        # against the way that was gone, since all of it is about 0.08: what rounding of weights near 2 (by 2⁻⁷ at most)
+        # and of gradients may do in four steps
+        way = float((q.detach() - before.detach().float()).norm())
+        # M-FAC solves a system, and GaLore+ chooses entries, both by the rounded gradients
+        share = 2.0 if config.name in ("mfac", "galore_plus") else 0.5
+        assert float((p.detach().float() - q.detach()).norm()) < share * way
     if isinstance(config, MatrixConfig):
         floating = [value for value in optimizers[0].state[half[0]].values() if value.is_floating_point()]
         assert all(value.dtype is torch.float32 for value in floating)
