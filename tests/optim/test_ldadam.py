@@ -89,7 +89,8 @@ def test_equals_the_equations_in_float64(shape, feedback, negative):
     if feedback == "full":
         found = optimizer.state[weight]["error"]
         found = found if shape[0] >= shape[1] else found.mT
-        assert moved(found, error) <= 1e-3 * float(error.norm())
+        # a subspace of all directions leaves nothing but float32's rounding of gradients of about one
+        assert moved(found, error) <= 1e-3 * float(error.norm()) + 1e-6
 
 
 @SHAPES
