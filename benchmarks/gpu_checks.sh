@@ -22,4 +22,6 @@ run gpu-memory-1b-adamw "$PYTHON" benchmarks/memory.py --preset 1b --method adam
 run gpu-memory-1b-galore "$PYTHON" benchmarks/memory.py --preset 1b --rank 512 --in-backward project
 run gpu-pretrain "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain.py \
     run.dir="$(mktemp -d)/pretrain"
+run gpu-pretrain-replicas "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain.py \
+    strategy=thinrank_ddp optimizer=galore run.dir="$(mktemp -d)/replicas"
 exit $failed

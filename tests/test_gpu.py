@@ -1,10 +1,13 @@
 """What only a GPU can show. The same rows run on the CPU in `tests/optim`; here the device is another."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from thinrank.optim import METHODS, AdamWConfig, MethodConfig, SubspaceAdamWConfig, build
+from thinrank.optim import METHODS, AdamWConfig, MethodConfig, SubspaceAdamWConfig, build, replicate
 
 pytestmark = pytest.mark.gpu
 ALL = [pytest.param(config(), id=name) for name, config in METHODS.items()]
@@ -85,3 +88,20 @@ def test_low_rank_state_saves_the_memory_it_promises():
         sizes[name] = torch.cuda.memory_allocated() - before
         assert sizes[name] == pytest.approx(optimizer.state_bytes(), rel=0.02)
     assert sizes["low"] < 0.35 * sizes["dense"]
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_a_replica_among_none_is_one_process(config: MethodConfig, tmp_path: Path):
+    """Messages by NCCL, which this process sends to itself alone: they must change nothing but rounding."""
+    dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        alone, replica = network("cuda"), network("cuda")
+        start = [p.detach().clone() for p in alone.parameters()]
+        train(alone, build(alone, config), 10, "cuda")
+        optimizer = build(replica, config)
+        replicate(replica, optimizer, check_every=5)
+        train(replica, optimizer, 10, "cuda")
+        for one, other, before in zip(alone.parameters(), replica.parameters(), start, strict=True):
+            assert float((one - other).detach().norm()) <= 1e-3 * float((one - before).detach().norm())
+    finally:
+        dist.destroy_process_group()

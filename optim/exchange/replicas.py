@@ -69,9 +69,9 @@ class Part:
 class Letter:
     """Parts on their way to their mean over the ranks; every rank of the group sends the same shapes.
 
-    By the backend's all-reduce or, without NCCL and up to `DIRECT_BYTES`, in two hops: every rank sums up one piece of
-    the message, which all others send it, and sends all others the sum. As many bytes leave a rank as in a ring of N,
-    whose 2 (N−1) hops follow each other.
+    By the backend's all-reduce or, from a CPU's memory and up to `DIRECT_BYTES`, in two hops: every rank sums up one
+    piece of the message, which all others send it, and sends all others the sum. As many bytes leave a rank as in a
+    ring of N, whose 2 (N−1) hops follow each other.
     """
 
     def __init__(self, parts: Sequence[Part], group: Group | None, dtype: torch.dtype | None, wire: Wire):
@@ -165,9 +165,8 @@ class _Direct:
 
 
 def _sum(flat: Tensor, group: Group | None, ranks: int) -> _Sum:
-    nccl = flat.is_cuda and "nccl" in str(dist.get_backend_config(group))
     short = flat.numel() * flat.element_size() <= DIRECT_BYTES
-    return _Direct(flat, group, ranks) if short and not nccl else _Ring(flat, group, ranks)
+    return _Direct(flat, group, ranks) if short and flat.device.type == "cpu" else _Ring(flat, group, ranks)
 
 
 def _wait(work: dist.Work | None) -> None:

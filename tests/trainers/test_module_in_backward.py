@@ -95,4 +95,4 @@ def under_ddp():
 
 def test_ddp_is_refused(ranks):
     for sentence in ranks(2).run(under_ddp):
-        assert "which DDP's are not" in sentence
+        assert "which those of several processes are not" in sentence
