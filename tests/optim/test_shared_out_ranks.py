@@ -424,7 +424,7 @@ def test_two_answers_to_one_question_are_refused():
     optimizer.in_backward("off")
     taken = build(Model(), GaLoreConfig(rank=4))
     taken.in_backward("project")
-    with pytest.raises(
+    with pytest.raises(ValueError, match=r"in_backward and replicate do not keep until step: use spectra='weight'"):
         ValueError, match=r"which in_backward and replicate do not keep until step: use spectra='weight'"
     ):
         taken.allocate_ranks("gradient")
