@@ -425,8 +425,6 @@ def test_two_answers_to_one_question_are_refused():
     taken = build(Model(), GaLoreConfig(rank=4))
     taken.in_backward("project")
     with pytest.raises(ValueError, match=r"in_backward and replicate do not keep until step: use spectra='weight'"):
-        ValueError, match=r"which in_backward and replicate do not keep until step: use spectra='weight'"
-    ):
         taken.allocate_ranks("gradient")
     with pytest.raises(ValueError, match="every must be at least 1 step, got 0"):
         taken.allocate_ranks("weight", every=0)
