@@ -12,7 +12,7 @@ from thinrank.configs import command
 from thinrank.configs.load import load
 from thinrank.configs.schema import PRETRAIN
 from thinrank.trainers import pretrain as runs
-from thinrank.trainers.errors import GuardStop, UserError
+from thinrank.trainers.errors import GuardStop, PreflightError, UserError
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "pretrain.py"
 
@@ -174,6 +174,7 @@ def test_looking_imports_neither_lightning_nor_transformers(tmp_path):
         ({"run": {"exit_code": 75}}, 75, ""),
         (UserError("set run.dir to a folder that can be written"), 2, "error: set run.dir to a folder that can be"),
         (GuardStop("lower trainer.clip_norm"), 76, "error: lower trainer.clip_norm"),
+        (PreflightError("rank 1 on b is slow"), 3, "error: rank 1 on b is slow"),
     ],
 )
 def test_how_training_ended_is_the_exit_code(call, monkeypatch, ending, code, said):

@@ -1,12 +1,14 @@
 """The look at the machines by real ranks: healthy, wrong, slow, silent, with other software, data or folders."""
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_pretrain import config, write_corpus
 
 from thinrank.trainers.errors import PreflightError
 from thinrank.trainers.preflight import check, measure
@@ -14,6 +16,7 @@ from thinrank.trainers.preflight.blame import Place
 from thinrank.trainers.preflight.config import PreflightConfig
 from thinrank.trainers.preflight.facts import Facts
 from thinrank.trainers.preflight.judge import judge_facts, judge_links, judge_products, judge_run, judge_sums
+from thinrank.trainers.pretrain import pretrain
 from thinrank.trainers.strategies import World
 
 QUIET = PreflightConfig(megabytes=0.2, slow_factor=50.0)  # ranks of a test share a processor
@@ -199,6 +202,22 @@ def test_data_and_memory_are_compared(ranks):
     assert set(said) == {said[0]}
     assert said[0].startswith(f"rank 1 on {host()} has ")
     assert "need 1073741824.00 GiB" in said[0]
+
+
+def test_a_run_that_fails_it_says_so_in_its_folder_and_may_start_later(tmp_path, monkeypatch):
+    """Under torchrun the exit code is lost, so the folder has it, although no training began."""
+    (tmp_path / "corpus").mkdir()
+    write_corpus(tmp_path / "corpus")
+    settings = config(tmp_path, "run", run={"preflight": PreflightConfig(enabled=True)}, sample_tokens=0, max_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "free_memory", lambda **_: 0)
+        with pytest.raises(PreflightError, match=r"has 0\.00 GiB of memory free, and weights"):
+            pretrain(settings)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+    assert status["error"].startswith("PreflightError: rank 0 on ")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert pretrain(settings)["run"]["state"] == "finished"
 
 
 # The sentences, without ranks -----------------------------------------------------------------------------------------
