@@ -55,3 +55,17 @@ def test_svd_of_shared_heads():
         subspace = rule("galore_plus", svd=key, heads=2, proj_type="right").subspace
         assert type(subspace) is SharedHead
         assert type(subspace.inner) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("subspace_adamw", {}),
+        ("mfac", {}),
+        ("galore_plus", {}),
+        ("galore", {"svd": "power"}),
+        ("fira", {"svd": "power"}),
+    ],
+)
+def test_subspace_iteration_is_the_same_in_every_room(name, key):
+    assert rule(name, **key).subspace == PowerIteration(rank=3, every=3, oversample=8, cold=2, warm=1)
