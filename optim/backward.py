@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.allocation import Allocation
-from thinrank.optim.axis import WHOLE, Axis
+from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
-from thinrank.optim.exchange.replicas import Meeting, connected
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
@@ -93,7 +92,6 @@ class InBackward(torch.optim.Optimizer):
 
     axis: Axis
     _allocation: Allocation | None = None
-    _meeting: Meeting | None = None
 
     def _forget_gradients(self) -> None:
         self._images = Images()
@@ -107,9 +105,6 @@ class InBackward(torch.optim.Optimizer):
         """To be called when the layouts are new."""
         self._places: dict[Tensor, list[tuple[dict[str, Any], Bucket, int]]] = {}
         self._alone: dict[Tensor, tuple[dict[str, Any], int]] = {}
-
-    @abstractmethod
-    def names(self, index: int) -> list[str]: ...
 
     @abstractmethod
     def rules(
@@ -166,16 +161,6 @@ class InBackward(torch.optim.Optimizer):
             number("max_norm", max_norm, open_low=True)
             if mode != "step":
                 raise ValueError(f"max_norm={max_norm:g} is for mode 'step', got {mode!r}: use clip_grad_norm_ instead")
-        if mode != "off" and self._meeting is not None:
-            raise ValueError(
-                f"mode {mode!r} is for one process; replicas exchange gradients, and free them, in backward already: "
-                "use mode 'off'"
-            )
-        if mode != "off" and self.axis == WHOLE and connected() > 1:
-            raise ValueError(
-                f"mode {mode!r} takes gradients before other ranks have had their say, and there are some: leave it "
-                "'off', and call replicate, which frees gradients in backward as well"
-            )
         if mode != "off" and self._allocation is not None and self._allocation.spectra == "gradient":
             raise ValueError(
                 f"ranks are shared out by whole gradients, which mode {mode!r} does not keep until step: use "

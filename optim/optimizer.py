@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -23,9 +22,8 @@ from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.own_ranks import OwnRanks, ranks_of
-from thinrank.optim.rule import NOT_FINITE, Decay, MatrixRule, Note, Probe, State, Step, key_of, seed_of
-
-_log = logging.getLogger(__name__)
+from thinrank.optim.rule import Decay, MatrixRule, Probe, State, Step, key_of, seed_of
+from thinrank.optim.skipped import Skipped
 
 BATCH_BYTES = 64 * 2**20
 """Largest float32 gradient batch that is stacked; the copy is transient memory, so it has a bound."""
@@ -33,10 +31,6 @@ BATCH_BYTES = 64 * 2**20
 CPU_BATCH_BYTES = 2 * 2**20
 """The same on a CPU, where a batch pays only while it stays in the cache. On the 130M preset's shapes (2.4 MB and more
 each, so one by one, without a copy) a step is a fifth to a third faster than with 64 MiB, on two cores."""
-
-
-ATTACHED = ("axis", "_hooks", "_meeting", "_meeting_hooks", "_whole_messages", "_check_every", "_steps")
-"""What belongs to this process and not to a saved state: where gradients come from, and who shares them."""
 
 
 def batch_size(elements: int, device: torch.device) -> int:
@@ -121,9 +115,7 @@ class MatrixOptimizer(OwnRanks):
         self._clamped = False
         self.measure = False
         self.measured: dict[str, dict[str, float]] = {}
-        self._skipped: dict[str, int] = {}
-        self._held: dict[tuple[str, ...], Tensor] = {}
-        self._told: set[tuple[str, str]] = set()
+        self._skipped = Skipped()
         self.axis: Axis = WHOLE
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -291,7 +283,7 @@ class MatrixOptimizer(OwnRanks):
             if any(group["ranks"] is not None for group in self.param_groups):
                 self.measured["rank"] = {name: float(rank) for name, rank in self.directions().items()}
             self.measure = False
-            self._count_held()
+            self._skipped.fetch()
         self._allocate_if_due("weight")  # at the end, since coordinates that backward left are in the old subspaces
         return loss
 
@@ -355,39 +347,11 @@ class MatrixOptimizer(OwnRanks):
     def _hear(self, bucket: Bucket, active: list[int], step: Step) -> None:
         """Takes what a rule has left in `step` about the parameters at `active`."""
         bucket.remember(active, step.overlaps or ())
-        for note in step.notes or ():
-            self._tell(bucket.prefix + bucket.names[active[note.matrix // bucket.view.blocks]], note)
-        for which, held in step.held or ():
-            host = held.device.type == "cpu"
-            if host and not bool(held.any()):
-                continue
-            names = tuple(bucket.prefix + name for name in bucket.names)
-            if names not in self._held:
-                self._held[names] = torch.zeros(len(bucket.keys), dtype=torch.int32, device=held.device)
-            self._held[names][bucket.places(active, which, held.device)] += held
-            if host:
-                self._count_held()
-
-    def _count_held(self) -> None:
-        """Takes from the device which subspaces stayed as they were; the host waits for it."""
-        for names, counts in self._held.items():
-            for name, count in zip(names, counts.view(len(names), -1).sum(-1).tolist(), strict=True):
-                for _ in range(count):
-                    self._tell(name, Note(0, NOT_FINITE, skipped=True))
-        self._held.clear()
+        self._skipped.hear(bucket, active, step)
 
     @property
     def skipped_renewals(self) -> dict[str, int]:
-        self._count_held()
-        return self._skipped
-
-    def _tell(self, name: str, note: Note) -> None:
-        if note.skipped:
-            self._skipped[name] = self._skipped.get(name, 0) + 1
-        if (name, note.cause) not in self._told:
-            self._told.add((name, note.cause))
-            instead = "it keeps the subspace that it has" if note.skipped else "subspace iteration took its place"
-            _log.warning("renewal of %s: %s; %s (said once)", name, note.cause, instead)
+        return self._skipped.counts
 
     def _step_rest(
         self,
@@ -494,9 +458,9 @@ class MatrixOptimizer(OwnRanks):
         for old, new in zip(saved, self.param_groups, strict=True):
             values = copy.deepcopy({key: value for key, value in old.items() if key != "params"})
             groups.append({**new, "ranks": None, **values, "params": new["params"]})
-        kept = {key: self.__dict__[key] for key in ATTACHED if key in self.__dict__}
+        axis, hooks = self.axis, self._hooks
         self.__setstate__({"state": self.state, "param_groups": groups})
-        self.__dict__.update(kept)
+        self.axis, self._hooks = axis, hooks
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,15 @@ KINDS = {"low": "coordinates", "at_entries": "entries"}
 """What the parts of an image are called in the count of bytes."""
 
 
+def whole_messages_because(rule: MatrixRule | None) -> str | None:
+    """Why replicas send whole gradients of the matrices of `rule` at every step, in words; None where they do not, or
+    where no rule is."""
+    cause = whole_because(rule)
+    if cause is None and isinstance(rule, LowRank) and rule.subspace.every == 1 and rule.renewals.lazy is None:
+        return "each step chooses a new subspace (set update_proj_gap above 1 for smaller messages)"
+    return cause
+
+
 class ReplicaDrift(RuntimeError):
     """Weights or optimizer state that must be equal on all ranks are not."""
 
@@ -52,6 +62,9 @@ class Replicated(InBackward):
 
     _meeting: Meeting | None = None
     _meeting_hooks: Hooks | None = None
+
+    @abstractmethod
+    def names(self, index: int) -> list[str]: ...
 
     def replicate(
         self,
@@ -136,22 +149,13 @@ class Replicated(InBackward):
             yield from zip(self.names(index), group["params"], strict=True)
 
     def _sends_coordinates(self, rule: MatrixRule | None) -> bool:
-        return isinstance(rule, LowRank) and rule.linear and not self._whole_messages
+        return not self._whole_messages and rule is not None and whole_messages_because(rule) is None
 
     def _say_what_travels(self) -> None:
         for group in self.param_groups:
-            rule = self.rules(group)[0]
-            cause = whole_because(rule)
-            if self._whole_messages or rule is None:
-                continue
-            if cause is not None:
+            cause = whole_messages_because(self.rules(group)[0])
+            if cause is not None and not self._whole_messages:
                 _log.info("replicas exchange whole gradients of %s every step, because %s", group["label"], cause)
-            elif isinstance(rule, LowRank) and rule.subspace.every == 1:
-                _log.info(
-                    "replicas exchange whole gradients of %s every step, because each step chooses a new subspace: "
-                    "set update_proj_gap above 1 for smaller messages",
-                    group["label"],
-                )
 
     # --- one gradient -------------------------------------------------------------------------------------------------
 
@@ -163,8 +167,15 @@ class Replicated(InBackward):
     @torch.no_grad()
     def _meet(self) -> None:
         """Replaces this rank's gradients by their means over the replicas, or by images of these; once a step."""
-        if self._meeting is not None:
-            self._meeting.finish()
+        if self._meeting is None:
+            return
+        for name, param in self._named():
+            if param.grad is not None and param not in self._meeting:
+                raise RuntimeError(
+                    f"{name} has a gradient, and was frozen or not there when the replicas were set up, so that it "
+                    "would be stepped by this rank's data alone: call replicate again after a change of what is trained"
+                )
+        self._meeting.finish()
 
     def _met_homes(self, param: Tensor) -> list[tuple[LowRank, dict[str, Any], Bucket, int]]:
         """Where the matrices of a parameter that sends coordinates are stepped; [] for one that sends gradients."""
@@ -191,7 +202,7 @@ class Replicated(InBackward):
                 if rule.chooses(state, step):
                     return [Part("renewals", param.grad)]
                 image = rule.image(local.bring([param.grad], bucket.view), state, step, first=False)
-                parts += [Part(KINDS[key], value, f"{bucket.prefix}\n{key}") for key, value in image.items()]
+                parts += [Part(KINDS[key], value, (bucket.prefix, key)) for key, value in image.items()]
         return parts
 
     def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
@@ -202,7 +213,7 @@ class Replicated(InBackward):
             return
         images: dict[str, dict[str, Tensor]] = {}
         for part in parts:
-            prefix, key = part.place.split("\n")
+            prefix, key = part.place
             images.setdefault(prefix, {})[key] = part.value
         for prefix, image in images.items():
             self._images.add(param, prefix, image)
@@ -244,6 +255,19 @@ class Replicated(InBackward):
                 f"replicas have drifted apart: {name} is not the same on all ranks after {self._steps} steps of this "
                 "process; go on from the last checkpoint, and look for a rank with other code, data types or devices"
             )
+
+    def in_backward(self, mode: str, *, max_norm: float | None = None) -> None:
+        if mode != "off" and self._meeting is not None:
+            raise ValueError(
+                f"mode {mode!r} is for one process; replicas exchange gradients, and free them, in backward already: "
+                "use mode 'off'"
+            )
+        if mode != "off" and self.axis == WHOLE and connected() > 1:
+            raise ValueError(
+                f"mode {mode!r} takes gradients before other ranks have had their say, and there are some: leave it "
+                "'off', and call replicate, which frees gradients in backward as well"
+            )
+        super().in_backward(mode, max_norm=max_norm)
 
     def gradient_norm(self) -> Tensor:
         self._meet()

@@ -20,8 +20,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
 from thinrank.optim import MatrixOptimizer
-from thinrank.optim.backward import whole_because
 from thinrank.optim.linalg.products import fast_products
+from thinrank.optim.replicated import whole_messages_because
 from thinrank.trainers import report
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
@@ -298,9 +298,9 @@ def _exchange(parts: Parts) -> str | None:
     if parts.world.size == 1 or not isinstance(strategy, ReplicatedConfig):
         return None
     rule = parts.config.optimizer.matrix_rule()
-    if strategy.messages == "full" or rule is None:
-        return "whole gradients, as asked for" if rule is not None else "whole gradients: this method has no subspace"
-    cause = whole_because(rule)
+    if rule is None:
+        return "whole gradients: this method has no subspace"
+    cause = "strategy.messages=full asks for it" if strategy.messages == "full" else whole_messages_because(rule)
     if cause is not None:
         return f"whole gradients, because {cause}"
     return "coordinates of matrices between renewals; gradients at renewals, and of everything else"

@@ -63,7 +63,7 @@ class Part:
 
     kind: str
     value: Tensor
-    place: str = ""
+    place: tuple[str, ...] = ()
 
 
 class Letter:
@@ -75,7 +75,7 @@ class Letter:
     """
 
     def __init__(self, parts: Sequence[Part], group: Group | None, dtype: torch.dtype | None, wire: Wire):
-        self._group, self._ranks = group, dist.get_world_size(group)
+        self._ranks = dist.get_world_size(group)
         self._like = [(part.value.shape, part.value.dtype) for part in parts]
         places: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, part in enumerate(parts):
@@ -223,6 +223,9 @@ class Meeting:
         self._away: list[_Sent] = []
         self._heard = self._met = False
 
+    def __contains__(self, param: Tensor) -> bool:
+        return param in self._home
+
     @property
     def under_way(self) -> bool:
         """True from the first gradient of a step until `begin`."""
@@ -258,9 +261,10 @@ class Meeting:
         for sent in self._away:
             # A mean of zero says that nobody had a gradient. The host looks only where this rank had none, so that a
             # GPU is seldom waited for.
-            present, *means = sent.letter.open()
+            means = iter(sent.letter.open())
+            present = next(means)
             for i, (param, parts) in enumerate(zip(sent.params, sent.parts, strict=True)):
-                values = [replace(part, value=means.pop(0)) for part in parts]
+                values = [replace(part, value=next(means)) for part in parts]
                 if sent.had[i] or float(present[i]) > 0.0:
                     self._unpack(param, values)
         self._away = []
@@ -321,7 +325,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """A number (int64, scalar) that changes with any bit of the entries that are looked at: at most `SAMPLE`, evenly
     spread, and always the first."""
     flat = tensor.detach().reshape(-1)
-    flat = flat[:: max(1, flat.numel() // SAMPLE)].contiguous()
+    flat = flat[:: max(1, -(-flat.numel() // SAMPLE))].contiguous()
     bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]).long()
     odd = torch.arange(1, 2 * bits.numel(), 2, dtype=torch.int64, device=bits.device)  # odd factors lose no bit
     return (bits * odd).sum()

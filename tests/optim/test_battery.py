@@ -14,6 +14,7 @@ from cases import (
     equal,
     give,
     make,
+    moved,
     run,
     small,
     snapshot,
@@ -116,15 +117,14 @@ def test_bfloat16_parameters(config):
     optimizers = make(config, half), make(config, full)
     for params, optimizer in zip((half, full), optimizers, strict=True):
         run(optimizer, params, 0, 4)
+    # Where rounding decides which columns or entries are chosen, a share of the way is another's; all of the entries of
+    # GaLore+ in a matrix that three directions hold.
+    chosen = 0.5 if 0.0 < getattr(config, "density", 0.0) < 1.0 else 0.1
     for p, q, before in zip(half, full, start, strict=True):
         assert p.dtype is torch.bfloat16
         assert not torch.equal(p, before)
-        # against the way that was gone, since all of it is about 0.08: what rounding of weights near 2 (by 2⁻⁷ at most)
-        # and of gradients may do in four steps
-        way = float((q.detach() - before.detach().float()).norm())
-        # M-FAC solves a system, and GaLore+ chooses entries, both by the rounded gradients
-        share = 2.0 if config.name in ("mfac", "galore_plus") else 0.5
-        assert float((p.detach().float() - q.detach()).norm()) < share * way
+        rounding = 5 * 2.0**-9 * float(q.detach().norm())  # of the weight, at the start and in every step
+        assert moved(p, q) <= rounding + chosen * moved(before, q), tuple(p.shape)
     if isinstance(config, MatrixConfig):
         floating = [value for value in optimizers[0].state[half[0]].values() if value.is_floating_point()]
         assert all(value.dtype is torch.float32 for value in floating)

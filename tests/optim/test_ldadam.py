@@ -19,13 +19,7 @@ from thinrank.optim.methods.ldadam import LDAdamConfig
 from thinrank.optim.rule import Step
 
 STEPS = 24
-pytestmark = pytest.mark.filterwarnings("ignore:rank .* is above the 1 directions")
-
-SHAPES = pytest.mark.parametrize(
-    "shape",
-    [(14, 9), (8, 15), (10, 10), (7, 1), (1, 7), (1, 1)],
-    ids=["tall", "wide", "square", "one wide", "one high", "one"],
-)
+SHAPES = pytest.mark.parametrize("shape", [(14, 9), (8, 15), (10, 10)], ids=["tall", "wide", "square"])
 
 
 train = partial(stepped, LDAdam)
@@ -78,7 +72,7 @@ def test_equals_the_equations_in_float64(shape, feedback, negative):
     """`absolute` is the paper's step. The gradients share a part, as a model's do: the subspace is then determined."""
     start = seeded(*shape)
     grads = [decaying(*shape, seed=99) + 0.3 * decaying(*shape, seed=i + 1) for i in range(STEPS)]
-    options: dict[str, Any] = {"lr": 0.01, "rank": min(4, *shape), "eps": 1e-6, "weight_decay": 0.1}
+    options: dict[str, Any] = {"lr": 0.01, "rank": 4, "eps": 1e-6, "weight_decay": 0.1}
     weight, optimizer = train(start, grads, error_feedback=feedback, negative_variance=negative, **options)
     expected, error, basis = ldadam(
         start, grads, feedback=feedback == "full", absolute=negative == "absolute", betas=(0.908, 0.99), **options
@@ -89,8 +83,7 @@ def test_equals_the_equations_in_float64(shape, feedback, negative):
     if feedback == "full":
         found = optimizer.state[weight]["error"]
         found = found if shape[0] >= shape[1] else found.mT
-        # a subspace of all directions leaves nothing but float32's rounding of gradients of about one
-        assert moved(found, error) <= 1e-3 * float(error.norm()) + 1e-6
+        assert moved(found, error) <= 1e-3 * float(error.norm())
 
 
 @SHAPES

@@ -430,6 +430,14 @@ def refusals():
         replicate(model, optimizer)
         model(torch.arange(3)).sum().backward()
 
+    def unfrozen():
+        model = seeded_model()
+        optimizer = GaLore(model.named_parameters(), rank=2)
+        replicate(model, optimizer)
+        model.frozen.requires_grad_(True)
+        loss(model, 0, *mine()).backward()
+        optimizer.step()
+
     def no_such_messages():
         build(seeded_model(), config).replicate(messages="ful")
 
@@ -438,7 +446,8 @@ def refusals():
 
     for function in (
         twice, after_the_norm, other_models, other_names, in_ddp, in_backward_before, in_backward_after,
-        in_backward_of_ddp, ranks_by_gradients, ranks_by_gradients_later, sparse, no_such_messages, never_is_none,
+        in_backward_of_ddp, ranks_by_gradients, ranks_by_gradients_later, sparse,
+        unfrozen, no_such_messages, never_is_none,
     ):  # fmt: skip
         note(function.__name__, function)
     return said
@@ -457,6 +466,7 @@ def test_misuse_is_answered_with_the_remedy(ranks):
         "ranks_by_gradients": "use rank_allocation='weight'",
         "ranks_by_gradients_later": "use spectra='weight'",
         "sparse": "use sparse=False",
+        "unfrozen": "frozen.weight has a gradient, and was frozen or not there",
         "no_such_messages": "did you mean 'full'?",
         "never_is_none": "check_every must be at least 1 step",
     }
@@ -490,6 +500,7 @@ def told(config):
         (small("ldadam"), "because its step reads the gradient itself"),
         (small("dct_adamw", error_feedback="8bit"), "because its error feedback keeps"),
         (small("galore", svd="power", update_proj_gap=1), "set update_proj_gap above 1"),
+        (small("galore", svd="power", update_proj_gap=1, lazy_overlap=0.5), None),
         (small("galore", svd="power"), None),
         (small("adamw"), None),
     ],

@@ -16,13 +16,7 @@ from thinrank.optim.rule import Step
 from thinrank.optim.update import Columns
 
 STEPS = 30
-pytestmark = pytest.mark.filterwarnings("ignore:rank .* is above the 1 directions")
-
-SHAPES = pytest.mark.parametrize(
-    "shape",
-    [(14, 9), (8, 15), (10, 10), (7, 1), (1, 7), (1, 1)],
-    ids=["tall", "wide", "square", "one wide", "one high", "one"],
-)
+SHAPES = pytest.mark.parametrize("shape", [(14, 9), (8, 15), (10, 10)], ids=["tall", "wide", "square"])
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 
 

@@ -356,7 +356,8 @@ def test_bad_trainer_values_are_refused(values, sentence):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"name": "zero"}, "name must be one of auto, ddp, thinrank_ddp, got 'zero'"),
+        ({"name": "zero"}, "name must be one of auto, ddp, got 'zero'"),
+        ({"name": "thinrank_ddp"}, "or another strategy by strategy=NAME"),
         ({"backend": "mpi"}, "backend must be one of auto, gloo, nccl"),
         ({"timeout": 0}, "timeout must be above 0 seconds"),
     ],

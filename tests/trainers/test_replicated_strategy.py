@@ -123,7 +123,9 @@ def test_configurations_that_cannot_work_are_refused(arguments, remedy):
 
 def test_the_strategy_is_known_by_name_without_lightning_being_imported_first():
     code = (
-        "import sys, thinrank.trainers; assert 'lightning' not in sys.modules; import lightning.pytorch as pl; "
+        "import sys, thinrank.trainers; assert 'lightning' not in sys.modules; "
+        "import importlib.util; importlib.util.find_spec('lightning.pytorch.strategies'); "  # to ask is not to import
+        "import lightning.pytorch as pl; "
         "trainer = pl.Trainer(strategy='thinrank_ddp', accelerator='cpu', devices=1, logger=False, "
         "enable_checkpointing=False); print(type(trainer.strategy).__name__)"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -11,13 +12,15 @@ from thinrank.optim.replicated import MESSAGES
 MESSAGE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """What messages are sent in, by the name that a configuration uses."""
 
-_NAMES = ("auto", "ddp", "thinrank_ddp")
 _BACKENDS = ("auto", "gloo", "nccl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
     """How the processes of a run share the work."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("auto", "ddp")
+    """What `name` may be; other strategies have settings, and a class, of their own."""
 
     name: str = field(
         default="auto",
@@ -32,8 +35,11 @@ class StrategyConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.name not in _NAMES:
-            raise ValueError(f"name must be one of {', '.join(_NAMES)}, got {self.name!r}: choose one of them")
+        if self.name not in self.NAMES:
+            raise ValueError(
+                f"name must be one of {', '.join(self.NAMES)}, got {self.name!r}: choose one of them, or another "
+                "strategy by strategy=NAME"
+            )
         if self.backend not in _BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {self.backend!r}: choose one of them")
         if not self.timeout > 0:
@@ -43,6 +49,8 @@ class StrategyConfig:
 @dataclass(frozen=True, kw_only=True)
 class ReplicatedConfig(StrategyConfig):
     """Whole model on every process; what travels is what updates need of gradients (`MatrixOptimizer.replicate`)."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("thinrank_ddp",)
 
     name: str = field(default="thinrank_ddp", metadata={"help": "coordinates of gradients are averaged (thinrank_ddp)"})
     messages: str = field(
