@@ -245,8 +245,10 @@ class InBackward(torch.optim.Optimizer):
         by themselves: `sqrt(‖P‖² + ‖(G − P)_S‖²)`, P being what the coordinates stand for. Both parts are orthogonal,
         so nothing is counted twice, the norm is never above the gradient's, and with all entries it is the gradient's.
         """
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm([*grads, *self._visible()])
+        return torch.nn.utils.get_total_norm([*self._gradients(), *self._visible()])
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def _visible(self) -> list[Tensor]:
         found: list[Tensor] = []
@@ -266,8 +268,7 @@ class InBackward(torch.optim.Optimizer):
         With `in_backward("project")` a matrix counts with the norm of what is left of its gradient (`gradient_norm`).
         """
         norm = self.gradient_norm()  # where replicas have to meet, here
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for tensor in (*grads, *self._images.tensors()):
+        for tensor in (*self._gradients(), *self._images.tensors()):
             tensor.mul_(factor.to(tensor.device))
         return norm

@@ -167,5 +167,13 @@ class Probe:
         self.squares[label] = self.squares.get(label, 0.0) + float(update.float().square().sum())
         self.elements[label] = self.elements.get(label, 0) + update.numel()
 
+    def join(self, other: Probe) -> None:
+        """Takes what another rank has measured of other weights, or of other pieces."""
+        for what, values in other.matrices.items():
+            self.matrices.setdefault(what, {}).update(values)
+        for label, total in other.squares.items():
+            self.squares[label] = self.squares.get(label, 0.0) + total
+            self.elements[label] = self.elements.get(label, 0) + other.elements[label]
+
     def update_rms(self) -> dict[str, float]:
         return {label: (total / self.elements[label]) ** 0.5 for label, total in self.squares.items()}

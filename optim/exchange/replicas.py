@@ -31,8 +31,9 @@ class Wire:
 
     Attributes:
         payload: bytes of the tensors themselves.
-        messages: sums over the ranks.
-        egress: bytes that leave a rank: 2 (n−1)/n of the payload on n ranks, in a ring and in two hops.
+        messages: calls of collectives.
+        egress: bytes that leave a rank: of a sum over n ranks 2 (n−1)/n of the payload, in a ring and in two hops; of
+            what goes to one rank, the payload.
     """
 
     payload: Counter[str] = field(default_factory=Counter)
@@ -45,6 +46,13 @@ class Wire:
         for name, size in parts:
             self.payload[name] += size
             self.egress += size * 2 * (ranks - 1) / ranks
+
+    def sent(self, parts: Iterable[tuple[str, int]]) -> None:
+        """Counts one message of parts that leave this rank, each for one other."""
+        self.messages += 1
+        for name, size in parts:
+            self.payload[name] += size
+            self.egress += size
 
     def total(self) -> int:
         """Bytes of all payloads."""
@@ -315,6 +323,26 @@ def gathered(value: T, group: Group | None = None) -> list[T]:
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, value, group=group)
     return everyone
+
+
+def from_first(value: T, group: Group | None = None) -> T:
+    """What the group's first rank has, on every rank; anything that can be pickled."""
+    box = [value]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0) if group is not None else 0, group=group)
+    return box[0]
+
+
+def anywhere(here: bool, device: torch.device, group: Group | None = None) -> bool:
+    """True where it is true on any rank; the host waits."""
+    flag = torch.full((), int(here), dtype=torch.int32, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    return bool(flag)
+
+
+def summed(x: Tensor, group: Group | None = None) -> Tensor:
+    """The sum of something small over the ranks, in place."""
+    dist.all_reduce(x, group=group)
+    return x
 
 
 SAMPLE = 4096

@@ -19,8 +19,9 @@ BATCH, STEPS = 8, 20
 class Language(nn.Module):
     """Tied embeddings, matrices of three shapes, one that is frozen, one never used, one now and then."""
 
-    def __init__(self, tied: bool = True):
+    def __init__(self, tied: bool = True, all_alike: bool = False):
         super().__init__()
+        self.all_alike = all_alike
         self.embed = nn.Embedding(13, 8)
         self.up = nn.Linear(8, 24)
         self.down = nn.Linear(24, 8, bias=False)
@@ -49,16 +50,17 @@ def tokens(step):
 
 
 def loss(model, step, share):
-    """The mean over this share of a step's data; in some steps, the last rank's alone goes through `seldom`."""
+    """The mean over this share of a step's data; in some steps, the last rank's alone goes through `seldom`, or, for a
+    model that is told so, everybody's."""
     data = tokens(step)[share]
-    seldom = step % 3 == 2 and share.stop == BATCH
+    seldom = step % 3 == 2 and (model.all_alike or share.stop == BATCH)
     logits = model(data[:, :-1], seldom)
     return nn.functional.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten())
 
 
-def seeded_model(rank=0):
+def seeded_model(rank=0, **options):
     torch.manual_seed(7 + rank)  # every rank starts elsewhere, and all go on from the first's
-    return Language()
+    return Language(**options)
 
 
 def shares(n):
@@ -80,8 +82,8 @@ def run(model, optimizer, mine, clip=None, steps: Iterable[int] = range(STEPS), 
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def alone(config, ranks, mode="off", dtype=torch.float32, **options):
-    model = seeded_model().to(dtype)
+def alone(config, ranks, mode="off", dtype=torch.float32, all_alike=False, **options):
+    model = seeded_model(all_alike=all_alike).to(dtype)
     optimizer = build(model, config)
     optimizer.in_backward(mode)
     return run(model, optimizer, shares(ranks), **options)

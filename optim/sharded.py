@@ -1,0 +1,380 @@
+"""Weights that lie in pieces on several ranks: each matrix is stepped whole by one of them."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.allocation import Allocation
+from thinrank.optim.exchange.dtensors import DTensorShards, is_sharded
+from thinrank.optim.exchange.replicas import Wire, anywhere, from_first, gathered, summed
+from thinrank.optim.exchange.shards import Carrier, Parcel, Shards, Span, length, owners
+from thinrank.optim.inner.half import HalfWeights
+from thinrank.optim.own_ranks import OwnRanks, ranks_of
+from thinrank.optim.rule import Probe, State
+
+CHUNK_BYTES = 64 * 2**20
+"""Whole gradients that a rank holds at a time, or one gradient where that is larger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Who steps a weight that lies in pieces, and what travels for it.
+
+    Attributes:
+        spans: each rank's piece.
+        shape: of the whole weight.
+        owner: the rank that steps it; None where every rank steps its own piece.
+        way: `piece`: element by element, nothing travels. `here`: it lies on its owner whole. `delta`: its gradient
+            goes to the owner, and what is to be added comes back. `whole`: the weight itself goes to the owner as well,
+            and comes back, for steps that look at it (8-bit moments in blocks of the whole, 16-bit weights that are
+            rounded by a master or by chance).
+        dtype: of what is stepped.
+        group: the parameter group.
+        rank: the matrices' own rank, where they have one.
+    """
+
+    spans: Sequence[Span]
+    shape: tuple[int, ...]
+    owner: int | None
+    way: str
+    dtype: torch.dtype
+    group: dict[str, Any]
+    rank: int | float | None
+
+
+class Sharded(OwnRanks):
+    """What an optimizer of matrices does where a framework has cut the weights into pieces.
+
+    Matrices are brought to owners, whole, in chunks; an owner steps its matrices as one process would, and holds their
+    state; what its update adds goes back to the pieces. What is stepped element by element is stepped where it lies.
+    So N ranks give what one process gives, for every method, and each rank holds about an N-th of the state.
+    """
+
+    _shards: Shards | None = None
+    _brought: dict[Tensor, tuple[Tensor, Tensor]]
+    """Of what is stepped here and now, the gradient and the weight."""
+
+    @abstractmethod
+    def _step_layouts(self, probe: Probe | None) -> None: ...
+
+    # --- where weights lie --------------------------------------------------------------------------------------------
+
+    def shard(self, shards: Shards) -> None:
+        """From now on, steps weights that lie as `shards` says; every rank must call it, before the first step.
+
+        Nobody needs it for a model that went through `fully_shard`: its parameters say themselves that they are cut.
+
+        Raises:
+            ValueError: with `replicate`, `in_backward`, ranks that are to be shared out later, and where shapes are not
+                those that the optimizer was built for.
+        """
+        if self._meeting is not None or self._hooks is not None:
+            raise ValueError(
+                "replicate and in_backward take gradients before the framework that shards weights has had its say: "
+                "leave them out"
+            )
+        self._refuse_allocation(self._allocation)
+        self._shards = shards
+        self._wire = Wire()
+        self._carrier = Carrier(shards.group, self._wire, self._device())
+        self._decide()
+        for name, param, group, rank in self._members():
+            self.state[param] = self._initial_state(name, self._stand_in(param), group, rank)
+        self._layouts = None
+
+    def _shard_if_cut(self) -> None:
+        """Looks whether the parameters themselves say that they are pieces."""
+        named = list(self._named())
+        if any(is_sharded(param) for _, param in named):
+            self.shard(DTensorShards(named))
+
+    @property
+    def wire(self) -> Wire | None:
+        return super().wire if self._shards is None else self._wire
+
+    def _like(self, param: Tensor) -> Tensor:
+        """A tensor with the shape and the dtype of what is stepped of `param`: itself, or on the meta device."""
+        if self._shards is not None:
+            dtype = self._shards.weight(param).dtype
+            return torch.empty(self._shards.shape(param), dtype=dtype, device="meta")
+        return torch.empty(param.shape, dtype=param.dtype, device="meta") if is_sharded(param) else param
+
+    def _stand_in(self, param: Tensor) -> Tensor:
+        """What the state that this rank has for `param` is of: all of it, its piece or, on the meta device, nothing."""
+        if self._shards is None:
+            return self._like(param)
+        place, own = self._cut[param], self._shards.weight(param)
+        if place.owner is None:
+            return own
+        device = own.device if place.owner == self._carrier.rank else "meta"
+        return torch.zeros(place.shape, dtype=place.dtype, device=device)
+
+    def _device(self) -> torch.device:
+        assert self._shards is not None
+        return next(self._shards.weight(param).device for _, param in self._named())
+
+    def _members(self) -> list[tuple[str, Tensor, dict[str, Any], int | float | None]]:
+        """Every parameter with its name, group and rank, in order."""
+        return [
+            (name, param, group, rank)
+            for index, group in enumerate(self.param_groups)
+            for name, param, rank in zip(self.names(index), group["params"], ranks_of(group), strict=True)
+        ]
+
+    def _decide(self) -> None:
+        """Who steps what, by where the pieces lie; the same on every rank."""
+        assert self._shards is not None
+        self._cut: dict[Tensor, Place] = {}
+        owned: list[Tensor] = []
+        for name, param, group, rank in self._members():
+            like, spans = self._like(param), self._shards.spans(param)
+            if like.numel() != sum(map(length, spans)):
+                raise ValueError(f"{name} has {like.numel():,} entries, and its pieces {sum(map(length, spans)):,}")
+            matrix, half = bool(self._views(like, group, rank)), HalfWeights(group["half_weights"])
+            looks = half.apply(like) or (not matrix and "exp_avg" not in self.rules(group)[1].init(like))
+            way = "whole" if looks else "delta" if matrix else "piece"
+            self._cut[param] = Place(spans, tuple(like.shape), None, way, like.dtype, group, rank)
+            if way != "piece":
+                owned.append(param)
+        costs = [_cost(self._cut[param].shape) for param in owned]
+        for param, owner in zip(owned, owners([self._cut[p].spans for p in owned], costs), strict=True):
+            place = self._cut[param]
+            here = length(place.spans[owner]) == sum(map(length, place.spans))
+            self._cut[param] = replace(place, owner=owner, way="here" if here else place.way)
+        self._chunks = self._chunked(owned)
+
+    def _chunked(self, owned: Iterable[Tensor]) -> list[list[Tensor]]:
+        """What is brought together: weights of all owners alike, so that they have something to do at the same time."""
+        queues: list[list[Tensor]] = [[] for _ in range(self._carrier.ranks)]
+        for param in owned:
+            owner = self._cut[param].owner
+            assert owner is not None
+            queues[owner].append(param)
+        chunks: list[list[Tensor]] = [[p for p, place in self._cut.items() if place.owner is None]]
+        held = [0] * len(queues)
+        for place in range(max(map(len, queues))):
+            for owner, queue in enumerate(queues):
+                if place < len(queue):
+                    size = 4 * math.prod(self._cut[queue[place]].shape)
+                    if held[owner] and held[owner] + size > CHUNK_BYTES:
+                        chunks.append([])
+                        held = [0] * len(queues)
+                    chunks[-1].append(queue[place])
+                    held[owner] += size
+        return chunks
+
+    def _mine(self, param: Tensor) -> bool:
+        """True when this rank steps `param`, or its piece of it."""
+        return self._shards is None or self._cut[param].owner in (None, self._carrier.rank)
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def step_of(self, params: Iterable[Tensor], *, last: bool = True) -> None:
+        """One step of some of the parameters, for a framework that asks for one group after the other.
+
+        Args:
+            last: no others will follow in this step; what `measure` asks for is then complete.
+        """
+        assert self._shards is not None
+        self._run(set(params), last=last)
+
+    @abstractmethod
+    def _run(self, only: Collection[Tensor] | None = None, *, last: bool = True) -> None: ...
+
+    def _gradient(self, param: Tensor) -> Tensor | None:
+        """The gradient by which `param` is stepped here and now."""
+        if self._shards is None:
+            return param.grad
+        return self._brought[param][0] if param in self._brought else None
+
+    def _weight(self, param: Tensor) -> Tensor:
+        """What a step of `param` changes."""
+        return param if self._shards is None else self._brought[param][1]
+
+    def _in_chunks(self, only: Collection[Tensor] | None, probe: Probe | None) -> None:
+        """Steps everything that has a gradient, or `only` what is in there."""
+        if self._shards is None:
+            self._step_layouts(probe)
+            return
+        for chunk in self._chunks:
+            params = [p for p in chunk if (only is None or p in only) and self._shards.gradient(p) is not None]
+            self._bring(params)
+            self._step_layouts(probe)
+            self._give(params)
+            self._brought.clear()
+
+    def _bring(self, params: Sequence[Tensor]) -> None:
+        assert self._shards is not None
+        parcels: list[Parcel] = []
+        for param in params:
+            place, weight, grad = self._cut[param], self._shards.weight(param), self._shards.gradient(param)
+            assert grad is not None
+            if place.owner is None:
+                self._brought[param] = (grad, weight)
+            elif place.way == "here" and self._mine(param):
+                self._brought[param] = (grad.view(place.shape), weight.view(place.shape))
+            elif place.way != "here":
+                parcels.append(Parcel(place.owner, place.spans, grad.dtype, "gradients", piece=grad))
+                if place.way == "whole":
+                    parcels.append(Parcel(place.owner, place.spans, place.dtype, "weights", piece=weight))
+        whole = iter(self._carrier.bring(parcels))
+        for param in params:
+            place = self._cut[param]
+            if place.owner is None or place.way == "here":
+                continue
+            grad = next(whole)
+            weight = next(whole) if place.way == "whole" else None
+            if grad is not None:
+                if weight is None:  # a step from nothing: what it leaves is what is to be added
+                    weight = torch.zeros(place.shape, dtype=torch.float32, device=grad.device)
+                self._brought[param] = (grad.view(place.shape), weight.view(place.shape))
+
+    def _give(self, params: Sequence[Tensor]) -> None:
+        assert self._shards is not None
+        away = [p for p in params if self._cut[p].way in ("delta", "whole")]
+        parcels = []
+        for param in away:
+            place = self._cut[param]
+            assert place.owner is not None
+            whole = self._brought[param][1].view(-1) if self._mine(param) else None
+            kind = "updates" if place.way == "delta" else "weights"
+            parcels.append(Parcel(place.owner, place.spans, place.dtype, kind, whole=whole))
+        for param, piece in zip(away, self._carrier.give(parcels), strict=True):
+            place, weight = self._cut[param], self._shards.weight(param)
+            if place.way == "whole":
+                weight.copy_(piece)
+                continue
+            rule, _ = self.rules(place.group, 0, place.rank)
+            assert rule is not None  # what is stepped element by element is no delta
+            keep, _ = rule.decay.factors(float(place.group["lr"]), float(place.group["weight_decay"]))
+            if keep != 1.0:
+                weight.mul_(keep)
+            weight.add_(piece)
+
+    def _agreed(self, here: bool) -> bool:
+        """True where it is true on any rank that holds pieces; a message, so every rank must ask."""
+        return here if self._shards is None else anywhere(here, self._carrier.device, self._carrier.group)
+
+    def _together(self, probe: Probe) -> Probe:
+        """What all ranks have measured."""
+        if self._shards is None:
+            return probe
+        found = gathered(probe, self._carrier.group)
+        for other in found[1:]:
+            found[0].join(other)
+        return found[0]
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        if self._shards is None:
+            return super().gradient_norm()
+        grads = [self._shards.gradient(param) for _, param in self._named()]
+        norm = torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None])
+        return summed(norm.square(), self._carrier.group).sqrt()
+
+    def _gradients(self) -> list[Tensor]:
+        if self._shards is None:
+            return super()._gradients()
+        grads = [self._shards.gradient(param) for _, param in self._named()]
+        return [grad for grad in grads if grad is not None]
+
+    # --- what does not go together ------------------------------------------------------------------------------------
+
+    def replicate(self, *args: Any, **kwargs: Any) -> None:
+        if self._shards is not None:
+            raise ValueError(
+                "replicas hold whole parameters, and these lie in pieces: leave them unsharded, or replicate out"
+            )
+        super().replicate(*args, **kwargs)
+
+    def in_backward(self, mode: str, *, max_norm: float | None = None) -> None:
+        if mode != "off" and self._shards is not None:
+            raise ValueError(
+                f"mode {mode!r} takes gradients before the framework that shards weights has averaged them: leave it "
+                "'off'"
+            )
+        super().in_backward(mode, max_norm=max_norm)
+
+    def allocate_ranks(self, spectra: str, *, every: int | None = None) -> None:
+        if self._shards is not None and spectra != "uniform":
+            self._refuse_allocation(Allocation(spectra, every), now=True)
+        super().allocate_ranks(spectra, every=every)
+
+    def _refuse_allocation(self, allocation: Allocation | None, *, now: bool = False) -> None:
+        if allocation is not None and (now or allocation.spectra == "gradient" or allocation.every is not None):
+            raise ValueError(
+                "ranks are shared out by whole matrices, which lie in pieces here: share them out by weights before "
+                "the model is sharded (allocated_ranks), once, and give the result as ranks"
+            )
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors as they are; of sharded weights, those that this rank holds."""
+        tensors = [v for state in self.state.values() for v in state.values()]
+        return sum(v.numel() * v.element_size() for v in tensors if self._shards is None or not v.is_meta)
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """What `state_dict` of one process would be, on the CPU of the group's first rank; {} on the others.
+
+        Every rank must call it. `load_state_dict` takes it on any number of ranks, sharded in any way, or not at all.
+        """
+        if self._shards is None:
+            return super().state_dict()
+        carrier = Carrier(self._carrier.group, Wire(), self._carrier.device)
+        held = dict(self.state)
+        whole: dict[Tensor, State] = {}
+        for name, param, group, rank in self._members():
+            place, device = self._cut[param], self._shards.weight(param).device
+            parcels = []
+            names = self._initial_state(name, self._like(param), group, rank)
+            for key, like in names.items():
+                own = self.state[param][key]
+                spans: Sequence[Span] = place.spans
+                if place.owner is not None or tuple(like.shape) != place.shape or key == "step":
+                    spans = [(0, 0)] * carrier.ranks
+                    spans[place.owner or 0] = (0, like.numel())
+                none = torch.empty(0, dtype=like.dtype, device=device)
+                piece = own.reshape(-1).to(device) if length(spans[carrier.rank]) else none
+                parcels.append(Parcel(0, spans, like.dtype, "state", piece=piece))
+            found = carrier.bring(parcels)
+            if carrier.rank == 0:
+                values = zip(names.items(), found, strict=True)
+                whole[param] = {key: own.cpu().view(like.shape) for (key, like), own in values if own is not None}
+        if carrier.rank != 0:
+            return {}
+        try:
+            self.state.update(whole)
+            return super().state_dict()
+        finally:
+            self.state.update(held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch. Of sharded weights, what one process would have, on every rank; every rank must call it then,
+        and `full_state_dict` takes less memory."""
+        if self._shards is None:
+            return super().state_dict()
+        return from_first(self.full_state_dict(), self._carrier.group)
+
+    def _load(self, param: Tensor, state: Mapping[str, Any], own: State) -> None:
+        """Copies of a whole `state` what this rank keeps into `own`."""
+        for key, value in state.items():
+            given = value if isinstance(value, Tensor) else torch.as_tensor(value)
+            if own[key].is_meta:
+                continue
+            if own[key].shape != given.shape:
+                given = given.reshape(-1)[slice(*self._cut[param].spans[self._carrier.rank])]
+            own[key].copy_(given)
+
+
+def _cost(shape: tuple[int, ...]) -> float:
+    """Of a step of a whole weight, in the order of its products."""
+    rows, columns = shape[0] if shape else 1, math.prod(shape[1:])
+    return float(rows) * columns * min(rows, columns)
