@@ -22,8 +22,8 @@ from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.own_ranks import ranks_of
+from thinrank.optim.owned import Owned
 from thinrank.optim.rule import Decay, MatrixRule, Probe, State, Step, key_of, seed_of
-from thinrank.optim.sharded import Sharded
 from thinrank.optim.skipped import Skipped
 
 BATCH_BYTES = 64 * 2**20
@@ -52,7 +52,7 @@ ABSENT = ("maximize", "amsgrad", "capturable", "differentiable")
 """Switches of torch's optimizers that change what a step does and that a step here does not know."""
 
 
-class MatrixOptimizer(Sharded):
+class MatrixOptimizer(Owned):
     """Base of all optimizers of the suite; the subclass says which method's rooms its groups are built from.
 
     A parameter group is stepped by the method's rule for matrices wherever a parameter has at least two dimensions,
@@ -110,9 +110,9 @@ class MatrixOptimizer(Sharded):
 
     def _forget(self) -> None:
         """Drops what can be recomputed."""
+        super()._forget()
         self._forget_gradients()
         self._layouts: list[Layout] | None = None
-        self._brought: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._seen: dict[Tensor, State] = {}
         self._rules: dict[tuple[Any, ...], tuple[MatrixRule | None, ElementwiseAdamW]] = {}
         self._clamped = False
@@ -137,10 +137,9 @@ class MatrixOptimizer(Sharded):
                 if key in param_group:
                     raise ValueError(f"{type(self).__name__}: {other} is another name for {key}: give one of the two")
                 param_group = {(key if name == other else name): value for name, value in param_group.items()}
-        if self._shards is not None:
+        if self._apart:
             raise ValueError(
-                f"{type(self).__name__} has already decided who steps which of the sharded parameters: give it all "
-                "groups at construction"
+                f"{type(self).__name__} has already decided which rank steps what: give it all groups at construction"
             )
         for key in ABSENT:
             if param_group.get(key):
@@ -353,6 +352,8 @@ class MatrixOptimizer(Sharded):
                     names = [bucket.prefix + bucket.names[i] for i in active]
                     probe.measured(key, dict(zip(names, measured, strict=True)))
                 probe.measured("subspace_overlap", bucket.overlaps())
+            if self._held_back(bucket, active, rule, update, state):
+                return
             lr = float(group["lr"])
             keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
             half = HalfWeights(group["half_weights"])
@@ -410,20 +411,20 @@ class MatrixOptimizer(Sharded):
 
     def _assemble(self, index: int) -> Layout:
         group = self.param_groups[index]
-        members: dict[tuple[MatrixView, int, str, Any, Any, Any], list[tuple[torch.nn.Parameter, str]]] = {}
+        members: dict[tuple[MatrixView, int, str, Any, Any, Any, bool], list[tuple[torch.nn.Parameter, str]]] = {}
         rest: list[tuple[torch.nn.Parameter, int]] = []
         for name, param, rank in zip(self.names(index), group["params"], ranks_of(group), strict=True):
-            if not self._mine(param):
+            if not self._has_place(param):
                 continue
             like = self._like(param)
             views = self._views(like, group, rank)
             if not views:
                 rest.append((param, key_of(name)))
             for i, view in enumerate(views):
-                kind = (view, i, _prefix(views, i), rank, like.dtype, param.device)
+                kind = (view, i, _prefix(views, i), rank, like.dtype, param.device, self._mine(param))
                 members.setdefault(kind, []).append((param, name))
         buckets = []
-        for (view, section, prefix, rank, _, _), found in members.items():
+        for (view, section, prefix, rank, *_), found in members.items():
             most = batch_size(view.blocks * view.shape[0] * view.shape[1], found[0][0].device)
             starts = range(0, len(found), most)
             for start in starts:
@@ -462,11 +463,8 @@ class MatrixOptimizer(Sharded):
                 raise ValueError(f"the saved optimizer state does not fit ({error}): {remedy}") from None
             keys = zip(self.names(index), old["params"], new["params"], ranks_of(ranked), ranks_of(new), strict=True)
             for name, key, param, rank, held in keys:
-                stand_in = self._stand_in(param)
-                mine = self.state[param] if rank == held else self._initial_state(name, stand_in, ranked, rank)
-                whole = mine
-                if stand_in is not param:  # here is a part of it at most
-                    whole = self._initial_state(name, self._like(param), ranked, rank)
+                mine = self.state[param] if rank == held else self._own_state(name, param, ranked, rank)
+                whole = self._initial_state(name, self._like(param).to("meta"), ranked, rank) if self._apart else mine
                 places.append((name, param, mine, whole, state_dict["state"].get(key, {})))
         for name, _, _, whole, state in places:
             mine = {key: tuple(value.shape) for key, value in whole.items()}

@@ -34,7 +34,7 @@ class OwnRanks(Replicated):
     def _like(self, param: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def _stand_in(self, param: Tensor) -> Tensor: ...
+    def _own_state(self, name: str, param: Tensor, group: dict[str, Any], rank: int | float | None) -> State: ...
 
     @abstractmethod
     def _initial_state(self, name: str, param: Tensor, group: Mapping[str, Any], rank: int | float | None) -> State: ...
@@ -179,9 +179,7 @@ class OwnRanks(Replicated):
                     unknown.pop(name, None)
                 if own[i] and after[i] != before[i]:
                     param = group["params"][i]
-                    states[param] = resized(
-                        self.state[param], self._initial_state(name, self._stand_in(param), trial, after[i])
-                    )
+                    states[param] = resized(self.state[param], self._own_state(name, param, trial, after[i]))
         if unknown:
             raise ValueError(
                 f"ranks: {next(iter(unknown))!r} is no matrix that {type(self).__name__} projects here: remove it"

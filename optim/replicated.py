@@ -62,6 +62,7 @@ class Replicated(InBackward):
 
     _meeting: Meeting | None = None
     _meeting_hooks: Hooks | None = None
+    _whole_messages = False
 
     @abstractmethod
     def names(self, index: int) -> list[str]: ...
@@ -108,8 +109,7 @@ class Replicated(InBackward):
         choice("messages", messages, MESSAGES)
         if check_every is not None:
             whole_steps("check_every", check_every)
-        if connected() == 0:
-            raise RuntimeError("replicas need a process group: call torch.distributed.init_process_group before")
+        self._refuse_alone()
         if self._hooks is not None:
             raise ValueError(
                 "in_backward keeps no gradients to exchange, and replicas free them anyway: use mode 'off'"
@@ -139,6 +139,11 @@ class Replicated(InBackward):
         )
         self._meeting_hooks = Hooks(trained, self._ready)
         self._say_what_travels()
+
+    @staticmethod
+    def _refuse_alone() -> None:
+        if connected() == 0:
+            raise RuntimeError("replicas need a process group: call torch.distributed.init_process_group before")
 
     @property
     def wire(self) -> Wire | None:
@@ -245,16 +250,20 @@ class Replicated(InBackward):
         """
         if self._meeting is None:
             return
-        held: dict[str, Tensor] = {}
-        for name, param in self._named():
-            held[name] = param
-            held |= {f"{key} of {name}": value for key, value in self.state[param].items() if value.numel()}
-        name = difference(held, self._meeting.group)
+        name = difference(self._alike(), self._meeting.group)
         if name is not None:
             raise ReplicaDrift(
                 f"replicas have drifted apart: {name} is not the same on all ranks after {self._steps} steps of this "
                 "process; go on from the last checkpoint, and look for a rank with other code, data types or devices"
             )
+
+    def _alike(self) -> dict[str, Tensor]:
+        """Everything that must be the same on all replicas, by name."""
+        held: dict[str, Tensor] = {}
+        for name, param in self._named():
+            held[name] = param
+            held |= {f"{key} of {name}": value for key, value in self.state[param].items() if value.numel()}
+        return held
 
     def in_backward(self, mode: str, *, max_norm: float | None = None) -> None:
         if mode != "off" and self._meeting is not None:
@@ -317,11 +326,14 @@ def replicate(model: torch.nn.Module, optimizer: Replicated, group: Group | None
     Raises:
         ValueError: for a model inside of DistributedDataParallel, and as `MatrixOptimizer.replicate`.
     """
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise ValueError("DistributedDataParallel averages whole gradients itself: give replicate the module inside it")
+    refuse_wrapped(model)
     optimizer.replicate(group, **options)
-    stepped = {param for group_ in optimizer.param_groups for param in group_["params"]}
-    equalise(model, group, but=stepped)
+    equalise(model, group, but={param for own in optimizer.param_groups for param in own["params"]})
+
+
+def refuse_wrapped(model: torch.nn.Module) -> None:
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError("DistributedDataParallel averages whole gradients itself: give the module inside it")
 
 
 def equalise(model: torch.nn.Module, group: Group | None = None, *, but: Collection[Tensor] = ()) -> None:

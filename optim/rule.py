@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -145,6 +145,29 @@ class MatrixRule(Protocol):
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
         """The direction for `grad` (batch, long, short) of any floating dtype; changes `state` in place."""
+        ...
+
+
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """A rule whose update is made of few numbers, by which who did not compute it can make it as well."""
+
+    def shared(self, shape: tuple[int, int, int]) -> tuple[str, ...]:
+        """Names of the state that replicas need to send less than gradients; it changes when the rule `chooses`."""
+        ...
+
+    def told(self, shape: tuple[int, int, int], step: Step) -> dict[str, Form] | None:
+        """What `tell` gives for a batch of `shape` (batch, long, short); None where the update is no less than that."""
+        ...
+
+    def tell(self, update: Update, state: State) -> State: ...
+
+    def hear(self, told: State, state: State, short: int) -> Update:
+        """The update that `tell` was given, from what it gave and the shared state: to the bit."""
         ...
 
 

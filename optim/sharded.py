@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.allocation import Allocation
+from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange.dtensors import DTensorShards, is_sharded
 from thinrank.optim.exchange.replicas import Wire, anywhere, from_first, gathered, summed
 from thinrank.optim.exchange.shards import Carrier, Parcel, Shards, Span, length, owners
 from thinrank.optim.inner.half import HalfWeights
 from thinrank.optim.own_ranks import OwnRanks, ranks_of
-from thinrank.optim.rule import Probe, State
+from thinrank.optim.rule import MatrixRule, Probe, State
+from thinrank.optim.update import Update
 
 CHUNK_BYTES = 64 * 2**20
 """Whole gradients that a rank holds at a time, or one gradient where that is larger."""
@@ -61,6 +63,9 @@ class Sharded(OwnRanks):
     _brought: dict[Tensor, tuple[Tensor, Tensor]]
     """Of what is stepped here and now, the gradient and the weight."""
 
+    def _forget(self) -> None:
+        self._brought = {}
+
     @abstractmethod
     def _step_layouts(self, probe: Probe | None) -> None: ...
 
@@ -86,7 +91,7 @@ class Sharded(OwnRanks):
         self._carrier = Carrier(shards.group, self._wire, self._device())
         self._decide()
         for name, param, group, rank in self._members():
-            self.state[param] = self._initial_state(name, self._stand_in(param), group, rank)
+            self.state[param] = self._own_state(name, param, group, rank)
         self._layouts = None
 
     def _shard_if_cut(self) -> None:
@@ -99,6 +104,11 @@ class Sharded(OwnRanks):
     def wire(self) -> Wire | None:
         return super().wire if self._shards is None else self._wire
 
+    @property
+    def _apart(self) -> bool:
+        """True where ranks hold parts of the state."""
+        return self._shards is not None
+
     def _like(self, param: Tensor) -> Tensor:
         """A tensor with the shape and the dtype of what is stepped of `param`: itself, or on the meta device."""
         if self._shards is not None:
@@ -106,15 +116,16 @@ class Sharded(OwnRanks):
             return torch.empty(self._shards.shape(param), dtype=dtype, device="meta")
         return torch.empty(param.shape, dtype=param.dtype, device="meta") if is_sharded(param) else param
 
-    def _stand_in(self, param: Tensor) -> Tensor:
-        """What the state that this rank has for `param` is of: all of it, its piece or, on the meta device, nothing."""
+    def _own_state(self, name: str, param: Tensor, group: dict[str, Any], rank: int | float | None) -> State:
+        """The initial state that this rank has for `param`: all of it, that of its piece, or names and shapes, on the
+        meta device."""
         if self._shards is None:
-            return self._like(param)
+            return self._initial_state(name, self._like(param), group, rank)
         place, own = self._cut[param], self._shards.weight(param)
         if place.owner is None:
-            return own
+            return self._initial_state(name, own, group, rank)
         device = own.device if place.owner == self._carrier.rank else "meta"
-        return torch.zeros(place.shape, dtype=place.dtype, device=device)
+        return self._initial_state(name, torch.zeros(place.shape, dtype=place.dtype, device=device), group, rank)
 
     def _device(self) -> torch.device:
         assert self._shards is not None
@@ -143,7 +154,7 @@ class Sharded(OwnRanks):
             self._cut[param] = Place(spans, tuple(like.shape), None, way, like.dtype, group, rank)
             if way != "piece":
                 owned.append(param)
-        costs = [_cost(self._cut[param].shape) for param in owned]
+        costs = [cost(self._cut[param].shape) for param in owned]
         for param, owner in zip(owned, owners([self._cut[p].spans for p in owned], costs), strict=True):
             place = self._cut[param]
             here = length(place.spans[owner]) == sum(map(length, place.spans))
@@ -174,6 +185,14 @@ class Sharded(OwnRanks):
         """True when this rank steps `param`, or its piece of it."""
         return self._shards is None or self._cut[param].owner in (None, self._carrier.rank)
 
+    def _has_place(self, param: Tensor) -> bool:
+        """True when `param` has a place in what this rank steps."""
+        return self._mine(param)
+
+    def _held_back(self, bucket: Bucket, active: Sequence[int], rule: MatrixRule, update: Update, state: State) -> bool:
+        """True when somebody else sees to it that an update reaches the weights."""
+        return False
+
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def step_of(self, params: Iterable[Tensor], *, last: bool = True) -> None:
@@ -190,13 +209,13 @@ class Sharded(OwnRanks):
 
     def _gradient(self, param: Tensor) -> Tensor | None:
         """The gradient by which `param` is stepped here and now."""
-        if self._shards is None:
-            return param.grad
-        return self._brought[param][0] if param in self._brought else None
+        if param in self._brought:
+            return self._brought[param][0]
+        return param.grad if self._shards is None else None
 
     def _weight(self, param: Tensor) -> Tensor:
         """What a step of `param` changes."""
-        return param if self._shards is None else self._brought[param][1]
+        return self._brought[param][1] if param in self._brought else param
 
     def _in_chunks(self, only: Collection[Tensor] | None, probe: Probe | None) -> None:
         """Steps everything that has a gradient, or `only` what is in there."""
@@ -264,7 +283,7 @@ class Sharded(OwnRanks):
 
     def _together(self, probe: Probe) -> Probe:
         """What all ranks have measured."""
-        if self._shards is None:
+        if not self._apart:
             return probe
         found = gathered(probe, self._carrier.group)
         for other in found[1:]:
@@ -273,11 +292,15 @@ class Sharded(OwnRanks):
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        if self._shards is None:
+        if not self._apart:
             return super().gradient_norm()
-        grads = [self._shards.gradient(param) for _, param in self._named()]
-        norm = torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None])
-        return summed(norm.square(), self._carrier.group).sqrt()
+        self._meet()
+        norm = torch.nn.utils.get_total_norm([*self._once(), *self._visible()])
+        return summed(norm.to(self._carrier.device).square(), self._carrier.group).sqrt()
+
+    def _once(self) -> list[Tensor]:
+        """Gradients that lie here and that no other rank counts in the norm of all."""
+        return self._gradients()
 
     def _gradients(self) -> list[Tensor]:
         if self._shards is None:
@@ -288,6 +311,7 @@ class Sharded(OwnRanks):
     # --- what does not go together ------------------------------------------------------------------------------------
 
     def replicate(self, *args: Any, **kwargs: Any) -> None:
+        """As `Replicated.replicate`; sharded parameters are refused."""
         if self._shards is not None:
             raise ValueError(
                 "replicas hold whole parameters, and these lie in pieces: leave them unsharded, or replicate out"
@@ -303,14 +327,14 @@ class Sharded(OwnRanks):
         super().in_backward(mode, max_norm=max_norm)
 
     def allocate_ranks(self, spectra: str, *, every: int | None = None) -> None:
-        if self._shards is not None and spectra != "uniform":
+        if self._apart and spectra != "uniform":
             self._refuse_allocation(Allocation(spectra, every), now=True)
         super().allocate_ranks(spectra, every=every)
 
     def _refuse_allocation(self, allocation: Allocation | None, *, now: bool = False) -> None:
         if allocation is not None and (now or allocation.spectra == "gradient" or allocation.every is not None):
             raise ValueError(
-                "ranks are shared out by whole matrices, which lie in pieces here: share them out by weights before "
+                "ranks are shared out by what one rank alone does not hold here: share them out by weights before "
                 "the model is sharded (allocated_ranks), once, and give the result as ranks"
             )
 
@@ -319,22 +343,22 @@ class Sharded(OwnRanks):
     def state_bytes(self) -> int:
         """Bytes of all state tensors as they are; of sharded weights, those that this rank holds."""
         tensors = [v for state in self.state.values() for v in state.values()]
-        return sum(v.numel() * v.element_size() for v in tensors if self._shards is None or not v.is_meta)
+        return sum(v.numel() * v.element_size() for v in tensors if not (self._apart and v.is_meta))
 
     def full_state_dict(self) -> dict[str, Any]:
         """What `state_dict` of one process would be, on the CPU of the group's first rank; {} on the others.
 
         Every rank must call it. `load_state_dict` takes it on any number of ranks, sharded in any way, or not at all.
         """
-        if self._shards is None:
+        if not self._apart:
             return super().state_dict()
         carrier = Carrier(self._carrier.group, Wire(), self._carrier.device)
         held = dict(self.state)
         whole: dict[Tensor, State] = {}
         for name, param, group, rank in self._members():
-            place, device = self._cut[param], self._shards.weight(param).device
+            place, device = self._cut[param], carrier.device
             parcels = []
-            names = self._initial_state(name, self._like(param), group, rank)
+            names = self._initial_state(name, self._like(param).to("meta"), group, rank)
             for key, like in names.items():
                 own = self.state[param][key]
                 spans: Sequence[Span] = place.spans
@@ -359,7 +383,7 @@ class Sharded(OwnRanks):
     def state_dict(self) -> dict[str, Any]:
         """As in torch. Of sharded weights, what one process would have, on every rank; every rank must call it then,
         and `full_state_dict` takes less memory."""
-        if self._shards is None:
+        if not self._apart:
             return super().state_dict()
         return from_first(self.full_state_dict(), self._carrier.group)
 
@@ -374,7 +398,7 @@ class Sharded(OwnRanks):
             own[key].copy_(given)
 
 
-def _cost(shape: tuple[int, ...]) -> float:
+def cost(shape: tuple[int, ...]) -> float:
     """Of a step of a whole weight, in the order of its products."""
     rows, columns = shape[0] if shape else 1, math.prod(shape[1:])
     return float(rows) * columns * min(rows, columns)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import cast
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from thinrank.optim.exchange.replicas import Group
-from thinrank.optim.exchange.shards import Span
+from thinrank.optim.exchange.shards import Span, even
 
 
 def is_sharded(param: Tensor) -> bool:
@@ -63,9 +62,7 @@ class DTensorShards:
 
     def spans(self, param: Tensor) -> Sequence[Span]:
         rows, entries = param.shape[0] if param.ndim else 1, param.numel()
-        each = -(-rows // self._ranks)
-        ends = [min(rank * each, rows) * (entries // max(rows, 1)) for rank in range(self._ranks + 1)]
-        return [(start, stop) if stop > start else (0, 0) for start, stop in pairwise(ends)]
+        return even(rows, self._ranks, entries // max(rows, 1))
 
     def weight(self, param: Tensor) -> Tensor:
         return cast("DTensor", param.detach()).to_local().view(-1)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinrank.optim.exchange.replicas import Group, Wire
+from thinrank.optim.exchange.replicas import Group, Span, Wire, length
 
-Span = tuple[int, int]
-"""Entries `start` to `stop` of a weight, flattened row by row; (0, 0) where there is nothing."""
+SPREAD_BYTES = 16 * 2**20
+"""Of what all ranks are sent at once: each rank's share lies in its memory once for every other rank meanwhile."""
 
 
 class Shards(Protocol):
@@ -41,8 +42,12 @@ class Shards(Protocol):
         ...
 
 
-def length(span: Span) -> int:
-    return span[1] - span[0]
+def even(size: int, ranks: int, unit: int = 1) -> list[Span]:
+    """`size` units, each of `unit` entries, cut into pieces as equal as torch cuts them: ⌈size/ranks⌉ units for each
+    rank until there are none left."""
+    each = -(-size // ranks)
+    ends = [min(rank * each, size) * unit for rank in range(ranks + 1)]
+    return [(start, stop) if stop > start else (0, 0) for start, stop in pairwise(ends)]
 
 
 def owners(spans: Sequence[Sequence[Span]], costs: Sequence[float]) -> list[int]:
@@ -164,6 +169,45 @@ class Carrier:
             size = length(parcel.spans[self.rank]) * parcel.dtype.itemsize
             found.append(_as(received[parcel.owner], places[parcel.owner], size, parcel.dtype))
             places[parcel.owner] += size
+        return found
+
+    def spread(self, parcels: Sequence[Parcel]) -> list[Tensor]:
+        """Each parcel's pieces, put together on every rank (1-D), `SPREAD_BYTES` of them at a time."""
+        found: list[Tensor] = []
+        some: list[Parcel] = []
+        held = 0
+        for parcel in parcels:
+            some.append(parcel)
+            held += sum(map(length, parcel.spans)) * parcel.dtype.itemsize
+            if held >= SPREAD_BYTES:
+                found += self._spread(some)
+                some, held = [], 0
+        return found + self._spread(some)
+
+    def _spread(self, parcels: Sequence[Parcel]) -> list[Tensor]:
+        if not parcels or self.ranks == 1:
+            return [parcel.piece.to(parcel.dtype) for parcel in parcels if parcel.piece is not None]
+        out = [parcel.piece.to(parcel.dtype) for parcel in parcels if parcel.piece is not None]
+        assert len(out) == len(parcels)  # every rank has a piece of every parcel, though it may be empty
+        sends = [[] if rank == self.rank else out for rank in range(self.ranks)]
+        sizes = [
+            0 if rank == self.rank else sum(length(p.spans[rank]) * p.dtype.itemsize for p in parcels)
+            for rank in range(self.ranks)
+        ]
+        counted = [(p.kind, length(p.spans[self.rank]) * p.dtype.itemsize * (self.ranks - 1)) for p in parcels]
+        received = self._swap(sends, sizes, counted)
+        found: list[Tensor] = []
+        places = [0] * self.ranks
+        for parcel, own in zip(parcels, out, strict=True):
+            whole = torch.empty(sum(map(length, parcel.spans)), dtype=parcel.dtype, device=self.device)
+            for rank, (start, stop) in enumerate(parcel.spans):
+                size = (stop - start) * parcel.dtype.itemsize
+                if rank == self.rank:
+                    whole[start:stop] = own
+                elif size:
+                    whole[start:stop] = _as(received[rank], places[rank], size, parcel.dtype)
+                    places[rank] += size
+            found.append(whole)
         return found
 
     def _own(self, parcel: Parcel) -> Tensor:

@@ -44,6 +44,10 @@ class SharedHead:
         return self.inner.every
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
+
+    @property
     def factorises(self) -> bool:
         return self.inner.factorises
 

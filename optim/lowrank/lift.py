@@ -49,6 +49,10 @@ class LinearLift(Lift, Protocol):
         self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step
     ) -> Update: ...
 
+    def apart(self, shape: tuple[int, int, int], step: Step) -> int:
+        """How many entries of each matrix the update of this step gives by themselves."""
+        ...
+
     def remainder(
         self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step
     ) -> Tensor | None:
@@ -79,6 +83,9 @@ class Project:
 
     def lift(self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step) -> Update:
         return subspace.up(direction, state, short)
+
+    def apart(self, shape: tuple[int, int, int], step: Step) -> int:
+        return 0
 
     def remainder(
         self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step

@@ -62,7 +62,7 @@ class SparseResidual:
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
         """`entries` (batch, k) int32 (int64 from 2³¹ places on), their two moments and, where S changes, their ages."""
         batch, size = shape[0], shape[1] * shape[2]
-        k = min(size, math.ceil(round(self.density * size, 6)))
+        k = self._size(shape)
         places = torch.arange(k, dtype=torch.int32 if size < 2**31 else torch.int64, device=device)
         keys = MOMENTS[:2] if self.reselect == "never" else MOMENTS
         return {
@@ -110,6 +110,13 @@ class SparseResidual:
             for key, value in some.items():
                 state[key][active] = value
         return replace(update, entries=Entries(index=state["entries"], values=values))
+
+    def apart(self, shape: tuple[int, int, int], step: Step) -> int:
+        return self._size(shape) if self._active(step) else 0
+
+    def _size(self, shape: tuple[int, int, int]) -> int:
+        size = shape[1] * shape[2]
+        return min(size, math.ceil(round(self.density * size, 6)))
 
     def remainder(
         self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step

@@ -34,6 +34,11 @@ class Subspace(Protocol):
         ...
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the products with the basis."""
+        ...
+
+    @property
     def factorises(self) -> bool:
         """True when a renewal fails on numbers that are not finite, so that somebody must look first."""
         ...
@@ -192,6 +197,13 @@ class PowerIteration:
 
     def up(self, low: Tensor, state: State, short: int) -> Update:
         return Update(low.to(self.dtype), state["basis"].to(self.dtype))
+
+
+def factor_dtype(subspace: Subspace) -> torch.dtype:
+    """Of the factors that `up` gives."""
+    if isinstance(subspace, FixedColumns) and subspace.basis == "identity":
+        return torch.float32  # what is put into columns is not multiplied
+    return subspace.dtype
 
 
 def second_choice(subspace: Subspace) -> Subspace | None:
