@@ -58,8 +58,7 @@ class Bucket:
         rank: int | float | None,
     ) -> Bucket:
         """Stacks the states of `members` and puts views of the stack in their place."""
-        own = [k for k, value in states[0].items() if k not in OF_PARAMETER and k.startswith(prefix)]
-        keys = [k[len(prefix) :] for k in own if not states[0][k].is_meta]  # of what others step, a part is here
+        keys = [k[len(prefix) :] for k in states[0] if k not in OF_PARAMETER and k.startswith(prefix)]
         stacked: State = {}
         for key in keys:
             parts = [state[prefix + key] for state in states]

@@ -16,7 +16,8 @@ from thinrank.optim.exchange.shards import Carrier, Parcel, Span, even, owners
 from thinrank.optim.inner.half import HalfWeights
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
-from thinrank.optim.replicated import equalise, refuse_wrapped
+from thinrank.optim.methods.config import choice
+from thinrank.optim.replicated import MESSAGES, equalise, refuse_wrapped
 from thinrank.optim.rule import MatrixRule, Probe, State, Step, Tells
 from thinrank.optim.sharded import Place, Sharded, cost
 from thinrank.optim.update import Update
@@ -46,6 +47,7 @@ class Owned(Sharded):
         self,
         group: Group | None = None,
         *,
+        messages: str = "auto",
         dtype: torch.dtype | None = None,
         overlap: bool = True,
         check_every: int | None = 100,
@@ -59,21 +61,29 @@ class Owned(Sharded):
         them, as `clip_grad_norm_` and the others.
 
         Args:
-            group, overlap, check_every, bucket_bytes: as in `replicate`.
+            group, messages, overlap, check_every, bucket_bytes: as in `replicate`.
             dtype: of the messages; None: float32 for coordinates and each tensor's own for the rest.
             even_from: entries from which what is stepped element by element is cut into equal pieces.
 
         Raises:
             RuntimeError, ValueError: as `replicate`, and when steps have been taken, or ranks are shared out later.
         """
+        choice("messages", messages, MESSAGES)
         self._refuse_allocation(self._allocation)
-        self._told_dtype, self._owning = dtype, True
+        self._told_dtype, self._owning, self._whole_messages = dtype, True, messages == "full"
         try:
             self._refuse_alone()
             device = next(param.device for _, param in self._named())
             self._carrier = Carrier(group, Wire(), device)
             self._share(even_from)
-            super().replicate(group, dtype=dtype, overlap=overlap, check_every=check_every, bucket_bytes=bucket_bytes)
+            super().replicate(
+                group,
+                messages=messages,
+                dtype=dtype,
+                overlap=overlap,
+                check_every=check_every,
+                bucket_bytes=bucket_bytes,
+            )
         except Exception:
             self._owning = False
             raise
@@ -145,7 +155,7 @@ class Owned(Sharded):
         if self._mine(param):
             return state
         kept = ["step", *self._kept_by_all(param, group, rank)]
-        return {key: value if key in kept else value.to("meta") for key, value in state.items()}
+        return {key: value for key, value in state.items() if key in kept}
 
     def _kept_by_all(self, param: Tensor, group: dict[str, Any], rank: int | float | None) -> list[str]:
         """Names of the state of a matrix that ranks need to send less than its gradients."""

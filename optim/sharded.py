@@ -117,15 +117,15 @@ class Sharded(OwnRanks):
         return torch.empty(param.shape, dtype=param.dtype, device="meta") if is_sharded(param) else param
 
     def _own_state(self, name: str, param: Tensor, group: dict[str, Any], rank: int | float | None) -> State:
-        """The initial state that this rank has for `param`: all of it, that of its piece, or names and shapes, on the
-        meta device."""
+        """The initial state that this rank has for `param`: all of it, that of its piece, or nothing."""
         if self._shards is None:
             return self._initial_state(name, self._like(param), group, rank)
         place, own = self._cut[param], self._shards.weight(param)
         if place.owner is None:
             return self._initial_state(name, own, group, rank)
-        device = own.device if place.owner == self._carrier.rank else "meta"
-        return self._initial_state(name, torch.zeros(place.shape, dtype=place.dtype, device=device), group, rank)
+        if place.owner != self._carrier.rank:
+            return {}
+        return self._initial_state(name, torch.zeros(place.shape, dtype=place.dtype, device=own.device), group, rank)
 
     def _device(self) -> torch.device:
         assert self._shards is not None
@@ -342,8 +342,7 @@ class Sharded(OwnRanks):
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors as they are; of sharded weights, those that this rank holds."""
-        tensors = [v for state in self.state.values() for v in state.values()]
-        return sum(v.numel() * v.element_size() for v in tensors if not (self._apart and v.is_meta))
+        return sum(v.numel() * v.element_size() for state in self.state.values() for v in state.values())
 
     def full_state_dict(self) -> dict[str, Any]:
         """What `state_dict` of one process would be, on the CPU of the group's first rank; {} on the others.
@@ -360,13 +359,13 @@ class Sharded(OwnRanks):
             parcels = []
             names = self._initial_state(name, self._like(param).to("meta"), group, rank)
             for key, like in names.items():
-                own = self.state[param][key]
                 spans: Sequence[Span] = place.spans
                 if place.owner is not None or tuple(like.shape) != place.shape or key == "step":
                     spans = [(0, 0)] * carrier.ranks
                     spans[place.owner or 0] = (0, like.numel())
                 none = torch.empty(0, dtype=like.dtype, device=device)
-                piece = own.reshape(-1).to(device) if length(spans[carrier.rank]) else none
+                held_here = length(spans[carrier.rank]) > 0
+                piece = self.state[param][key].reshape(-1).to(device) if held_here else none
                 parcels.append(Parcel(0, spans, like.dtype, "state", piece=piece))
             found = carrier.bring(parcels)
             if carrier.rank == 0:
@@ -390,9 +389,9 @@ class Sharded(OwnRanks):
     def _load(self, param: Tensor, state: Mapping[str, Any], own: State) -> None:
         """Copies of a whole `state` what this rank keeps into `own`."""
         for key, value in state.items():
-            given = value if isinstance(value, Tensor) else torch.as_tensor(value)
-            if own[key].is_meta:
+            if key not in own:
                 continue
+            given = value if isinstance(value, Tensor) else torch.as_tensor(value)
             if own[key].shape != given.shape:
                 given = given.reshape(-1)[slice(*self._cut[param].spans[self._carrier.rank])]
             own[key].copy_(given)

@@ -75,3 +75,14 @@ class ReplicatedConfig(StrategyConfig):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
         if self.check_every is not None and self.check_every < 1:
             raise ValueError(f"check_every must be at least 1 step, got {self.check_every}: use null for never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnedConfig(ReplicatedConfig):
+    """Whole model on every process, a share of the optimizer's state and work (`MatrixOptimizer.own`)."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("thinrank_owned",)
+
+    name: str = field(
+        default="thinrank_owned", metadata={"help": "each matrix is stepped by one process, its owner (thinrank_owned)"}
+    )

@@ -56,6 +56,8 @@ class ReplicatedStrategy(DDPStrategy):
             "bucket_bytes": bucket_bytes,
         }
 
+    NAME = "thinrank_ddp"
+
     def configure_ddp(self) -> None:
         """Gives all ranks the first one's weights and buffers; nothing is wrapped."""
         assert self.model is not None
@@ -65,22 +67,31 @@ class ReplicatedStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise UserError(
-                "thinrank_ddp frees gradients in backward, before a loss scaler could look at them: use "
+                f"{self.NAME} frees gradients in backward, before a loss scaler could look at them: use "
                 "precision='bf16-mixed' or '32-true' instead of '16-mixed'"
             )
         try:
             for optimizer in self._own():
-                optimizer.replicate(**self._exchange)
+                self._join(optimizer)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.precision_plugin.clip_grad_by_norm = _clip_by_norm
         self.precision_plugin.clip_grad_by_value = _clip_by_value
 
+    def _join(self, optimizer: MatrixOptimizer) -> None:
+        optimizer.replicate(**self._exchange)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """What a checkpoint keeps: what one process would, whoever holds it."""
+        found = getattr(optimizer, "_optimizer", optimizer)  # inside of Lightning's wrapper
+        assert isinstance(found, MatrixOptimizer)  # setup_optimizers has looked
+        return found.full_state_dict()
+
     def _own(self) -> list[MatrixOptimizer]:
         for optimizer in self.optimizers:
             if not isinstance(optimizer, MatrixOptimizer):
                 raise UserError(
-                    f"thinrank_ddp leaves the exchange to thinrank's optimizers, and {type(optimizer).__name__} is "
+                    f"{self.NAME} leaves the exchange to thinrank's optimizers, and {type(optimizer).__name__} is "
                     "none: return thinrank.optim.build(self, config) from configure_optimizers, or use strategy='ddp'"
                 )
         return self.optimizers  # pyright: ignore[reportReturnType]
@@ -96,6 +107,19 @@ class ReplicatedStrategy(DDPStrategy):
         finally:
             for optimizer in own:
                 optimizer.accumulating = False
+
+
+class OwnedStrategy(ReplicatedStrategy):
+    """As `ReplicatedStrategy`, with the optimizer's state and the work of its step shared out among the processes.
+
+    `Trainer(strategy="thinrank_owned")`; a matrix is stepped by one process, who tells the others its update
+    (`MatrixOptimizer.own`).
+    """
+
+    NAME = "thinrank_owned"
+
+    def _join(self, optimizer: MatrixOptimizer) -> None:
+        optimizer.own(**self._exchange)
 
 
 def _clip_by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
