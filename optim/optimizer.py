@@ -411,7 +411,9 @@ class MatrixOptimizer(Owned):
 
     def _assemble(self, index: int) -> Layout:
         group = self.param_groups[index]
-        members: dict[tuple[MatrixView, int, str, Any, Any, Any, bool], list[tuple[torch.nn.Parameter, str]]] = {}
+        members: dict[
+            tuple[MatrixView, int, str, Any, Any, Any, bool, Axis | None], list[tuple[torch.nn.Parameter, str]]
+        ] = {}
         rest: list[tuple[torch.nn.Parameter, int]] = []
         for name, param, rank in zip(self.names(index), group["params"], ranks_of(group), strict=True):
             if not self._has_place(param):
@@ -421,16 +423,26 @@ class MatrixOptimizer(Owned):
             if not views:
                 rest.append((param, key_of(name)))
             for i, view in enumerate(views):
-                kind = (view, i, _prefix(views, i), rank, like.dtype, param.device, self._mine(param))
+                kind = (
+                    view,
+                    i,
+                    _prefix(views, i),
+                    rank,
+                    like.dtype,
+                    param.device,
+                    self._mine(param),
+                    self._axis(param),
+                )
                 members.setdefault(kind, []).append((param, name))
         buckets = []
-        for (view, section, prefix, rank, *_), found in members.items():
+        for (view, section, prefix, rank, *_, axis), found in members.items():
             most = batch_size(view.blocks * view.shape[0] * view.shape[1], found[0][0].device)
             starts = range(0, len(found), most)
             for start in starts:
                 part = found[start : start + most]
                 states = [self.state[param] for param, _ in part]
-                buckets.append(Bucket.of(part, states, view, prefix, section, rank))
+                here = view if axis is None else self._rows_here(part[0][0], view)
+                buckets.append(Bucket.of(part, states, here, prefix, section, rank, axis))
         return Layout(buckets, rest)
 
     # --- state ------------------------------------------------------------------------------------------------------

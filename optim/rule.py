@@ -148,6 +148,14 @@ class MatrixRule(Protocol):
         ...
 
 
+@runtime_checkable
+class ByRows(Protocol):
+    """A rule that knows whether ranks may hold other rows of a matrix each (`Step.axis`) at little cost."""
+
+    @property
+    def by_rows(self) -> bool: ...
+
+
 Form = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.allocation import Allocation
+from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange.dtensors import DTensorShards, is_sharded
 from thinrank.optim.exchange.replicas import Wire, anywhere, from_first, gathered, summed
 from thinrank.optim.exchange.shards import Carrier, Parcel, Shards, Span, length, owners
 from thinrank.optim.inner.half import HalfWeights
+from thinrank.optim.matrix import MatrixView
 from thinrank.optim.own_ranks import OwnRanks, ranks_of
-from thinrank.optim.rule import MatrixRule, Probe, State
+from thinrank.optim.rule import ByRows, MatrixRule, Probe, State
 from thinrank.optim.update import Update
 
 CHUNK_BYTES = 64 * 2**20
@@ -33,7 +35,8 @@ class Place:
         spans: each rank's piece.
         shape: of the whole weight.
         owner: the rank that steps it; None where every rank steps its own piece.
-        way: `piece`: element by element, nothing travels. `here`: it lies on its owner whole. `delta`: its gradient
+        way: `piece`: element by element, nothing travels. `rows`: whole rows lie on each rank, the method's small sums
+            travel (`Axis`). `here`: it lies on its owner whole. `delta`: its gradient
             goes to the owner, and what is to be added comes back. `whole`: the weight itself goes to the owner as well,
             and comes back, for steps that look at it (8-bit moments in blocks of the whole, 16-bit weights that are
             rounded by a master or by chance).
@@ -121,6 +124,9 @@ class Sharded(OwnRanks):
         if self._shards is None:
             return self._initial_state(name, self._like(param), group, rank)
         place, own = self._cut[param], self._shards.weight(param)
+        if place.way == "rows":
+            whole = self._initial_state(name, own.new_empty(place.shape), group, rank)
+            return {key: value.clone() for key, value in self._here(param, whole).items()}
         if place.owner is None:
             return self._initial_state(name, own, group, rank)
         if place.owner != self._carrier.rank:
@@ -151,8 +157,10 @@ class Sharded(OwnRanks):
             matrix, half = bool(self._views(like, group, rank)), HalfWeights(group["half_weights"])
             looks = half.apply(like) or (not matrix and "exp_avg" not in self.rules(group)[1].init(like))
             way = "whole" if looks else "delta" if matrix else "piece"
+            if way == "delta" and self._by_rows(like, spans, group, rank):
+                way = "rows"
             self._cut[param] = Place(spans, tuple(like.shape), None, way, like.dtype, group, rank)
-            if way != "piece":
+            if way in ("delta", "whole"):
                 owned.append(param)
         costs = [cost(self._cut[param].shape) for param in owned]
         for param, owner in zip(owned, owners([self._cut[p].spans for p in owned], costs), strict=True):
@@ -160,6 +168,60 @@ class Sharded(OwnRanks):
             here = length(place.spans[owner]) == sum(map(length, place.spans))
             self._cut[param] = replace(place, owner=owner, way="here" if here else place.way)
         self._chunks = self._chunked(owned)
+
+    def _by_rows(self, like: Tensor, spans: Sequence[Span], group: dict[str, Any], rank: int | float | None) -> bool:
+        """True for a matrix of whose rows, the long side, several ranks have some, under a rule that is content."""
+        view, *others = self._views(like, group, rank)
+        rule, _ = self.rules(group, 0, rank)
+        if others or view.transposed or view.blocks > 1 or not (isinstance(rule, ByRows) and rule.by_rows):
+            return False
+        if view.shape[0] < view.shape[1]:  # there may be fewer rows than directions
+            return False
+        several = sum(length(span) > 0 for span in spans) > 1
+        return several and all(start % view.columns == stop % view.columns == 0 for start, stop in spans)
+
+    def _axis(self, param: Tensor) -> Axis | None:
+        """The ranks that `param` is stepped together with, where these are several."""
+        if self._shards is None or self._cut[param].way != "rows":
+            return None
+        return Axis(rows=self._carrier.everybody, note=lambda size, ranks: self._wire.note([("sums", size)], ranks))
+
+    def _rows_here(self, param: Tensor, view: MatrixView) -> MatrixView:
+        """The view of this rank's rows of a matrix that is stepped by rows."""
+        return replace(view, stop=length(self._cut[param].spans[self._carrier.rank]) // view.columns)
+
+    def _along(self, param: Tensor, whole: Mapping[str, Tensor]) -> dict[str, int]:
+        """Of the state of a matrix that is stepped by rows, which dimension of each tensor is that of the rows.
+
+        It is the one that grows with the matrix's rows; what does not is the same on all ranks.
+        """
+        place = self._cut[param]
+        taller = torch.empty((2 * place.shape[0], *place.shape[1:]), dtype=place.dtype, device="meta")
+        grown = self._initial_state("", taller, place.group, place.rank)
+        found = {}
+        for key, value in whole.items():
+            dims = [i for i, (a, b) in enumerate(zip(value.shape, grown[key].shape, strict=True)) if a != b]
+            if dims:
+                found[key] = dims[0]
+        return found
+
+    def _here(self, param: Tensor, whole: State) -> State:
+        """This rank's part of a whole state."""
+        place = self._cut[param]
+        span = place.spans[self._carrier.rank]
+        if place.way == "piece":
+            return {
+                key: value.reshape(-1)[slice(*span)] if tuple(value.shape) == place.shape and key != "step" else value
+                for key, value in whole.items()
+            }
+        if place.way != "rows":
+            return whole
+        along = self._along(param, whole)
+        columns = math.prod(place.shape[1:])
+        return {
+            key: value.narrow(along[key], span[0] // columns, length(span) // columns) if key in along else value
+            for key, value in whole.items()
+        }
 
     def _chunked(self, owned: Iterable[Tensor]) -> list[list[Tensor]]:
         """What is brought together: weights of all owners alike, so that they have something to do at the same time."""
@@ -235,7 +297,10 @@ class Sharded(OwnRanks):
         for param in params:
             place, weight, grad = self._cut[param], self._shards.weight(param), self._shards.gradient(param)
             assert grad is not None
-            if place.owner is None:
+            if place.way == "rows":
+                columns = math.prod(place.shape[1:])
+                self._brought[param] = (grad.view(-1, columns), weight.view(-1, columns))
+            elif place.owner is None:
                 self._brought[param] = (grad, weight)
             elif place.way == "here" and self._mine(param):
                 self._brought[param] = (grad.view(place.shape), weight.view(place.shape))
@@ -358,19 +423,18 @@ class Sharded(OwnRanks):
             place, device = self._cut[param], carrier.device
             parcels = []
             names = self._initial_state(name, self._like(param).to("meta"), group, rank)
+            along = self._along(param, names) if place.way == "rows" else {}
             for key, like in names.items():
-                spans: Sequence[Span] = place.spans
-                if place.owner is not None or tuple(like.shape) != place.shape or key == "step":
-                    spans = [(0, 0)] * carrier.ranks
-                    spans[place.owner or 0] = (0, like.numel())
-                none = torch.empty(0, dtype=like.dtype, device=device)
-                held_here = length(spans[carrier.rank]) > 0
-                piece = self.state[param][key].reshape(-1).to(device) if held_here else none
+                spans = self._held_where(place, key, like, along)
+                piece = torch.empty(0, dtype=like.dtype, device=device)
+                if length(spans[carrier.rank]):
+                    piece = _turned(self.state[param][key], along.get(key, 0)).reshape(-1).to(device)
                 parcels.append(Parcel(0, spans, like.dtype, "state", piece=piece))
             found = carrier.bring(parcels)
-            if carrier.rank == 0:
-                values = zip(names.items(), found, strict=True)
-                whole[param] = {key: own.cpu().view(like.shape) for (key, like), own in values if own is not None}
+            for (key, like), own in zip(names.items(), found, strict=True):
+                if own is not None:
+                    rows_first = own.cpu().view(_turned(like, along.get(key, 0)).shape)
+                    whole.setdefault(param, {})[key] = _turned(rows_first, along.get(key, 0), back=True).contiguous()
         if carrier.rank != 0:
             return {}
         try:
@@ -378,6 +442,18 @@ class Sharded(OwnRanks):
             return super().state_dict()
         finally:
             self.state.update(held)
+
+    @staticmethod
+    def _held_where(place: Place, key: str, like: Tensor, along: Mapping[str, int]) -> Sequence[Span]:
+        """Which entries of a tensor of state each rank has, its rows first."""
+        if key in along:
+            rows, columns = like.shape[along[key]], math.prod(place.shape[1:])
+            each = like.numel() // max(rows, 1)
+            return [(start // columns * each, stop // columns * each) for start, stop in place.spans]
+        if place.owner is None and place.way != "rows" and tuple(like.shape) == place.shape and key != "step":
+            return place.spans
+        owner = place.owner or 0  # or it is the same everywhere
+        return [(0, like.numel()) if rank == owner else (0, 0) for rank in range(len(place.spans))]
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch. Of sharded weights, what one process would have, on every rank; every rank must call it then,
@@ -388,13 +464,17 @@ class Sharded(OwnRanks):
 
     def _load(self, param: Tensor, state: Mapping[str, Any], own: State) -> None:
         """Copies of a whole `state` what this rank keeps into `own`."""
-        for key, value in state.items():
-            if key not in own:
-                continue
-            given = value if isinstance(value, Tensor) else torch.as_tensor(value)
-            if own[key].shape != given.shape:
-                given = given.reshape(-1)[slice(*self._cut[param].spans[self._carrier.rank])]
-            own[key].copy_(given)
+        whole = {key: v if isinstance(v, Tensor) else torch.as_tensor(v) for key, v in state.items()}
+        for key, value in (self._here(param, whole) if self._apart else whole).items():
+            if key in own:
+                own[key].copy_(value)
+
+
+def _turned(value: Tensor, dim: int, *, back: bool = False) -> Tensor:
+    """`value` with the dimension `dim` first, or one that lies so as it was."""
+    if value.ndim == 0:
+        return value
+    return value.movedim(0, dim) if back else value.movedim(dim, 0)
 
 
 def cost(shape: tuple[int, ...]) -> float:

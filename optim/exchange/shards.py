@@ -109,6 +109,12 @@ class Carrier:
         self.group, self.wire, self.device = group, wire, device
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
+    @property
+    def everybody(self) -> Group:
+        group = self.group or dist.group.WORLD
+        assert group is not None  # there is one, or no rank could have been asked for
+        return group
+
     def bring(self, parcels: Sequence[Parcel]) -> list[Tensor | None]:
         """Each parcel's pieces, put together on its owner (1-D); None on the other ranks."""
         if not any(map(travels, parcels)):

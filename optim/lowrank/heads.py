@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class SharedHead:
     """
 
     inner: PowerIteration | Svd
+    by_rows: ClassVar[bool] = False
     heads: int
     select: str = "max_norm"
 

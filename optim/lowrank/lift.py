@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ FLOOR = 1e-8
 
 
 class Lift(Protocol):
+    by_rows: ClassVar[bool]
+    """True when ranks may hold other rows of a matrix each."""
+
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State: ...
 
     def __call__(
@@ -66,6 +69,8 @@ class LinearLift(Lift, Protocol):
 @dataclass(frozen=True, slots=True)
 class Project:
     """Back through the basis, and nothing else."""
+
+    by_rows: ClassVar[bool] = True
 
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
         return {}
@@ -137,6 +142,7 @@ class Residual:
             `‖low_j‖` instead of being its lower bound: the authors' arithmetic. None: norms as they are.
     """
 
+    by_rows: ClassVar[bool] = True
     limit: float = 1.01
     signs: bool = False
     alpha: float = 1.0
@@ -188,6 +194,7 @@ class ScaledGradient:
         limit: largest ratio of two consecutive norms of the update; None: whatever comes.
     """
 
+    by_rows: ClassVar[bool] = True
     betas: tuple[float, float]
     per: str = "channel"
     limit: float | None = 1.01

@@ -70,6 +70,11 @@ class LowRank:
         low = self.renew(x, state, step, due) if due else None
         return step.axis.mean(self.subspace.down(x, state)) if low is None else low  # where replicas meet
 
+    @property
+    def by_rows(self) -> bool:
+        """True when ranks that hold other rows of a matrix have no more to say to each other than small sums."""
+        return self.subspace.by_rows and self.lift.by_rows
+
     # --- a gradient in parts, none of which is kept -------------------------------------------------------------------
 
     @property
@@ -196,7 +201,7 @@ class LowRank:
         if not found:
             return None
         if sum(len(which) for which, _ in found) == len(step.count):
-            low = found[0][1].new_empty(self.subspace.small((x.shape[0], x.shape[1], x.shape[2])))
+            low = found[0][1].new_empty((x.shape[0], *found[0][1].shape[1:]))
         else:
             low = step.axis.mean(self.subspace.down(x, state))
         for which, part_low in found:  # a matrix is given the same numbers, whoever else is due

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class SparseResidual:
         betas, eps, eps_raw: as Adam's.
     """
 
+    by_rows: ClassVar[bool] = False
     density: float
     warmup: int = 0
     reselect: str = "never"

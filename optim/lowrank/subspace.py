@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ Shape3 = tuple[int, int, int]
 
 class Subspace(Protocol):
     """A rule for choosing `r` directions of the short side. Stateless: what it chose lies in `state`."""
+
+    by_rows: ClassVar[bool]
+    """True when ranks may hold other rows of a matrix each, and share a basis that small sums decide."""
 
     @property
     def every(self) -> int:
@@ -87,6 +90,7 @@ class Svd:
     """The exact top singular vectors of one gradient (GaLore, Zhao et al. 2024, §3)."""
 
     rank: int | float
+    by_rows: ClassVar[bool] = False
     every: int = 200
     signs: str = "lapack"
     dtype: torch.dtype = torch.float32
@@ -120,6 +124,7 @@ class TwoSidedSvd:
     """Singular vectors of both sides: GaLore's `proj_type="full"`, an r×r state."""
 
     rank: int | float
+    by_rows: ClassVar[bool] = False
     every: int = 200
     dtype: torch.dtype = torch.float32
     factorises: bool = True
@@ -161,6 +166,7 @@ class PowerIteration:
     """
 
     rank: int | float
+    by_rows: ClassVar[bool] = True
     every: int = 200
     oversample: int = 8
     cold: int = 2
@@ -230,6 +236,7 @@ class FixedColumns:
     """
 
     rank: int | float
+    by_rows: ClassVar[bool] = True
     every: int = 1
     basis: str = "dct"
     norm: str = "l1"
@@ -328,6 +335,7 @@ class Gaussian:
     """
 
     rank: int | float
+    by_rows: ClassVar[bool] = True
     gap: int = 200
     dtype: torch.dtype = torch.float32
     every: int = 1

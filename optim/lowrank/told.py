@@ -46,6 +46,10 @@ class ToldColumns:
     __slots__ = ()
     subspace: FixedColumns
 
+    @property
+    def by_rows(self) -> bool:
+        return True
+
     def shared(self, shape: Shape3) -> tuple[str, ...]:
         return ()
 

@@ -72,6 +72,10 @@ class DionRule(ToldFactors):
             "basis": start.expand(shape[0], -1, -1).clone(),
         }
 
+    @property
+    def by_rows(self) -> bool:
+        return self.orthogonalizer == "cholesky_qr"
+
     def factors(self, shape: tuple[int, int, int]) -> tuple[int, torch.dtype]:
         return width(self.rank, shape), self.dtype
 

@@ -73,6 +73,10 @@ class LDAdamRule(ToldFactors):
             **self.feedback.init(shape, device),
         }
 
+    @property
+    def by_rows(self) -> bool:
+        return not self.exact
+
     def factors(self, shape: tuple[int, int, int]) -> tuple[int, torch.dtype]:
         return self.subspace.small(shape)[-1], self.subspace.dtype
 
