@@ -15,6 +15,7 @@ from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Part, Wire
 from thinrank.optim.exchange.shards import Carrier, Parcel, Span, even, owners
 from thinrank.optim.inner.half import HalfWeights
 from thinrank.optim.linalg.products import fast_products
+from thinrank.optim.linalg.quantise import BLOCK
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice
 from thinrank.optim.replicated import MESSAGES, equalise, refuse_wrapped
@@ -106,14 +107,17 @@ class Owned(Sharded):
         owned: list[Tensor] = []
         for _, param, group, rank in self._members():
             size = param.numel()
-            matrix, half = bool(self._views(param, group, rank)), HalfWeights(group["half_weights"])
-            looks = half.apply(param) or (not matrix and "exp_avg" not in self.rules(group)[1].init(param.to("meta")))
+            matrix, looks = bool(self._views(param, group, rank)), HalfWeights(group["half_weights"]).apply(param)
             if matrix or looks:
                 way = "whole" if looks or not self._all_tell(param, group, rank) else "told"
                 owned.append(param)
             else:
                 way = "piece" if size >= even_from and param.is_contiguous() else "all"
-            spans = even(size, ranks) if way == "piece" else self._at(0, size)
+            spans = self._at(0, size)
+            if way == "piece":
+                coded = "exp_avg" not in self.rules(group)[1].init(param.to("meta"))
+                unit = BLOCK if coded else 1  # of whole blocks, so that 8-bit moments are those of the whole
+                spans = [(a, min(b, size)) for a, b in even(-(-size // unit), ranks, unit)]
             self._cut[param] = Place(spans, tuple(param.shape), None, way, param.dtype, group, rank)
         everywhere = [[(0, param.numel())] * ranks for param in owned]
         found = owners(everywhere, [cost(tuple(param.shape)) for param in owned])
@@ -149,8 +153,7 @@ class Owned(Sharded):
             return super()._own_state(name, param, group, rank)
         place = self._cut[param]
         if place.way == "piece":
-            piece = param.detach().view(-1)[slice(*place.spans[self._carrier.rank])]
-            return self._initial_state(name, piece, group, rank)
+            return self._state_of_piece(name, param, param.device)
         state = self._initial_state(name, param, group, rank)
         if self._mine(param):
             return state

@@ -18,6 +18,7 @@ from thinrank.optim.exchange.dtensors import DTensorShards, is_sharded
 from thinrank.optim.exchange.replicas import Wire, anywhere, from_first, gathered, summed
 from thinrank.optim.exchange.shards import Carrier, Parcel, Shards, Span, length, owners
 from thinrank.optim.inner.half import HalfWeights
+from thinrank.optim.linalg.quantise import BLOCK
 from thinrank.optim.matrix import MatrixView
 from thinrank.optim.own_ranks import OwnRanks, ranks_of
 from thinrank.optim.rule import ByRows, MatrixRule, Probe, State
@@ -35,11 +36,12 @@ class Place:
         spans: each rank's piece.
         shape: of the whole weight.
         owner: the rank that steps it; None where every rank steps its own piece.
-        way: `piece`: element by element, nothing travels. `rows`: whole rows lie on each rank, the method's small sums
-            travel (`Axis`). `here`: it lies on its owner whole. `delta`: its gradient
-            goes to the owner, and what is to be added comes back. `whole`: the weight itself goes to the owner as well,
-            and comes back, for steps that look at it (8-bit moments in blocks of the whole, 16-bit weights that are
-            rounded by a master or by chance).
+        way: `piece`: element by element, nothing travels (8-bit moments: where pieces are whole blocks). `rows`: whole
+            rows lie on each rank, and the method's small sums travel (`Axis`). `here`: it lies on its owner whole.
+            `delta`: its gradient goes to the owner, and what is to be added comes back. `whole`: the weight itself goes
+            to the owner as well, and comes back, for steps that look at it (8-bit moments in blocks of the whole,
+            16-bit weights that are rounded by a master or by chance). Of replicas (`own`), `told`: what the update is
+            made of travels; `all`: every rank steps it.
         dtype: of what is stepped.
         group: the parameter group.
         rank: the matrices' own rank, where they have one.
@@ -128,7 +130,7 @@ class Sharded(OwnRanks):
             whole = self._initial_state(name, own.new_empty(place.shape), group, rank)
             return {key: value.clone() for key, value in self._here(param, whole).items()}
         if place.owner is None:
-            return self._initial_state(name, own, group, rank)
+            return self._state_of_piece(name, param, own.device)
         if place.owner != self._carrier.rank:
             return {}
         return self._initial_state(name, torch.zeros(place.shape, dtype=place.dtype, device=own.device), group, rank)
@@ -154,8 +156,9 @@ class Sharded(OwnRanks):
             like, spans = self._like(param), self._shards.spans(param)
             if like.numel() != sum(map(length, spans)):
                 raise ValueError(f"{name} has {like.numel():,} entries, and its pieces {sum(map(length, spans)):,}")
-            matrix, half = bool(self._views(like, group, rank)), HalfWeights(group["half_weights"])
-            looks = half.apply(like) or (not matrix and "exp_avg" not in self.rules(group)[1].init(like))
+            matrix, looks = bool(self._views(like, group, rank)), HalfWeights(group["half_weights"]).apply(like)
+            if not matrix and "exp_avg" not in self.rules(group)[1].init(like):  # coded in blocks of the whole
+                looks = looks or any(start % BLOCK for start, stop in spans if stop > start)
             way = "whole" if looks else "delta" if matrix else "piece"
             if way == "delta" and self._by_rows(like, spans, group, rank):
                 way = "rows"
@@ -211,7 +214,7 @@ class Sharded(OwnRanks):
         span = place.spans[self._carrier.rank]
         if place.way == "piece":
             return {
-                key: value.reshape(-1)[slice(*span)] if tuple(value.shape) == place.shape and key != "step" else value
+                key: value if key == "step" else value.reshape(-1)[slice(*_blocks(key, span))]
                 for key, value in whole.items()
             }
         if place.way != "rows":
@@ -221,6 +224,16 @@ class Sharded(OwnRanks):
         return {
             key: value.narrow(along[key], span[0] // columns, length(span) // columns) if key in along else value
             for key, value in whole.items()
+        }
+
+    def _state_of_piece(self, name: str, param: Tensor, device: torch.device) -> State:
+        """What `_here` would leave of the initial state of a weight that is stepped element by element: zeros."""
+        place = self._cut[param]
+        like = torch.empty(place.shape, dtype=place.dtype, device="meta")
+        part = self._here(param, self._initial_state(name, like, place.group, place.rank))
+        return {
+            key: torch.zeros(value.shape, dtype=value.dtype, device="cpu" if key == "step" else device)
+            for key, value in part.items()
         }
 
     def _chunked(self, owned: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -450,8 +463,8 @@ class Sharded(OwnRanks):
             rows, columns = like.shape[along[key]], math.prod(place.shape[1:])
             each = like.numel() // max(rows, 1)
             return [(start // columns * each, stop // columns * each) for start, stop in place.spans]
-        if place.owner is None and place.way != "rows" and tuple(like.shape) == place.shape and key != "step":
-            return place.spans
+        if place.way == "piece" and key != "step":
+            return [_blocks(key, span) for span in place.spans]
         owner = place.owner or 0  # or it is the same everywhere
         return [(0, like.numel()) if rank == owner else (0, 0) for rank in range(len(place.spans))]
 
@@ -468,6 +481,11 @@ class Sharded(OwnRanks):
         for key, value in (self._here(param, whole) if self._apart else whole).items():
             if key in own:
                 own[key].copy_(value)
+
+
+def _blocks(key: str, span: Span) -> Span:
+    """Which entries of a tensor of state belong to those of the weight: one each, or one scale for a block of codes."""
+    return (span[0] // BLOCK, -(-span[1] // BLOCK)) if key.endswith("_scale") else span
 
 
 def _turned(value: Tensor, dim: int, *, back: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from thinrank.optim import build
 
@@ -197,6 +197,51 @@ def looks(state):
 
 def how_far(name):
     return wide(name) if name in CONFIGS else 2e-2
+
+
+class Tables(nn.Module):
+    """Embeddings whose moments are codes: pieces are whole blocks of 256 entries of the first alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed = nn.Embedding(1024, 16)
+        self.other = nn.Embedding(1002, 16)
+
+
+def drawn(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(1024, 16, generator=generator), torch.randn(1002, 16, generator=generator)
+
+
+def coded(cut, steps=range(5), state=None):
+    model = Tables()
+    if cut:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = build(model, replace(CONFIGS["adamw"], state_bits=8))
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for step in steps:
+        for param, grad in zip(model.parameters(), drawn(step), strict=True):
+            param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if cut else grad
+        optimizer.step()
+    values = [p.full_tensor() if cut else p for p in model.parameters()]
+    return [value.detach().clone() for value in values], copy.deepcopy(optimizer.full_state_dict()), optimizer.wire
+
+
+def test_moments_of_8_bits_are_those_of_the_whole_weight(ranks):
+    expected, whole, _ = coded(False)
+    assert all("exp_avg_codes" in state for state in whole["state"].values())
+    (values, state, first), (_, _, second) = ranks(2).run(coded, True)
+    assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+    for i, own in whole["state"].items():
+        assert all(torch.equal(value, state["state"][i][key]) for key, value in own.items())
+    half = 5 * 501 * 16 * 4  # of the second one, its gradient, and the weight there and back
+    assert first.payload + second.payload == {"gradients": half, "weights": 2 * half}
+    begun = coded(False, steps=range(3))[1]
+    again = ranks(4).run(coded, True, steps=range(3, 5), state=begun)[0]
+    for i, own in whole["state"].items():
+        assert all(torch.equal(value, again[1]["state"][i][key]) for key, value in own.items())
 
 
 def test_state_dict_is_that_of_one_process_on_every_rank(ranks):
