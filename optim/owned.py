@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.linalg.quantise import BLOCK
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice
-from thinrank.optim.replicated import MESSAGES, equalise, refuse_wrapped
+from thinrank.optim.replicated import MESSAGES, ROWS, equalise, refuse_wrapped
 from thinrank.optim.rule import MatrixRule, Probe, State, Step, Tells
 from thinrank.optim.sharded import Place, Sharded, cost
 from thinrank.optim.update import Update
@@ -49,6 +50,7 @@ class Owned(Sharded):
         group: Group | None = None,
         *,
         messages: str = "auto",
+        embeddings: str = "dense",
         dtype: torch.dtype | None = None,
         overlap: bool = True,
         check_every: int | None = 100,
@@ -62,7 +64,7 @@ class Owned(Sharded):
         them, as `clip_grad_norm_` and the others.
 
         Args:
-            group, messages, overlap, check_every, bucket_bytes: as in `replicate`.
+            group, messages, embeddings, overlap, check_every, bucket_bytes: as in `replicate`.
             dtype: of the messages; None: float32 for coordinates and each tensor's own for the rest.
             even_from: entries from which what is stepped element by element is cut into equal pieces.
 
@@ -80,6 +82,7 @@ class Owned(Sharded):
             super().replicate(
                 group,
                 messages=messages,
+                embeddings=embeddings,
                 dtype=dtype,
                 overlap=overlap,
                 check_every=check_every,
@@ -116,7 +119,8 @@ class Owned(Sharded):
             spans = self._at(0, size)
             if way == "piece":
                 coded = "exp_avg" not in self.rules(group)[1].init(param.to("meta"))
-                unit = BLOCK if coded else 1  # of whole blocks, so that 8-bit moments are those of the whole
+                # of whole blocks, so that 8-bit moments are those of the whole, and of whole rows, which may travel
+                unit = math.lcm(math.prod(param.shape[1:]) or 1, BLOCK if coded else 1)
                 spans = [(a, min(b, size)) for a, b in even(-(-size // unit), ranks, unit)]
             self._cut[param] = Place(spans, tuple(param.shape), None, way, param.dtype, group, rank)
         everywhere = [[(0, param.numel())] * ranks for param in owned]
@@ -185,8 +189,18 @@ class Owned(Sharded):
         if place.owner is not None:
             return [Part(p.kind, p.value, p.place, self._at(place.owner, p.value.numel())) for p in parts]
         if place.way == "piece":
-            return [Part(p.kind, p.value, p.place, place.spans) for p in parts]
+            return [Part(p.kind, p.value, p.place, self._rows_of(param, p) or place.spans) for p in parts]
         return parts
+
+    def _rows_of(self, param: Tensor, part: Part) -> list[Span] | None:
+        """Which of the touched rows are of each rank's piece; None where the gradient travels whole."""
+        if part.place != ROWS:
+            return None
+        columns = param.shape[1]
+        ends = torch.tensor([stop // columns for _, stop in self._cut[param].spans if stop])
+        found = torch.searchsorted(self._touched[param].cpu(), ends).tolist()
+        found += found[-1:] * (self._carrier.ranks - len(found))  # of ranks that have no piece
+        return [(a * columns, b * columns) for a, b in pairwise([0, *found])]
 
     def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
         if not self._owning:
@@ -196,9 +210,20 @@ class Owned(Sharded):
         place = self._cut[param]
         if place.way == "piece":
             piece = param.detach().view(-1)[slice(*place.spans[self._carrier.rank])]
-            self._brought[param] = (parts[0].value, piece)
+            grad = parts[0].value
+            if parts[0].place == ROWS:
+                grad = self._untouched_rows(param, grad.view(-1, param.shape[1]))
+            self._brought[param] = (grad, piece)
         elif self._mine(param):
             super()._unpack(param, parts)
+
+    def _untouched_rows(self, param: Tensor, some: Tensor) -> Tensor:
+        """This rank's piece of a gradient of which `some` rows are known, and the others zeros."""
+        start, stop = (end // param.shape[1] for end in self._cut[param].spans[self._carrier.rank])
+        rows = self._touched.pop(param)
+        grad = some.new_zeros(stop - start, param.shape[1])
+        grad[rows[(rows >= start) & (rows < stop)] - start] = some
+        return grad.view(-1)
 
     def _all_homes(self, param: Tensor) -> list[tuple[MatrixRule, dict[str, Any], Bucket, int]]:
         found = []

@@ -24,6 +24,7 @@ from thinrank.optim.exchange.replicas import (
     connected,
     difference,
     gathered,
+    rows_anywhere,
 )
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
@@ -33,6 +34,9 @@ from thinrank.optim.rule import MatrixRule
 _log = logging.getLogger(__name__)
 
 MESSAGES = ("auto", "full")
+EMBEDDINGS = ("dense", "rows")
+ROWS = ("rows",)
+"""The place of a part that holds some rows of an embedding's gradient."""
 
 KINDS = {"low": "coordinates", "at_entries": "entries"}
 """What the parts of an image are called in the count of bytes."""
@@ -56,8 +60,9 @@ class Replicated(InBackward):
 
     Attributes:
         wire: what this rank has sent, by kind: `coordinates` and `entries` of matrices, `renewals` (gradients of
-            matrices by which a step chooses), `gradients` (of matrices of which nothing less is enough), `dense` (of
-            everything else), `present` (which parameters had a gradient); None without replicas.
+            matrices by which a step chooses), `gradients` (of matrices of which nothing less is enough), `rows` (of
+            embeddings, those that were touched), `dense` (of everything else), `present` (which parameters, and rows,
+            had a gradient); None without replicas.
     """
 
     _meeting: Meeting | None = None
@@ -72,6 +77,7 @@ class Replicated(InBackward):
         group: Group | None = None,
         *,
         messages: str = "auto",
+        embeddings: str = "dense",
         dtype: torch.dtype | None = None,
         overlap: bool = True,
         check_every: int | None = 100,
@@ -96,6 +102,9 @@ class Replicated(InBackward):
         Args:
             group: the replicas; None: all processes.
             messages: `auto`, or `full`: whole gradients every step, as DDP sends them.
+            embeddings: how gradients of embeddings (groups of that role) travel that are stepped element by element:
+                `dense`, or `rows`: those that any rank's data has touched, after one byte a row has told which; the
+                rest are zeros anyway, so that nothing else changes. A tied head touches all.
             dtype: of the messages; None: float32 for coordinates and the gradient's own dtype for gradients.
             overlap: messages leave while backward goes on; otherwise all of them at the end.
             check_every: compare a sample of weights and state over the ranks after so many steps; None: never.
@@ -107,6 +116,7 @@ class Replicated(InBackward):
                 `in_backward` or ranks shared out by gradients, which need what is not there any more.
         """
         choice("messages", messages, MESSAGES)
+        choice("embeddings", embeddings, EMBEDDINGS)
         if check_every is not None:
             whole_steps("check_every", check_every)
         self._refuse_alone()
@@ -125,6 +135,9 @@ class Replicated(InBackward):
         if self._meeting_hooks is not None:
             self._meeting_hooks.remove()
         self._whole_messages = messages == "full"
+        groups = [group_ for group_ in self.param_groups if embeddings == "rows" and group_["role"] == "embedding"]
+        self._by_touched_rows = {p for own in groups for p in own["params"] if p.ndim == 2}
+        self._touched: dict[Tensor, Tensor] = {}
         self._check_every, self._steps = check_every, 0
         trained = [param for param in reversed(params.values()) if param.requires_grad]
         self._meeting = Meeting(
@@ -198,6 +211,11 @@ class Replicated(InBackward):
         if param.grad.is_sparse:
             raise RuntimeError("replicas exchange dense gradients, and an embedding has a sparse one: use sparse=False")
         homes = self._met_homes(param)
+        if not homes and param in self._by_touched_rows and param not in self._homes:
+            assert self._meeting is not None
+            rows = rows_anywhere(param.grad, self._meeting.wire, self._meeting.group)
+            self._touched[param] = rows
+            return [Part("rows", param.grad[rows], ROWS)]
         if not homes:
             return [Part("gradients" if param in self._homes else "dense", param.grad)]
         parts = []
@@ -211,6 +229,10 @@ class Replicated(InBackward):
         return parts
 
     def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
+        if parts[0].place == ROWS:
+            param.grad = torch.zeros_like(param)
+            param.grad[self._touched.pop(param)] = parts[0].value
+            return
         if not parts[0].place:
             param.grad = parts[0].value
             if parts[0].kind == "renewals":

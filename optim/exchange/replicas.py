@@ -383,6 +383,14 @@ def anywhere(here: bool, device: torch.device, group: Group | None = None) -> bo
     return bool(flag)
 
 
+def rows_anywhere(x: Tensor, wire: Wire, group: Group | None = None) -> Tensor:
+    """Numbers of the rows of `x` (rows, columns) that are not zero on some rank, rising: (k,) int64; the host waits."""
+    mask = x.ne(0).any(-1).to(torch.uint8)
+    dist.all_reduce(mask, op=dist.ReduceOp.MAX, group=group)
+    wire.note([("present", mask.numel())], dist.get_world_size(group))
+    return mask.nonzero().flatten()
+
+
 def summed(x: Tensor, group: Group | None = None) -> Tensor:
     """The sum of something small over the ranks, in place."""
     dist.all_reduce(x, group=group)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import CONFIGS
-from test_replicated import PLAIN, STEPS, TINY, alone, apart, mine, run, seeded_model, shares
+from test_replicated import PLAIN, STEPS, TINY, alone, apart, mine, run, seeded_model, shares, table_run
 from test_sharded import HALF, KEPT, dtype_of, how_far, looks, refused, wide
 
 from thinrank.optim import build
@@ -155,6 +155,17 @@ def test_coordinates_go_to_owners_and_directions_come_back(ranks):
     assert last["bases"] == 0
     whole = build(seeded_model(), replace(CONFIGS["galore/power"], rank=2)).state_bytes()
     assert max(size for _, size in answers) < 0.7 * whole
+
+
+def joins(model, optimizer, embeddings):
+    own(model, optimizer, embeddings=embeddings, even_from=64)
+
+
+def test_touched_rows_go_to_those_who_have_them(ranks):
+    rows, whole = ranks(4).run(table_run, joins, "rows"), ranks(4).run(table_run, joins, "dense")
+    for (found, sent), (expected, _) in zip(rows, whole, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert 0 < sent["rows"] <= 4 * 4 * 8 * 24
 
 
 def drifts():

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -218,6 +219,47 @@ def test_what_travels_is_what_is_said_to(ranks, dtype):
     }
     assert messages == 3
     assert egress == pytest.approx(1.5 * sum(counts[2].values()))
+
+
+class Table(nn.Module):
+    """An embedding of which a step touches few rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Embedding(200, 8)
+        self.lm_head = nn.Linear(8, 5)
+
+    def forward(self, tokens):
+        return self.lm_head(self.embed(tokens))
+
+
+def table_run(join, embeddings):
+    model = Table()
+    optimizer = build(model, replace(CONFIGS["adamw"], state_bits=32))
+    join(model, optimizer, embeddings)
+    counts = []
+    for step in range(4):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(100 * dist.get_rank() + step)
+        model(torch.randint(200, (6,), generator=generator)).square().sum().backward()
+        optimizer.step()
+        assert optimizer.wire is not None
+        counts.append(dict(optimizer.wire.payload))
+    return [p.detach().clone() for p in model.parameters()], counts[-1]
+
+
+def joins(model, optimizer, embeddings):
+    replicate(model, optimizer, embeddings=embeddings)
+
+
+def test_rows_of_an_embedding_that_nobody_touched_need_not_travel(ranks):
+    rows, whole = ranks(4).run(table_run, joins, "rows"), ranks(4).run(table_run, joins, "dense")
+    for (found, sent), (expected, all_sent) in zip(rows, whole, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert all_sent["dense"] - sent["dense"] == 4 * 4 * 200 * 8
+        assert 4 * 4 * 8 * 18 <= sent["rows"] <= 4 * 4 * 8 * 24  # of 24 tokens, few are the same
+        assert sent["present"] - all_sent["present"] == 4 * 200
 
 
 def messages_in(dtype):

@@ -41,6 +41,7 @@ def build_strategy(config: StrategyConfig, world: World) -> tuple[Strategy | str
 
         strategy = (OwnedStrategy if isinstance(config, OwnedConfig) else ReplicatedStrategy)(
             messages=config.messages,
+            embeddings=config.embeddings,
             dtype=config.dtype,
             overlap=config.overlap,
             check_every=config.check_every,

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from thinrank.optim import MatrixOptimizer
-from thinrank.optim.replicated import BUCKET_BYTES, MESSAGES, equalise
+from thinrank.optim.replicated import BUCKET_BYTES, EMBEDDINGS, MESSAGES, equalise
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
 
@@ -27,6 +27,7 @@ class ReplicatedStrategy(DDPStrategy):
 
     Args:
         messages: `auto` (coordinates where they are enough), or `full` (gradients).
+        embeddings: how their gradients travel: `dense`, or `rows` (those that any rank touched).
         dtype: of the messages: `auto` (float32 for coordinates, a gradient's own), `float32`, `bfloat16`.
         overlap: messages leave while backward goes on.
         check_every: steps between two looks at whether the replicas are still equal; None: never.
@@ -38,18 +39,24 @@ class ReplicatedStrategy(DDPStrategy):
         self,
         *,
         messages: str = "auto",
+        embeddings: str = "dense",
         dtype: str = "auto",
         overlap: bool = True,
         check_every: int | None = 100,
         bucket_bytes: int = BUCKET_BYTES,
         **options: Any,
     ) -> None:
-        for name, value, allowed in (("messages", messages, MESSAGES), ("dtype", dtype, tuple(MESSAGE_DTYPES))):
+        for name, value, allowed in (
+            ("messages", messages, MESSAGES),
+            ("embeddings", embeddings, EMBEDDINGS),
+            ("dtype", dtype, tuple(MESSAGE_DTYPES)),
+        ):
             if value not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
         super().__init__(**options)
         self._exchange: dict[str, Any] = {
             "messages": messages,
+            "embeddings": embeddings,
             "dtype": MESSAGE_DTYPES[dtype],
             "overlap": overlap,
             "check_every": check_every,
