@@ -466,7 +466,7 @@ class MatrixOptimizer(Owned):
             raise ValueError(
                 f"the saved optimizer state has other parameter groups than {type(self).__name__} here: {remedy}"
             )
-        places: list[tuple[str, Tensor, State, State, Mapping[str, Any]]] = []
+        places: list[tuple[str, Tensor, State, State, Mapping[str, Any], dict[str, Any], int | float | None]] = []
         for index, (old, new) in enumerate(zip(saved, self.param_groups, strict=True)):
             ranked = {**new, "ranks": old.get("ranks")}
             try:
@@ -477,14 +477,14 @@ class MatrixOptimizer(Owned):
             for name, key, param, rank, held in keys:
                 mine = self.state[param] if rank == held else self._own_state(name, param, ranked, rank)
                 whole = self._initial_state(name, self._like(param).to("meta"), ranked, rank) if self._apart else mine
-                places.append((name, param, mine, whole, state_dict["state"].get(key, {})))
-        for name, _, _, whole, state in places:
+                places.append((name, param, mine, whole, state_dict["state"].get(key, {}), ranked, rank))
+        for name, _, _, whole, state, *_ in places:
             mine = {key: tuple(value.shape) for key, value in whole.items()}
             theirs = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
             if mine != theirs:
                 raise ValueError(f"the saved optimizer state of {name} is {theirs}, not {mine}: {remedy}")
-        for _, param, own, _, state in places:
-            self._load(param, state, own)
+        for _, param, own, _, state, ranked, rank in places:
+            self._load(param, state, own, ranked, rank)
             self.state[param] = own
         groups = []
         for old, new in zip(saved, self.param_groups, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -122,14 +123,11 @@ class Owned(Sharded):
                 # of whole blocks, so that 8-bit moments are those of the whole, and of whole rows, which may travel
                 unit = math.lcm(math.prod(param.shape[1:]) or 1, BLOCK if coded else 1)
                 spans = [(a, min(b, size)) for a, b in even(-(-size // unit), ranks, unit)]
-            self._cut[param] = Place(spans, tuple(param.shape), None, way, param.dtype, group, rank)
+            self._cut[param] = Place(spans, tuple(param.shape), None, way, param.dtype)
         everywhere = [[(0, param.numel())] * ranks for param in owned]
         found = owners(everywhere, [cost(tuple(param.shape)) for param in owned])
         for param, owner in zip(owned, found, strict=True):
-            place = self._cut[param]
-            self._cut[param] = Place(
-                self._at(owner, param.numel()), place.shape, owner, place.way, place.dtype, place.group, place.rank
-            )
+            self._cut[param] = replace(self._cut[param], spans=self._at(owner, param.numel()), owner=owner)
         for name, param, group, rank in self._members():
             if float(self.state[param]["step"]) > 0.0:
                 raise ValueError(f"{name} has been stepped already: share the work out before the first step")
@@ -157,7 +155,7 @@ class Owned(Sharded):
             return super()._own_state(name, param, group, rank)
         place = self._cut[param]
         if place.way == "piece":
-            return self._state_of_piece(name, param, param.device)
+            return self._state_of_piece(name, param, group, rank, param.device)
         state = self._initial_state(name, param, group, rank)
         if self._mine(param):
             return state

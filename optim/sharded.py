@@ -43,8 +43,6 @@ class Place:
             16-bit weights that are rounded by a master or by chance). Of replicas (`own`), `told`: what the update is
             made of travels; `all`: every rank steps it.
         dtype: of what is stepped.
-        group: the parameter group.
-        rank: the matrices' own rank, where they have one.
     """
 
     spans: Sequence[Span]
@@ -52,8 +50,6 @@ class Place:
     owner: int | None
     way: str
     dtype: torch.dtype
-    group: dict[str, Any]
-    rank: int | float | None
 
 
 class Sharded(OwnRanks):
@@ -70,6 +66,7 @@ class Sharded(OwnRanks):
 
     def _forget(self) -> None:
         self._brought = {}
+        self._groups: dict[Tensor, tuple[dict[str, Any], int | float | None]] = {}
 
     @abstractmethod
     def _step_layouts(self, probe: Probe | None) -> None: ...
@@ -128,9 +125,9 @@ class Sharded(OwnRanks):
         place, own = self._cut[param], self._shards.weight(param)
         if place.way == "rows":
             whole = self._initial_state(name, own.new_empty(place.shape), group, rank)
-            return {key: value.clone() for key, value in self._here(param, whole).items()}
+            return {key: value.clone() for key, value in self._here(param, whole, group, rank).items()}
         if place.owner is None:
-            return self._state_of_piece(name, param, own.device)
+            return self._state_of_piece(name, param, group, rank, own.device)
         if place.owner != self._carrier.rank:
             return {}
         return self._initial_state(name, torch.zeros(place.shape, dtype=place.dtype, device=own.device), group, rank)
@@ -147,6 +144,12 @@ class Sharded(OwnRanks):
             for name, param, rank in zip(self.names(index), group["params"], ranks_of(group), strict=True)
         ]
 
+    def _group_of(self, param: Tensor) -> tuple[dict[str, Any], int | float | None]:
+        """The group that `param` is in, which is another one after loading, and its matrices' rank."""
+        if param not in self._groups:
+            self._groups = {param: (group, rank) for _, param, group, rank in self._members()}
+        return self._groups[param]
+
     def _decide(self) -> None:
         """Who steps what, by where the pieces lie; the same on every rank."""
         assert self._shards is not None
@@ -162,7 +165,7 @@ class Sharded(OwnRanks):
             way = "whole" if looks else "delta" if matrix else "piece"
             if way == "delta" and self._by_rows(like, spans, group, rank):
                 way = "rows"
-            self._cut[param] = Place(spans, tuple(like.shape), None, way, like.dtype, group, rank)
+            self._cut[param] = Place(spans, tuple(like.shape), None, way, like.dtype)
             if way in ("delta", "whole"):
                 owned.append(param)
         costs = [cost(self._cut[param].shape) for param in owned]
@@ -193,14 +196,16 @@ class Sharded(OwnRanks):
         """The view of this rank's rows of a matrix that is stepped by rows."""
         return replace(view, stop=length(self._cut[param].spans[self._carrier.rank]) // view.columns)
 
-    def _along(self, param: Tensor, whole: Mapping[str, Tensor]) -> dict[str, int]:
+    def _along(
+        self, param: Tensor, whole: Mapping[str, Tensor], group: dict[str, Any], rank: int | float | None
+    ) -> dict[str, int]:
         """Of the state of a matrix that is stepped by rows, which dimension of each tensor is that of the rows.
 
         It is the one that grows with the matrix's rows; what does not is the same on all ranks.
         """
         place = self._cut[param]
         taller = torch.empty((2 * place.shape[0], *place.shape[1:]), dtype=place.dtype, device="meta")
-        grown = self._initial_state("", taller, place.group, place.rank)
+        grown = self._initial_state("", taller, group, rank)
         found = {}
         for key, value in whole.items():
             dims = [i for i, (a, b) in enumerate(zip(value.shape, grown[key].shape, strict=True)) if a != b]
@@ -208,7 +213,7 @@ class Sharded(OwnRanks):
                 found[key] = dims[0]
         return found
 
-    def _here(self, param: Tensor, whole: State) -> State:
+    def _here(self, param: Tensor, whole: State, group: dict[str, Any], rank: int | float | None) -> State:
         """This rank's part of a whole state."""
         place = self._cut[param]
         span = place.spans[self._carrier.rank]
@@ -219,18 +224,20 @@ class Sharded(OwnRanks):
             }
         if place.way != "rows":
             return whole
-        along = self._along(param, whole)
+        along = self._along(param, whole, group, rank)
         columns = math.prod(place.shape[1:])
         return {
             key: value.narrow(along[key], span[0] // columns, length(span) // columns) if key in along else value
             for key, value in whole.items()
         }
 
-    def _state_of_piece(self, name: str, param: Tensor, device: torch.device) -> State:
+    def _state_of_piece(
+        self, name: str, param: Tensor, group: dict[str, Any], rank: int | float | None, device: torch.device
+    ) -> State:
         """What `_here` would leave of the initial state of a weight that is stepped element by element: zeros."""
         place = self._cut[param]
         like = torch.empty(place.shape, dtype=place.dtype, device="meta")
-        part = self._here(param, self._initial_state(name, like, place.group, place.rank))
+        part = self._here(param, self._initial_state(name, like, group, rank), group, rank)
         return {
             key: torch.zeros(value.shape, dtype=value.dtype, device="cpu" if key == "step" else device)
             for key, value in part.items()
@@ -348,9 +355,10 @@ class Sharded(OwnRanks):
             if place.way == "whole":
                 weight.copy_(piece)
                 continue
-            rule, _ = self.rules(place.group, 0, place.rank)
+            group, rank = self._group_of(param)
+            rule, _ = self.rules(group, 0, rank)
             assert rule is not None  # what is stepped element by element is no delta
-            keep, _ = rule.decay.factors(float(place.group["lr"]), float(place.group["weight_decay"]))
+            keep, _ = rule.decay.factors(float(group["lr"]), float(group["weight_decay"]))
             if keep != 1.0:
                 weight.mul_(keep)
             weight.add_(piece)
@@ -436,7 +444,7 @@ class Sharded(OwnRanks):
             place, device = self._cut[param], carrier.device
             parcels = []
             names = self._initial_state(name, self._like(param).to("meta"), group, rank)
-            along = self._along(param, names) if place.way == "rows" else {}
+            along = self._along(param, names, group, rank) if place.way == "rows" else {}
             for key, like in names.items():
                 spans = self._held_where(place, key, like, along)
                 piece = torch.empty(0, dtype=like.dtype, device=device)
@@ -446,7 +454,7 @@ class Sharded(OwnRanks):
             found = carrier.bring(parcels)
             for (key, like), own in zip(names.items(), found, strict=True):
                 if own is not None:
-                    rows_first = own.cpu().view(_turned(like, along.get(key, 0)).shape)
+                    rows_first = own.to("cpu", copy=True).view(_turned(like, along.get(key, 0)).shape)
                     whole.setdefault(param, {})[key] = _turned(rows_first, along.get(key, 0), back=True).contiguous()
         if carrier.rank != 0:
             return {}
@@ -475,10 +483,12 @@ class Sharded(OwnRanks):
             return super().state_dict()
         return from_first(self.full_state_dict(), self._carrier.group)
 
-    def _load(self, param: Tensor, state: Mapping[str, Any], own: State) -> None:
+    def _load(
+        self, param: Tensor, state: Mapping[str, Any], own: State, group: dict[str, Any], rank: int | float | None
+    ) -> None:
         """Copies of a whole `state` what this rank keeps into `own`."""
         whole = {key: v if isinstance(v, Tensor) else torch.as_tensor(v) for key, v in state.items()}
-        for key, value in (self._here(param, whole) if self._apart else whole).items():
+        for key, value in (self._here(param, whole, group, rank) if self._apart else whole).items():
             if key in own:
                 own[key].copy_(value)
 

@@ -244,6 +244,49 @@ def test_moments_of_8_bits_are_those_of_the_whole_weight(ranks):
         assert all(torch.equal(value, again[1]["state"][i][key]) for key, value in own.items())
 
 
+def with_another_rate(config):
+    """One goes on as it was, the other from what it loads; then both get another rate, and step."""
+    found = []
+    state, weights = {}, {}
+    for loads in (False, True):
+        model = fsdp(weights=weights or None)
+        optimizer = build(model, config)
+        if loads:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        else:
+            run(model, optimizer, mine(), steps=range(3))
+            weights = whole(model)
+            state = optimizer.state_dict()
+        for group in optimizer.param_groups:
+            group["lr"] *= 10.0
+        run(model, optimizer, mine(), steps=range(3, 5))
+        found.append(whole(model))
+    return all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("name", ["muon", "galore/power"])
+def test_what_was_loaded_follows_the_schedule(ranks, name):
+    assert ranks(2).run(with_another_rate, replace(CONFIGS[name], weight_decay=0.1)) == [True, True]
+
+
+def ranks_of_its_own(state=None):
+    model = fsdp()
+    given = {"square.weight": 2, "up.weight": 3, "down.weight": 1}
+    optimizer = build(model, CONFIGS["galore/power"], ranks=given if state is None else None)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    run(model, optimizer, mine(), steps=range(3))
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def test_ranks_of_their_own_are_loaded_into_pieces(ranks):
+    first = ranks(2).run(ranks_of_its_own)[0]
+    again = ranks(2).run(ranks_of_its_own, first)[0]
+    shapes = {i: looks(own) for i, own in first["state"].items()}
+    assert {i: looks(own) for i, own in again["state"].items()} == shapes
+    assert len({own["basis"].shape for own in first["state"].values() if "basis" in own}) >= 3
+
+
 def test_state_dict_is_that_of_one_process_on_every_rank(ranks):
     first, second = ranks(2).run(handed_over, by="plain")
     for name in KEPT:
