@@ -185,19 +185,28 @@ class InBackward(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _take_image(self, param: Tensor) -> None:
-        if param.grad is None or param not in self._homes:
+        whole = self._gradient(param)
+        if whole is None or param not in self._homes:
             return
         first = param not in self._images
         for group, bucket, i in self._homes[param]:
             rule, _ = self.rules(group, bucket.section, bucket.rank)
             assert isinstance(rule, LowRank)  # in_backward has looked
             state = bucket.state([i])
-            grad = local.bring([param.grad], bucket.view)
+            grad = local.bring([whole], bucket.view)
             step = bucket.step([i], group, self.axis, None)
             with fast_products(param.device):
                 image = rule.image(grad, state, step, first=first)
             self._images.add(param, bucket.prefix, image)
             self._hear(bucket, [i], step)
+        self._let_go(param)
+
+    def _gradient(self, param: Tensor) -> Tensor | None:
+        """The gradient by which `param` is stepped here and now."""
+        return param.grad
+
+    def _let_go(self, param: Tensor) -> None:
+        """Frees a gradient of which what is needed has been kept."""
         param.grad = None
 
     @torch.no_grad()

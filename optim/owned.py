@@ -338,7 +338,9 @@ class Owned(Sharded):
 
     def _once(self) -> list[Tensor]:
         """Gradients of which this rank's copy counts in a norm over all ranks."""
-        if not self._owning or self._carrier.rank == 0:
+        if not self._owning:
+            return super()._once()
+        if self._carrier.rank == 0:
             return self._gradients()
         several = {p for p, place in self._cut.items() if place.way == "all"}
         grads = [p.grad for p in self._cut if p.grad is not None and p not in several]

@@ -272,7 +272,9 @@ class Replicated(InBackward):
         """
         if self._meeting is None:
             return
-        name = difference(self._alike(), self._meeting.group)
+        self._refuse_drift(difference(self._alike(), self._meeting.group))
+
+    def _refuse_drift(self, name: str | None) -> None:
         if name is not None:
             raise ReplicaDrift(
                 f"replicas have drifted apart: {name} is not the same on all ranks after {self._steps} steps of this "

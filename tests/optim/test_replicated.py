@@ -503,7 +503,7 @@ def test_misuse_is_answered_with_the_remedy(ranks):
         "after_the_norm": "set optimizer.accumulating = True during every backward but the last",
         "other_models": "weight differs between rank",
         "other_names": "differs between rank",
-        "in_ddp": "give replicate the module inside it",
+        "in_ddp": "give the module inside it",
         "in_backward_before": "use mode 'off'",
         "in_backward_after": "use mode 'off'",
         "in_backward_of_ddp": "leave it 'off', and call replicate",

@@ -93,6 +93,45 @@ def test_replicas_of_sharded_models_are_one_process(ranks):
         assert all(apart(found[name], expected) <= wide(name) for found in answers), name
 
 
+def islands(configs, clip=None, how=None):
+    """Two islands of two ranks: FSDP2 knows its own island alone, and the islands exchange what a step needs."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    found = {}
+    for name, config in configs.items():
+        model = fsdp(mesh["shard"])
+        if dist.get_rank() >= 2:  # becomes the first island's
+            with torch.no_grad():
+                model.up.weight.mul_(2.0)
+        optimizer = build(model, config)
+        optimizer.replicate(mesh["replicate"].get_group(), check_every=5, **(how or {}))
+        run(model, optimizer, mine(), clip=clip)
+        assert optimizer.wire is not None
+        found[name] = whole(model), dict(optimizer.wire.payload)
+    return found
+
+
+def test_islands_of_sharded_models_exchange_coordinates(ranks):
+    answers = ranks(4).run(islands, PLAIN, timeout=240)
+    for name, config in PLAIN.items():
+        expected = alone(config, 4, all_alike=True)
+        for found in answers:
+            assert apart(found[name][0], expected) <= wide(name), name
+            alike = answers[0][name][0]
+            assert all(torch.equal(value, alike[key]) for key, value in found[name][0].items()), name
+    for name in ("subspace_adamw", "dct_adamw"):
+        sent = answers[0][name][1]
+        assert ("coordinates" in sent) is (getattr(PLAIN[name], "residual", "off") == "off"), name
+
+
+def test_islands_clip_by_what_is_left_of_gradients(ranks):
+    config = CONFIGS["galore/power"]
+    (found, sent) = ranks(4).run(islands, {"x": config}, clip=0.3)[3]["x"]
+    whole_messages, _ = ranks(4).run(islands, {"x": config}, clip=0.3, how={"messages": "full"})[3]["x"]
+    assert sent["coordinates"] > 0
+    assert apart(whole_messages, alone(config, 4, all_alike=True, clip=0.3, joint=True)) <= 2e-6
+    assert 1e-6 < apart(found, whole_messages) < 0.3  # the norm of coordinates is less than that of gradients
+
+
 HALF = {
     f"{name} {way}": replace(CONFIGS[name], half_weights=way)
     for name in ("galore/power", "ldadam", "adamw")
@@ -402,7 +441,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(ranks):
     found = ranks(2).run(refusals)[0]
     for sentence, word in zip(
         found,
-        ("leave them unsharded", "'off'", "give the result as ranks", "at construction", "root", "rows"),
+        ("give mesh['replicate']", "'off'", "give the result as ranks", "at construction", "root", "rows"),
         strict=True,
     ):
         assert word in sentence
