@@ -16,20 +16,21 @@ from thinrank.optim.exchange import local
 from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Part, Wire
 from thinrank.optim.exchange.shards import Carrier, Parcel, Span, even, owners
 from thinrank.optim.inner.half import HalfWeights
+from thinrank.optim.islands import Islands
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.linalg.quantise import BLOCK
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice
 from thinrank.optim.replicated import MESSAGES, ROWS, equalise, refuse_wrapped
 from thinrank.optim.rule import MatrixRule, Probe, State, Step, Tells
-from thinrank.optim.sharded import Place, Sharded, cost
+from thinrank.optim.sharded import Place, cost
 from thinrank.optim.update import Update
 
 EVEN_FROM = 2**16
 """Entries from which what is stepped element by element is cut into equal pieces; smaller ones every rank steps."""
 
 
-class Owned(Sharded):
+class Owned(Islands):
     """What an optimizer of matrices does where ranks hold the same weights and other data, and one of them steps each.
 
     Gradients meet at the owner alone: their coordinates where these are enough, in half the bytes of a sum that all

@@ -14,30 +14,19 @@ from torch import Tensor
 from thinrank.optim.allocation import Allocation
 from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket
-from thinrank.optim.exchange import local
 from thinrank.optim.exchange.dtensors import DTensorShards, is_sharded
 from thinrank.optim.exchange.replicas import (
-    BUCKET_BYTES,
-    Group,
-    Letter,
-    Part,
     Wire,
     anywhere,
-    broadcast,
-    difference,
     from_first,
     gathered,
     summed,
 )
 from thinrank.optim.exchange.shards import Carrier, Parcel, Shards, Span, length, owners
 from thinrank.optim.inner.half import HalfWeights
-from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.linalg.quantise import BLOCK
-from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.matrix import MatrixView
-from thinrank.optim.methods.config import choice, whole_steps
 from thinrank.optim.own_ranks import OwnRanks, ranks_of
-from thinrank.optim.replicated import MESSAGES
 from thinrank.optim.rule import ByRows, MatrixRule, Probe, State
 from thinrank.optim.update import Update
 
@@ -69,29 +58,6 @@ class Place:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True, slots=True)
-class _Replicas:
-    """The ranks that hold the same pieces, and how they are written to."""
-
-    group: Group
-    dtype: torch.dtype | None
-    bucket_bytes: int
-
-    def mean(self, parts: Sequence[Part], wire: Wire) -> list[Tensor]:
-        """The means of `parts` over the ranks, in letters of at least `bucket_bytes`, all on their way at once."""
-        letters: list[Letter] = []
-        some: list[Part] = []
-        for part in parts:
-            some.append(part)
-            if sum(p.value.numel() * p.value.element_size() for p in some) >= self.bucket_bytes:
-                letters.append(Letter(some, self.group, self.dtype, wire))
-                some = []
-        letters.append(Letter(some, self.group, self.dtype, wire))
-        for letter in letters:
-            letter.turn()
-        return [value for letter in letters for value in letter.open()]
-
-
 class Sharded(OwnRanks):
     """What an optimizer of matrices does where a framework has cut the weights into pieces.
 
@@ -101,8 +67,6 @@ class Sharded(OwnRanks):
     """
 
     _shards: Shards | None = None
-    _replicas: _Replicas | None = None
-    _met = False
     _brought: dict[Tensor, tuple[Tensor, Tensor]]
     """Of what is stepped here and now, the gradient and the weight."""
 
@@ -336,10 +300,6 @@ class Sharded(OwnRanks):
             return self._brought[param][0]
         return super()._gradient(param) if self._shards is None else None
 
-    def _take_image(self, param: Tensor) -> None:
-        if self._shards is None or param not in self._images:  # of a piece, replicas have left an image of the whole
-            super()._take_image(param)
-
     def _let_go(self, param: Tensor) -> None:
         if self._shards is None:
             super()._let_go(param)
@@ -435,120 +395,13 @@ class Sharded(OwnRanks):
 
     def _once(self) -> list[Tensor]:
         """Gradients that lie here and that no other rank counts in the norm of all."""
-        if self._shards is None or not self._images:
-            return self._gradients()
-        grads = [self._shards.gradient(param) for _, param in self._named() if param not in self._images]
-        return [grad for grad in grads if grad is not None]
+        return self._gradients()
 
     def _gradients(self) -> list[Tensor]:
         if self._shards is None:
             return super()._gradients()
         grads = [self._shards.gradient(param) for _, param in self._named()]
         return [grad for grad in grads if grad is not None]
-
-    # --- replicas of what is sharded ----------------------------------------------------------------------------------
-
-    def replicate(
-        self,
-        group: Group | None = None,
-        *,
-        messages: str = "auto",
-        dtype: torch.dtype | None = None,
-        check_every: int | None = 100,
-        bucket_bytes: int = BUCKET_BYTES,
-        **others: Any,
-    ) -> None:
-        """As `Replicated.replicate`. Of a model that went through `fully_shard`, `group` are the ranks that hold the
-        same pieces and other data: one of each of several groups of ranks over which the model is sharded.
-
-        What travels between those is what a step needs of the gradients' pieces: coordinates of matrices that are
-        stepped by rows, gradients of everything else. It leaves when gradients are asked for, after backward.
-        """
-        if self._shards is None:
-            super().replicate(
-                group,
-                messages=messages,
-                dtype=dtype,
-                check_every=check_every,
-                bucket_bytes=bucket_bytes,
-                **others,
-            )
-            return
-        if others or not isinstance(self._shards, DTensorShards) or group is None:
-            raise ValueError(
-                "replicas of a model that went through fully_shard need the group of ranks that hold the same pieces, "
-                "and no more than messages, dtype, check_every and bucket_bytes: give mesh['replicate'].get_group(), "
-                "where it is sharded over mesh['shard']"
-            )
-        choice("messages", messages, MESSAGES)
-        if check_every is not None:
-            whole_steps("check_every", check_every)
-        self._whole_messages = messages == "full"
-        self._check_every, self._steps = check_every, 0
-        self._replicas = _Replicas(group, dtype, bucket_bytes)
-        broadcast((self._shards.weight(param) for _, param in self._named()), group)
-
-    @torch.no_grad()
-    def _meet(self) -> None:
-        if self._shards is None or self._replicas is None:
-            super()._meet()
-            return
-        if self._met:
-            return
-        self._met = True
-        parts: list[Part] = []
-        takers: list[tuple[Tensor, list[Part]]] = []
-        for _, param in self._named():
-            grad = self._shards.gradient(param)
-            if grad is not None:
-                takers.append((param, self._parts_of(param, grad)))
-                parts += takers[-1][1]
-        means = iter(self._replicas.mean(parts, self._wire))
-        for param, own in takers:
-            for part in own:
-                if part.place:
-                    self._images.add(param, part.place[0], {part.place[1]: next(means)})
-                else:
-                    part.value.copy_(next(means))
-
-    def _parts_of(self, param: Tensor, grad: Tensor) -> list[Part]:
-        """What replicas are sent of a piece of a gradient: its rows' coordinates where these are enough."""
-        if self._cut[param].way != "rows":
-            return [Part("dense" if self._cut[param].way == "piece" else "gradients", grad)]
-        ((group, bucket, i),) = self._homes[param]
-        rule, _ = self.rules(group, bucket.section, bucket.rank)
-        step, state = bucket.step([i], group, self.axis, None), bucket.state([i])
-        if not isinstance(rule, LowRank) or not self._sends_coordinates(rule):
-            return [Part("gradients", grad)]
-        if rule.chooses(state, step):
-            return [Part("renewals", grad)]
-        with fast_products(grad.device):
-            image = rule.image(local.bring([grad.view(bucket.view.stored)], bucket.view), state, step, first=False)
-        return [Part("coordinates", value, (bucket.prefix, key)) for key, value in image.items()]
-
-    def _stepped(self) -> None:
-        if self._shards is None or self._replicas is None:
-            super()._stepped()
-            return
-        self._met = False
-        self._steps += 1
-        if self._check_every is not None and self._steps % self._check_every == 0:
-            self.check_replicas()
-
-    def check_replicas(self) -> None:
-        """As `Replicated.check_replicas`; of what is sharded, the pieces and the state that lie here."""
-        if self._shards is None or self._replicas is None:
-            super().check_replicas()
-            return
-        held: dict[str, Tensor] = {}
-        for name, param in self._named():
-            held[name] = self._shards.weight(param)
-            held |= {f"{key} of {name}": value for key, value in self.state[param].items()}
-        self._refuse_drift(difference({k: v for k, v in held.items() if v.numel()}, self._replicas.group))
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        self._met = False
 
     # --- what does not go together ------------------------------------------------------------------------------------
 
