@@ -411,6 +411,20 @@ class MatrixOptimizer(OwnRanks):
 
     # --- state ------------------------------------------------------------------------------------------------------
 
+    def matrices(self, index: int) -> list[list[tuple[MatrixRule, tuple[int, int, int]]]]:
+        """For each parameter of group `index` the rule and the shape (blocks, long, short) of each matrix that it is
+        seen as; [] for one that is stepped element by element."""
+        group = self.param_groups[index]
+        found = []
+        for param, rank in zip(group["params"], ranks_of(group), strict=True):
+            shown: list[tuple[MatrixRule, tuple[int, int, int]]] = []
+            for section, view in enumerate(self._views(param, group, rank)):
+                rule, _ = self.rules(group, section, rank)
+                assert rule is not None  # there are views for matrix rules only
+                shown.append((rule, (view.blocks, *view.shape)))
+            found.append(shown)
+        return found
+
     def state_bytes(self) -> int:
         """Bytes of all state tensors as they are."""
         return sum(v.numel() * v.element_size() for state in self.state.values() for v in state.values())

@@ -62,7 +62,7 @@ class SparseResidual:
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
         """`entries` (batch, k) int32 (int64 from 2³¹ places on), their two moments and, where S changes, their ages."""
         batch, size = shape[0], shape[1] * shape[2]
-        k = min(size, math.ceil(round(self.density * size, 6)))
+        k = self._kept(size)
         places = torch.arange(k, dtype=torch.int32 if size < 2**31 else torch.int64, device=device)
         keys = MOMENTS[:2] if self.reselect == "never" else MOMENTS
         return {
@@ -76,8 +76,18 @@ class SparseResidual:
         image = self.image(x, low, subspace, state, step, first=True)
         return self.lift(image, direction, x.shape[-1], subspace, state, step)
 
+    def _kept(self, size: int) -> int:
+        return min(size, math.ceil(round(self.density * size, 6)))
+
     def chooses(self, step: Step) -> bool:
-        return any(count < max(self.warmup, 1) for count in step.count)
+        return any(count < self.searches for count in step.count)
+
+    @property
+    def searches(self) -> int:
+        return max(self.warmup, 1)
+
+    def image_sizes(self, shape: tuple[int, int, int]) -> dict[str, int]:
+        return {"at_entries": shape[0] * self._kept(shape[1] * shape[2])}
 
     def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step, *, first: bool) -> State:
         """`at_entries` (batch, k): the entries of `x` in S, and zeros for matrices that still search.
@@ -128,7 +138,7 @@ class SparseResidual:
 
     def _choose(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step) -> None:
         """Lets `x` have its say in the choice of S, where one is to be made."""
-        searching = [i for i, count in enumerate(step.count) if count < max(self.warmup, 1)]
+        searching = [i for i, count in enumerate(step.count) if count < self.searches]
         again: list[int] = []
         if self.reselect == "renewal":
             later = [i for i, count in enumerate(step.count) if count > self.warmup]

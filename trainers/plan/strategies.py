@@ -1,0 +1,156 @@
+"""How a strategy divides weights, gradients and state among processes, and what travels for a step.
+
+A strategy is one small class; `STRATEGIES` has them by the names that configurations use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from thinrank.optim.grouping import Row
+from thinrank.optim.replicated import BUCKET_BYTES
+from thinrank.trainers.errors import UserError
+from thinrank.trainers.plan.wire import Traffic, averaged_gradients, averaged_images, gradient_bytes
+from thinrank.trainers.strategies.config import MESSAGE_DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes that the fullest process holds.
+
+    Attributes:
+        weights: trained or not.
+        gradients: of the trained weights, complete, when the optimizer's step begins: where updates need no more, what
+            is left of them.
+        arriving: the most of them before that, in a step that chooses by gradients.
+        state: of the optimizer.
+        bases: the part of `state` that says where subspaces are.
+        buffers: for the exchange, beside all these.
+    """
+
+    weights: int
+    gradients: int
+    arriving: int
+    state: int
+    bases: int
+    buffers: int = 0
+
+
+class Strategy(Protocol):
+    """What a plan asks of a strategy. `rows` are `route`'s, `frozen` the bytes of weights that are not trained, and
+    `in_backward` is the trainer's."""
+
+    def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str) -> Held: ...
+
+    def sent(self, rows: Sequence[Row], world: int) -> Traffic: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """One process, or several that do not meet."""
+
+    def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
+        everything = gradient_bytes(rows)
+        left = {"off": everything, "project": images_left(rows), "step": 0}[in_backward]
+        largest = max((row.elements * row.itemsize for row in rows), default=0)
+        return Held(
+            weights=frozen + everything,
+            gradients=left,
+            arriving=everything if in_backward == "off" else max(left, largest),
+            state=sum(row.state_bytes for row in rows),
+            bases=sum(row.bases_bytes for row in rows),
+        )
+
+    def sent(self, rows: Sequence[Row], world: int) -> Traffic:
+        return Traffic()
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """torch's DDP: everything everywhere, gradients summed up in buckets that are as large as they are and stay."""
+
+    def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
+        alone = Alone().held(rows, frozen, world, in_backward)
+        return Held(**{**vars(alone), "buffers": gradient_bytes(rows)})
+
+    def sent(self, rows: Sequence[Row], world: int) -> Traffic:
+        return averaged_gradients(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """`MatrixOptimizer.replicate`: everything everywhere; gradients are freed once they are sent.
+
+    Attributes:
+        messages: `auto` or `full`.
+        dtype: of the messages.
+    """
+
+    messages: str = "auto"
+    dtype: torch.dtype | None = None
+
+    def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
+        alone = Alone().held(rows, frozen, world)
+        sends = [row for row in rows if row.sends_image and self.messages == "auto"]
+        rest = [row for row in rows if row not in sends]
+        # What is on its way takes the place of gradients; a letter is copied together while its gradients are there.
+        buffers = self._largest_letter(rows)
+        if self.dtype is not None:
+            buffers += sum(row.elements * self.dtype.itemsize for row in rows if row.itemsize != self.dtype.itemsize)
+        return Held(**{**vars(alone), "gradients": images_left(sends) + gradient_bytes(rest), "buffers": buffers})
+
+    def sent(self, rows: Sequence[Row], world: int) -> Traffic:
+        return averaged_images(rows, dtype=self.dtype, messages=self.messages)
+
+    def _largest_letter(self, rows: Sequence[Row]) -> int:
+        """Bytes of the largest letter in a step that renews; letters are filled in the order of backward."""
+        largest = letter = usual = 0
+        for row in reversed(rows):
+            if usual >= BUCKET_BYTES:
+                letter = usual = 0
+            small = row.sends_image and self.messages == "auto"
+            usual += 4 * row.image["coordinates"] if small else row.elements * row.itemsize
+            letter += row.elements * (self.dtype.itemsize if self.dtype else row.itemsize)
+            largest = max(largest, letter)
+        return largest
+
+
+def images_left(rows: Sequence[Row]) -> int:
+    """Bytes of gradients where what updates need of them has taken their place."""
+    return sum(4 * sum(row.image.values()) if row.image else row.elements * row.itemsize for row in rows)
+
+
+def _replicas(config: Any) -> Strategy:
+    return Replicas(config.messages, MESSAGE_DTYPES[config.dtype])
+
+
+STRATEGIES: Mapping[str, Callable[[Any], Strategy]] = {
+    "ddp": lambda config: Averaged(),
+    "thinrank_ddp": _replicas,
+}
+"""From a strategy's configuration to what it holds and sends, by `name`; `auto` stands for one of them."""
+
+
+def is_planned(config: Any) -> bool:
+    """Whether somebody has said what the strategy holds and sends."""
+    return config.name == "auto" or config.name in STRATEGIES
+
+
+def strategy_of(config: Any, world: int) -> Strategy:
+    """What `config` holds and sends on `world` processes.
+
+    Raises:
+        UserError: nobody has said yet.
+    """
+    if config.name == "auto":
+        return Averaged() if world > 1 else Alone()
+    if not is_planned(config):
+        raise UserError(
+            f"there is no plan for strategy={config.name} yet: choose one of auto, {', '.join(STRATEGIES)}, or run it "
+            "without a plan"
+        )
+    return STRATEGIES[config.name](config)
