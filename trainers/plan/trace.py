@@ -112,6 +112,9 @@ def _step(
     live = Live([*model.parameters(), *model.buffers(), *state, *given], number=number)
     held, activations = live.now, 0
     del state
+    for own in optimizer.state.values():
+        if not own["step"].is_meta:  # counts that have come to the host at an earlier step
+            own["step"].fill_(number)
     if not passes:
         for param, grad in zip((p for p in model.parameters() if p.requires_grad), given, strict=True):
             param.grad = grad
@@ -202,7 +205,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        batch, heads, length, _ = query.shape
+        out = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)  # as kernels lay it out
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
 
