@@ -240,6 +240,8 @@ def _train(parts: Parts) -> dict[str, Any]:
     before = start_metrics(parts) if parts.job.measures_start else {}
     seed_all(config.trainer.seed, world.rank)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()  # of this run, whatever the process did before
     trainer.fit(parts.module, datamodule=parts.data, ckpt_path=parts.resume, weights_only=True)
     preempted = parts.preemption.preempted
     facts: dict[str, Any] = {

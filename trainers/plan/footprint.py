@@ -41,11 +41,8 @@ class Footprint:
 
     @property
     def peak(self) -> int | None:
-        """Most bytes at one time: in the passes, or in the step, which finds complete gradients."""
-        if self.work is None:
-            return None
-        held = self.held
-        return held.weights + held.state + held.buffers + max(self.work.passes, held.arriving + self.work.step)
+        """Most bytes at one time."""
+        return None if self.work is None else self.held.peak(self.work)
 
     def sent(self, start: int, end: int) -> float:
         """Bytes of payload a step, in the mean of the optimizer steps from `start` to before `end`."""

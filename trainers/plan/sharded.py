@@ -30,9 +30,9 @@ class Sharded:
         return Held(
             weights=weights if self.stage < 3 else _share(weights, world),
             gradients=kept,
-            arriving=kept,
             state=_share(sum(row.state_bytes for row in rows), world),
             bases=_share(sum(row.bases_bytes for row in rows), world),
+            arriving=kept,
         )
 
     def sent(self, rows: Sequence[Row], world: int) -> Traffic:

@@ -6,7 +6,7 @@ A strategy is one small class; `STRATEGIES` has them by the names that configura
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from thinrank.optim.grouping import Row
 from thinrank.optim.replicated import BUCKET_BYTES
 from thinrank.trainers.errors import UserError
+from thinrank.trainers.plan.trace import Work
 from thinrank.trainers.plan.wire import Traffic, averaged_gradients, averaged_images, gradient_bytes
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
 
@@ -24,20 +25,28 @@ class Held:
 
     Attributes:
         weights: trained or not.
-        gradients: of the trained weights, complete, when the optimizer's step begins: where updates need no more, what
+        gradients: of the trained weights, complete, when the optimizer's step begins; where updates need no more, what
             is left of them.
-        arriving: the most of them before that, in a step that chooses by gradients.
         state: of the optimizer.
         bases: the part of `state` that says where subspaces are.
-        buffers: for the exchange, beside all these.
+        buffers: for the exchange.
+        lasting: the part of `buffers` that is always there; the rest, when nearly all gradients are.
+        arriving: most of gradients, messages and what is made of them while processes meet, before the step; where no
+            such time is, the gradients.
     """
 
     weights: int
     gradients: int
-    arriving: int
     state: int
     bases: int
     buffers: int = 0
+    lasting: int = 0
+    arriving: int = 0
+
+    def peak(self, work: Work) -> int:
+        """Most bytes at one time: in the passes, when processes meet and renew by what has come, or in the step."""
+        met = self.arriving + max(work.renewal, self.buffers - self.lasting)
+        return self.weights + self.state + self.lasting + max(work.passes, met, self.gradients + work.step)
 
 
 class Strategy(Protocol):
@@ -56,13 +65,12 @@ class Alone:
     def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
         everything = gradient_bytes(rows)
         left = {"off": everything, "project": images_left(rows), "step": 0}[in_backward]
-        largest = max((row.elements * row.itemsize for row in rows), default=0)
         return Held(
             weights=frozen + everything,
             gradients=left,
-            arriving=everything if in_backward == "off" else max(left, largest),
             state=sum(row.state_bytes for row in rows),
             bases=sum(row.bases_bytes for row in rows),
+            arriving=left,
         )
 
     def sent(self, rows: Sequence[Row], world: int) -> Traffic:
@@ -75,7 +83,7 @@ class Averaged:
 
     def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
         alone = Alone().held(rows, frozen, world, in_backward)
-        return Held(**{**vars(alone), "buffers": gradient_bytes(rows)})
+        return replace(alone, buffers=gradient_bytes(rows), lasting=gradient_bytes(rows))
 
     def sent(self, rows: Sequence[Row], world: int) -> Traffic:
         return averaged_gradients(rows)
@@ -96,15 +104,20 @@ class Replicas:
     def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
         alone = Alone().held(rows, frozen, world)
         sends = [row for row in rows if row.sends_image and self.messages == "auto"]
-        rest = [row for row in rows if row not in sends]
-        # What is on its way takes the place of gradients; a letter is copied together while its gradients are there.
-        buffers = self._largest_letter(rows)
-        if self.dtype is not None:
-            buffers += sum(row.elements * self.dtype.itemsize for row in rows if row.itemsize != self.dtype.itemsize)
-        return Held(**{**vars(alone), "gradients": images_left(sends) + gradient_bytes(rest), "buffers": buffers})
+        left = images_left(sends) + gradient_bytes([row for row in rows if row not in sends])
+        letters = self._whole(rows)
+        if self.dtype is None:  # gradients are views of what came
+            arriving = letters + images_left(sends)
+        else:
+            arriving = letters + left + max((row.elements * row.itemsize for row in sends), default=0)
+        return replace(alone, gradients=left, buffers=self._largest_letter(rows), arriving=arriving)
 
     def sent(self, rows: Sequence[Row], world: int) -> Traffic:
         return averaged_images(rows, dtype=self.dtype, messages=self.messages)
+
+    def _whole(self, rows: Sequence[Row]) -> int:
+        """Bytes of the messages in a step that renews."""
+        return sum(row.elements * (self.dtype.itemsize if self.dtype else row.itemsize) for row in rows)
 
     def _largest_letter(self, rows: Sequence[Row]) -> int:
         """Bytes of the largest letter in a step that renews; letters are filled in the order of backward."""
@@ -114,7 +127,7 @@ class Replicas:
                 letter = usual = 0
             small = row.sends_image and self.messages == "auto"
             usual += 4 * row.image["coordinates"] if small else row.elements * row.itemsize
-            letter += row.elements * (self.dtype.itemsize if self.dtype else row.itemsize)
+            letter += self._whole([row])
             largest = max(largest, letter)
         return largest
 

@@ -1,4 +1,4 @@
-"""A step traced without memory allocates what the same step does with memory, to the byte where the code is the same."""
+"""A step traced without memory allocates what the same step does with it, to the byte where the code is the same."""
 
 import contextlib
 from dataclasses import fields, replace

@@ -81,8 +81,10 @@ def test_what_a_process_holds():
     assert Averaged().held(found, 0, 2).buffers == 4 * ALL
     replicas = Replicas().held(found, 0, 2)
     assert replicas.gradients == 4 * (24 * 3 + TABLE + VECTOR)
-    assert (replicas.arriving, replicas.state, replicas.buffers) == (4 * ALL, state, 4 * ALL)
-    assert Replicas(dtype=torch.bfloat16).held(found, 0, 2).buffers == 2 * ALL + 2 * ALL
+    assert (replicas.arriving, replicas.state, replicas.buffers) == (4 * ALL + 4 * 24 * 3, state, 4 * ALL)
+    half = Replicas(dtype=torch.bfloat16).held(found, 0, 2)
+    assert half.buffers == 2 * ALL
+    assert half.arriving == 2 * ALL + replicas.gradients + 4 * MATRIX
 
 
 def test_gradients_taken_in_backward():
