@@ -60,6 +60,7 @@ def most(method, strategy, batch):
         stepping.CPU_BATCH_BYTES, replicas.DIRECT_BYTES = before
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [(1, 8), (4, 160)], ids=["step", "passes"])
 @pytest.mark.parametrize(
