@@ -22,6 +22,8 @@ run gpu-memory-1b-adamw "$PYTHON" benchmarks/memory.py --preset 1b --method adam
 run gpu-memory-1b-galore "$PYTHON" benchmarks/memory.py --preset 1b --rank 512 --in-backward project
 run gpu-pretrain "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain.py \
     run.dir="$(mktemp -d)/pretrain"
-run gpu-pretrain-replicas "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain.py \
-    strategy=thinrank_ddp optimizer=galore run.dir="$(mktemp -d)/replicas"
+for strategy in thinrank_ddp thinrank_owned thinrank_fsdp2 thinrank_zero1 thinrank_zero2 thinrank_zero3; do
+    run "gpu-pretrain-$strategy" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain.py \
+        "strategy=$strategy" optimizer=galore run.dir="$(mktemp -d)/run"
+done
 exit $failed

@@ -18,6 +18,7 @@ from thinrank.trainers.jobs import Finetuning, Job, Pretraining
 from thinrank.trainers.plan.footprint import Footprint, footprint
 from thinrank.trainers.plan.page import page
 from thinrank.trainers.plan.precision import as_trained
+from thinrank.trainers.plan.strategies import is_planned
 from thinrank.trainers.plan.trace import Work
 from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.strategies.world import World
@@ -39,7 +40,8 @@ def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
     config: TrainingConfig = loaded.config
     found = laid_out(config, planned_world(config))
     world, sizes, model, routing, vocab = found.world, found.sizes, found.model, found.routing, found.vocab
-    dense, plan = found.job.adamw_bytes(model), found.plan()
+    dense, choice = found.job.adamw_bytes(model), config.strategy
+    unplanned = f"there is no plan of memory and messages for strategy={choice.name} yet"
     name, state = loaded.names["optimizer"], routing.state_bytes()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
@@ -58,7 +60,7 @@ def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
         f"{counted(sizes.accumulate, 'micro-batch', 'es')} × {counted(sizes.micro_batch, 'sequence')})",
         f"the run: {sizes.steps:,} steps, {sizes.steps * sizes.tokens_per_step:,} tokens",
         "",
-        page(plan),
+        page(found.plan()) if is_planned(choice) else unplanned,
         "",
         "nothing was written; to run it:",
         f"  {launch_line(world, arguments, script)}",

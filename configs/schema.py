@@ -12,13 +12,18 @@ from thinrank.trainers.data.config import FilesConfig, HeadersConfig, HuggingFac
 from thinrank.trainers.finetune import FinetuneConfig
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
-from thinrank.trainers.strategies import ReplicatedConfig, StrategyConfig
+from thinrank.trainers.strategies import OwnedConfig, ReplicatedConfig, StrategyConfig
 
 FOLDER = Path(__file__).parent
 """Where the YAML files are."""
 
 DATA = {"pysource": PySourceConfig, "headers": HeadersConfig, "files": FilesConfig, "hf": HuggingFaceConfig}
-STRATEGIES = {"auto": StrategyConfig, "ddp": StrategyConfig, "thinrank_ddp": ReplicatedConfig}
+STRATEGIES = {
+    "auto": StrategyConfig,
+    "ddp": StrategyConfig,
+    "thinrank_ddp": ReplicatedConfig,
+    "thinrank_owned": OwnedConfig,
+}
 
 PRETRAIN = Schema(
     root=PretrainConfig,

@@ -49,6 +49,7 @@ from thinrank.optim.optimizers import (
     SubspaceAdamW,
     Trion,
 )
+from thinrank.optim.owned import own
 from thinrank.optim.ranks import allocated_ranks
 from thinrank.optim.replicated import ReplicaDrift, replicate
 
@@ -100,6 +101,7 @@ __all__ = [
     "attention_layouts",
     "build",
     "matrix_views",
+    "own",
     "replicate",
     "roles",
     "route",

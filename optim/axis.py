@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ class Axis:
     Attributes:
         rows: ranks that hold other rows (of the long side) of the same matrix, or None when it is whole here.
         replicas: ranks that computed the gradient of other data, or None when gradients arrive averaged.
+        note: is told the bytes of everything that is summed over the rows' ranks, and how many these are; or None.
 
     Both operations return a new tensor (or `x` itself where there is nobody to ask) and must be called by
     every rank of the group in the same order.
@@ -23,6 +25,7 @@ class Axis:
 
     rows: dist.ProcessGroup | None = None
     replicas: dist.ProcessGroup | None = None
+    note: Callable[[int, int], None] | None = field(default=None, compare=False)
 
     @property
     def whole(self) -> bool:
@@ -31,7 +34,11 @@ class Axis:
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the rows' ranks of something small: (short, r), (r, r), a vector, a scalar."""
-        return x if self.rows is None else _reduced(x, self.rows)
+        if self.rows is None:
+            return x
+        if self.note is not None:
+            self.note(x.numel() * x.element_size(), dist.get_world_size(self.rows))
+        return _reduced(x, self.rows)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over the replicas. Linear maps of a gradient may be averaged instead of the gradient."""

@@ -185,19 +185,28 @@ class InBackward(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _take_image(self, param: Tensor) -> None:
-        if param.grad is None or param not in self._homes:
+        whole = self._gradient(param)
+        if whole is None or param not in self._homes:
             return
         first = param not in self._images
         for group, bucket, i in self._homes[param]:
             rule, _ = self.rules(group, bucket.section, bucket.rank)
             assert isinstance(rule, LowRank)  # in_backward has looked
             state = bucket.state([i])
-            grad = local.bring([param.grad], bucket.view)
+            grad = local.bring([whole], bucket.view)
             step = bucket.step([i], group, self.axis, None)
             with fast_products(param.device):
                 image = rule.image(grad, state, step, first=first)
             self._images.add(param, bucket.prefix, image)
             self._hear(bucket, [i], step)
+        self._let_go(param)
+
+    def _gradient(self, param: Tensor) -> Tensor | None:
+        """The gradient by which `param` is stepped here and now."""
+        return param.grad
+
+    def _let_go(self, param: Tensor) -> None:
+        """Frees a gradient of which what is needed has been kept."""
         param.grad = None
 
     @torch.no_grad()
@@ -250,8 +259,10 @@ class InBackward(torch.optim.Optimizer):
         by themselves: `sqrt(‖P‖² + ‖(G − P)_S‖²)`, P being what the coordinates stand for. Both parts are orthogonal,
         so nothing is counted twice, the norm is never above the gradient's, and with all entries it is the gradient's.
         """
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm([*grads, *self._visible()])
+        return torch.nn.utils.get_total_norm([*self._gradients(), *self._visible()])
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def _visible(self) -> list[Tensor]:
         found: list[Tensor] = []
@@ -271,8 +282,7 @@ class InBackward(torch.optim.Optimizer):
         With `in_backward("project")` a matrix counts with the norm of what is left of its gradient (`gradient_norm`).
         """
         norm = self.gradient_norm()  # where replicas have to meet, here
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for tensor in (*grads, *self._images.tensors()):
+        for tensor in (*self._gradients(), *self._images.tensors()):
             tensor.mul_(factor.to(tensor.device))
         return norm

@@ -32,6 +32,7 @@ class Bucket:
         keys: a stable number for each matrix.
         section: of a fused weight, which part of it the view shows.
         rank: of these matrices; None where the method has none.
+        axis: the ranks that hold other rows of these matrices; None where nobody does.
         overlap: of each matrix, the share of the old subspace in the new one at its last renewal since somebody asked;
             no number for those that had none.
     """
@@ -45,6 +46,7 @@ class Bucket:
     keys: list[int]
     section: int
     rank: int | float | None
+    axis: Axis | None = None
     overlap: Tensor | None = None
 
     @classmethod
@@ -56,6 +58,7 @@ class Bucket:
         prefix: str,
         section: int,
         rank: int | float | None,
+        axis: Axis | None = None,
     ) -> Bucket:
         """Stacks the states of `members` and puts views of the stack in their place."""
         keys = [k[len(prefix) :] for k in states[0] if k not in OF_PARAMETER and k.startswith(prefix)]
@@ -72,7 +75,7 @@ class Bucket:
             state["step"] = counts[i]
         names = [name for _, name in members]
         numbers = [key_of(f"{prefix}{name}.{block}") for name in names for block in range(view.blocks)]
-        return cls([param for param, _ in members], names, view, prefix, stacked, counts, numbers, section, rank)
+        return cls([param for param, _ in members], names, view, prefix, stacked, counts, numbers, section, rank, axis)
 
     def rows(self, active: Sequence[int]) -> list[int] | slice:
         """Rows of the stack that belong to the parameters at the places `active` (rising)."""
@@ -109,7 +112,7 @@ class Bucket:
             count=[int(counts[i]) for i in active for _ in range(blocks)],
             keys=[self.keys[i * blocks + b] for i in active for b in range(blocks)],
             seed=group["seed"],
-            axis=axis,
+            axis=axis if self.axis is None else self.axis,
             transposed=self.view.transposed,
             record=record,
             notes=[],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,8 @@ from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods.config import MethodConfig
-from thinrank.optim.own_ranks import OwnRanks, ranks_of
+from thinrank.optim.own_ranks import ranks_of
+from thinrank.optim.owned import Owned
 from thinrank.optim.rule import Decay, MatrixRule, Probe, State, Step, key_of, seed_of
 from thinrank.optim.skipped import Skipped
 
@@ -51,7 +52,7 @@ ABSENT = ("maximize", "amsgrad", "capturable", "differentiable")
 """Switches of torch's optimizers that change what a step does and that a step here does not know."""
 
 
-class MatrixOptimizer(OwnRanks):
+class MatrixOptimizer(Owned):
     """Base of all optimizers of the suite; the subclass says which method's rooms its groups are built from.
 
     A parameter group is stepped by the method's rule for matrices wherever a parameter has at least two dimensions,
@@ -105,9 +106,11 @@ class MatrixOptimizer(OwnRanks):
         given = {key: value for key, value in bound.arguments.items() if key != "params"}
         self._forget()
         super().__init__(params, {**GROUP_EXTRAS, **given})
+        self._shard_if_cut()
 
     def _forget(self) -> None:
         """Drops what can be recomputed."""
+        super()._forget()
         self._forget_gradients()
         self._layouts: list[Layout] | None = None
         self._seen: dict[Tensor, State] = {}
@@ -134,6 +137,10 @@ class MatrixOptimizer(OwnRanks):
                 if key in param_group:
                     raise ValueError(f"{type(self).__name__}: {other} is another name for {key}: give one of the two")
                 param_group = {(key if name == other else name): value for name, value in param_group.items()}
+        if self._apart:
+            raise ValueError(
+                f"{type(self).__name__} has already decided which rank steps what: give it all groups at construction"
+            )
         for key in ABSENT:
             if param_group.get(key):
                 raise ValueError(f"{type(self).__name__} has no {key}: leave it out of the parameter group")
@@ -151,7 +158,7 @@ class MatrixOptimizer(OwnRanks):
             self._refuse_ranks(group)
             for name, param, rank in zip(self.names(index), group["params"], ranks_of(group), strict=True):
                 self._refuse(name, param)
-                self.state[param] = self._initial_state(name, param, group, rank)
+                self.state[param] = self._initial_state(name, self._like(param), group, rank)
         except Exception:
             self.param_groups.pop()
             for param in group["params"]:
@@ -252,12 +259,27 @@ class MatrixOptimizer(OwnRanks):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._run()
+        return loss
+
+    @torch.no_grad()
+    def _run(self, only: Collection[Tensor] | None = None, *, last: bool = True) -> None:
         self._refuse_sparse()
         if self._is_dry_run():
-            return loss
+            return
         self._meet()
         self._allocate_if_due("gradient")
         probe = Probe() if self.measure else None
+        self._in_chunks(only, probe)
+        self._images.clear()
+        self._stepped()
+        if probe is not None:
+            self._tell(self._together(probe))
+            self.measure = not last
+        self._allocate_if_due("weight")  # at the end, since coordinates that backward left are in the old subspaces
+
+    def _step_layouts(self, probe: Probe | None) -> None:
+        """Steps everything that there is a gradient, or an image of one, for."""
         for group, layout in zip(self.param_groups, self._assembled(), strict=True):
             _, element = self.rules(group)
             for bucket in layout.buckets:
@@ -266,26 +288,22 @@ class MatrixOptimizer(OwnRanks):
                 if self._images and isinstance(rule, LowRank) and rule.linear:
                     for param in bucket.params:  # whoever has a gradient of its own was given it by hand
                         self._take_image(param)
-                active = [i for i, p in enumerate(bucket.params) if p.grad is not None or p in self._images]
+                active = [i for i, p in enumerate(bucket.params) if self._gradient(p) is not None or p in self._images]
                 if active:
                     self._step_bucket(bucket, active, rule, group, probe)
-            rest = [(p, key) for p, key in layout.rest if p.grad is not None]
+            rest = [(p, key) for p, key in layout.rest if self._gradient(p) is not None]
             if rest:
                 self._step_rest(rest, element, group, probe)
-        self._images.clear()
-        self._stepped()
-        if probe is not None:
-            self.measured = {
-                **probe.matrices,
-                "update_rms": probe.update_rms(),
-                "effective_lr": {g["label"]: float(g["lr"]) * self.scale(g) for g in self.param_groups},
-            }
-            if any(group["ranks"] is not None for group in self.param_groups):
-                self.measured["rank"] = {name: float(rank) for name, rank in self.directions().items()}
-            self.measure = False
-            self._skipped.fetch()
-        self._allocate_if_due("weight")  # at the end, since coordinates that backward left are in the old subspaces
-        return loss
+
+    def _tell(self, probe: Probe) -> None:
+        self.measured = {
+            **probe.matrices,
+            "update_rms": probe.update_rms(),
+            "effective_lr": {g["label"]: float(g["lr"]) * self.scale(g) for g in self.param_groups},
+        }
+        if any(group["ranks"] is not None for group in self.param_groups):
+            self.measured["rank"] = {name: float(rank) for name, rank in self.directions().items()}
+        self._skipped.fetch()
 
     def scale(self, group: Mapping[str, Any]) -> float:
         """What multiplies the learning rate of `group`."""
@@ -297,8 +315,7 @@ class MatrixOptimizer(OwnRanks):
         begun = self._meeting is not None and self._meeting.under_way  # other ranks count on what this one sends
         if begun or self._images or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
-        return not any(bool(grad.any()) for grad in grads)
+        return not self._agreed(any(bool(grad.any()) for grad in self._gradients()))
 
     def _refuse_sparse(self) -> None:
         for index, group in enumerate(self.param_groups):
@@ -314,15 +331,17 @@ class MatrixOptimizer(OwnRanks):
     ) -> None:
         """One update of the parameters at the places `active`, which all have a gradient or an image of one."""
         view, params = bucket.view, [bucket.params[i] for i in active]
+        weights = [self._weight(p) for p in params]
         state = bucket.state(active)
         step = bucket.step(active, group, self.axis, {} if probe is not None else None)
-        with fast_products(params[0].device):
+        with fast_products(weights[0].device):
             if params[0] in self._images:
                 assert isinstance(rule, LowRank)  # no other rule lets gradients become images
                 image = self._images.stacked(params, bucket.prefix)
                 update = rule.update_from(image, view.shape[1], state, step)
             else:
-                update = rule.update(local.bring([p.grad for p in params if p.grad is not None], view), state, step)
+                grads = [grad for p in params if (grad := self._gradient(p)) is not None]
+                update = rule.update(local.bring(grads, view), state, step)
             bucket.advance(active)
             bucket.keep(active, state)
             self._hear(bucket, active, step)
@@ -333,16 +352,18 @@ class MatrixOptimizer(OwnRanks):
                     names = [bucket.prefix + bucket.names[i] for i in active]
                     probe.measured(key, dict(zip(names, measured, strict=True)))
                 probe.measured("subspace_overlap", bucket.overlaps())
+            if self._held_back(bucket, active, rule, update, state):
+                return
             lr = float(group["lr"])
             keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
             half = HalfWeights(group["half_weights"])
-            rounded = half.apply(params[0])
-            wide = [half.open(p, self.state[p]) for p in params] if rounded else params
+            rounded = half.apply(weights[0])
+            wide = [half.open(w, self.state[p]) for w, p in zip(weights, params, strict=True)] if rounded else weights
             local.give_back(wide, view, update, keep=keep, step=lr * rule.scale * gain)
             if rounded:
-                for i, (param, own) in enumerate(zip(params, wide, strict=True)):
+                for i, (weight, own) in enumerate(zip(weights, wide, strict=True)):
                     first = i * view.blocks
-                    half.close_(param, own, seed_of(group["seed"], step.keys[first], step.count[first]))
+                    half.close_(weight, own, seed_of(group["seed"], step.keys[first], step.count[first]))
 
     def _hear(self, bucket: Bucket, active: list[int], step: Step) -> None:
         """Takes what a rule has left in `step` about the parameters at `active`."""
@@ -361,14 +382,14 @@ class MatrixOptimizer(OwnRanks):
         probe: Probe | None,
     ) -> None:
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-        params = [p for p, _ in rest]
-        before = [p.detach().clone() for p in params] if probe is not None and lr else []
-        grads = [p.grad for p in params if p.grad is not None]
-        states = [self.state[p] for p in params]
+        weights = [self._weight(p) for p, _ in rest]
+        before = [w.detach().clone() for w in weights] if probe is not None and lr else []
+        grads = [grad for p, _ in rest if (grad := self._gradient(p)) is not None]
+        states = [self.state[p] for p, _ in rest]
         seeds = [seed_of(group["seed"], key, int(self.state[p]["step"])) for p, key in rest]
-        rule.step_(params, grads, states, lr=lr, weight_decay=weight_decay, seeds=seeds)
+        rule.step_(weights, grads, states, lr=lr, weight_decay=weight_decay, seeds=seeds)
         keep, _ = Decay().factors(lr, weight_decay)
-        for old, new in zip(before, params, strict=bool(before)):
+        for old, new in zip(before, weights, strict=bool(before)):
             assert probe is not None
             probe.saw(group["label"], (old * keep - new) / lr)
 
@@ -390,23 +411,38 @@ class MatrixOptimizer(OwnRanks):
 
     def _assemble(self, index: int) -> Layout:
         group = self.param_groups[index]
-        members: dict[tuple[MatrixView, int, str, Any, Any, Any], list[tuple[torch.nn.Parameter, str]]] = {}
+        members: dict[
+            tuple[MatrixView, int, str, Any, Any, Any, bool, Axis | None], list[tuple[torch.nn.Parameter, str]]
+        ] = {}
         rest: list[tuple[torch.nn.Parameter, int]] = []
         for name, param, rank in zip(self.names(index), group["params"], ranks_of(group), strict=True):
-            views = self._views(param, group, rank)
+            if not self._has_place(param):
+                continue
+            like = self._like(param)
+            views = self._views(like, group, rank)
             if not views:
                 rest.append((param, key_of(name)))
             for i, view in enumerate(views):
-                kind = (view, i, _prefix(views, i), rank, param.dtype, param.device)
+                kind = (
+                    view,
+                    i,
+                    _prefix(views, i),
+                    rank,
+                    like.dtype,
+                    param.device,
+                    self._mine(param),
+                    self._axis(param),
+                )
                 members.setdefault(kind, []).append((param, name))
         buckets = []
-        for (view, section, prefix, rank, _, _), found in members.items():
+        for (view, section, prefix, rank, *_, axis), found in members.items():
             most = batch_size(view.blocks * view.shape[0] * view.shape[1], found[0][0].device)
             starts = range(0, len(found), most)
             for start in starts:
                 part = found[start : start + most]
                 states = [self.state[param] for param, _ in part]
-                buckets.append(Bucket.of(part, states, view, prefix, section, rank))
+                here = view if axis is None else self._rows_here(part[0][0], view)
+                buckets.append(Bucket.of(part, states, here, prefix, section, rank, axis))
         return Layout(buckets, rest)
 
     # --- state ------------------------------------------------------------------------------------------------------
@@ -424,10 +460,6 @@ class MatrixOptimizer(OwnRanks):
                 shown.append((rule, (view.blocks, *view.shape)))
             found.append(shown)
         return found
-
-    def state_bytes(self) -> int:
-        """Bytes of all state tensors as they are."""
-        return sum(v.numel() * v.element_size() for state in self.state.values() for v in state.values())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` gave: checked whole first, then copied into the existing tensors, dtypes kept.
@@ -448,7 +480,7 @@ class MatrixOptimizer(OwnRanks):
             raise ValueError(
                 f"the saved optimizer state has other parameter groups than {type(self).__name__} here: {remedy}"
             )
-        places: list[tuple[str, Tensor, State, Mapping[str, Any]]] = []
+        places: list[tuple[str, Tensor, State, State, Mapping[str, Any], dict[str, Any], int | float | None]] = []
         for index, (old, new) in enumerate(zip(saved, self.param_groups, strict=True)):
             ranked = {**new, "ranks": old.get("ranks")}
             try:
@@ -457,16 +489,16 @@ class MatrixOptimizer(OwnRanks):
                 raise ValueError(f"the saved optimizer state does not fit ({error}): {remedy}") from None
             keys = zip(self.names(index), old["params"], new["params"], ranks_of(ranked), ranks_of(new), strict=True)
             for name, key, param, rank, held in keys:
-                mine = self.state[param] if rank == held else self._initial_state(name, param, ranked, rank)
-                places.append((name, param, mine, state_dict["state"].get(key, {})))
-        for name, _, own, state in places:
-            mine = {key: tuple(value.shape) for key, value in own.items()}
+                mine = self.state[param] if rank == held else self._own_state(name, param, ranked, rank)
+                whole = self._initial_state(name, self._like(param).to("meta"), ranked, rank) if self._apart else mine
+                places.append((name, param, mine, whole, state_dict["state"].get(key, {}), ranked, rank))
+        for name, _, _, whole, state, *_ in places:
+            mine = {key: tuple(value.shape) for key, value in whole.items()}
             theirs = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
             if mine != theirs:
                 raise ValueError(f"the saved optimizer state of {name} is {theirs}, not {mine}: {remedy}")
-        for _, param, own, state in places:
-            for key, value in state.items():
-                own[key].copy_(value if isinstance(value, Tensor) else torch.as_tensor(value))
+        for _, param, own, _, state, ranked, rank in places:
+            self._load(param, state, own, ranked, rank)
             self.state[param] = own
         groups = []
         for old, new in zip(saved, self.param_groups, strict=True):

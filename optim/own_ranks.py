@@ -31,6 +31,12 @@ class OwnRanks(Replicated):
     def _views(self, param: Tensor, group: Mapping[str, Any], rank: int | float | None) -> tuple[MatrixView, ...]: ...
 
     @abstractmethod
+    def _like(self, param: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _own_state(self, name: str, param: Tensor, group: dict[str, Any], rank: int | float | None) -> State: ...
+
+    @abstractmethod
     def _initial_state(self, name: str, param: Tensor, group: Mapping[str, Any], rank: int | float | None) -> State: ...
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,7 +126,7 @@ class OwnRanks(Replicated):
         """Every projected matrix with its rank, and the `weight` or `gradient` whose spectrum is asked for."""
         for index, group in enumerate(self.param_groups if self._ranked else ()):
             for name, param, rank in zip(self.names(index), group["params"], ranks_of(group), strict=True):
-                views = self._views(param, group, rank)
+                views = self._views(self._like(param), group, rank)
                 if views and rank is not None:
                     yield Matrix(
                         name=name,
@@ -173,7 +179,7 @@ class OwnRanks(Replicated):
                     unknown.pop(name, None)
                 if own[i] and after[i] != before[i]:
                     param = group["params"][i]
-                    states[param] = resized(self.state[param], self._initial_state(name, param, trial, after[i]))
+                    states[param] = resized(self.state[param], self._own_state(name, param, trial, after[i]))
         if unknown:
             raise ValueError(
                 f"ranks: {next(iter(unknown))!r} is no matrix that {type(self).__name__} projects here: remove it"

@@ -24,6 +24,7 @@ from thinrank.optim.exchange.replicas import (
     connected,
     difference,
     gathered,
+    rows_anywhere,
 )
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
@@ -33,6 +34,9 @@ from thinrank.optim.rule import MatrixRule
 _log = logging.getLogger(__name__)
 
 MESSAGES = ("auto", "full")
+EMBEDDINGS = ("dense", "rows")
+ROWS = ("rows",)
+"""The place of a part that holds some rows of an embedding's gradient."""
 
 KINDS = {"low": "coordinates", "at_entries": "entries"}
 """What the parts of an image are called in the count of bytes."""
@@ -56,12 +60,14 @@ class Replicated(InBackward):
 
     Attributes:
         wire: what this rank has sent, by kind: `coordinates` and `entries` of matrices, `renewals` (gradients of
-            matrices by which a step chooses), `gradients` (of matrices of which nothing less is enough), `dense` (of
-            everything else), `present` (which parameters had a gradient); None without replicas.
+            matrices by which a step chooses), `gradients` (of matrices of which nothing less is enough), `rows` (of
+            embeddings, those that were touched), `dense` (of everything else), `present` (which parameters, and rows,
+            had a gradient); None without replicas.
     """
 
     _meeting: Meeting | None = None
     _meeting_hooks: Hooks | None = None
+    _whole_messages = False
 
     @abstractmethod
     def names(self, index: int) -> list[str]: ...
@@ -71,6 +77,7 @@ class Replicated(InBackward):
         group: Group | None = None,
         *,
         messages: str = "auto",
+        embeddings: str = "dense",
         dtype: torch.dtype | None = None,
         overlap: bool = True,
         check_every: int | None = 100,
@@ -95,6 +102,9 @@ class Replicated(InBackward):
         Args:
             group: the replicas; None: all processes.
             messages: `auto`, or `full`: whole gradients every step, as DDP sends them.
+            embeddings: how gradients of embeddings (groups of that role) travel that are stepped element by element:
+                `dense`, or `rows`: those that any rank's data has touched, after one byte a row has told which; the
+                rest are zeros anyway, so that nothing else changes. A tied head touches all.
             dtype: of the messages; None: float32 for coordinates and the gradient's own dtype for gradients.
             overlap: messages leave while backward goes on; otherwise all of them at the end.
             check_every: compare a sample of weights and state over the ranks after so many steps; None: never.
@@ -106,10 +116,10 @@ class Replicated(InBackward):
                 `in_backward` or ranks shared out by gradients, which need what is not there any more.
         """
         choice("messages", messages, MESSAGES)
+        choice("embeddings", embeddings, EMBEDDINGS)
         if check_every is not None:
             whole_steps("check_every", check_every)
-        if connected() == 0:
-            raise RuntimeError("replicas need a process group: call torch.distributed.init_process_group before")
+        self._refuse_alone()
         if self._hooks is not None:
             raise ValueError(
                 "in_backward keeps no gradients to exchange, and replicas free them anyway: use mode 'off'"
@@ -125,6 +135,9 @@ class Replicated(InBackward):
         if self._meeting_hooks is not None:
             self._meeting_hooks.remove()
         self._whole_messages = messages == "full"
+        groups = [group_ for group_ in self.param_groups if embeddings == "rows" and group_["role"] == "embedding"]
+        self._by_touched_rows = {p for own in groups for p in own["params"] if p.ndim == 2}
+        self._touched: dict[Tensor, Tensor] = {}
         self._check_every, self._steps = check_every, 0
         trained = [param for param in reversed(params.values()) if param.requires_grad]
         self._meeting = Meeting(
@@ -139,6 +152,11 @@ class Replicated(InBackward):
         )
         self._meeting_hooks = Hooks(trained, self._ready)
         self._say_what_travels()
+
+    @staticmethod
+    def _refuse_alone() -> None:
+        if connected() == 0:
+            raise RuntimeError("replicas need a process group: call torch.distributed.init_process_group before")
 
     @property
     def wire(self) -> Wire | None:
@@ -193,6 +211,11 @@ class Replicated(InBackward):
         if param.grad.is_sparse:
             raise RuntimeError("replicas exchange dense gradients, and an embedding has a sparse one: use sparse=False")
         homes = self._met_homes(param)
+        if not homes and param in self._by_touched_rows and param not in self._homes:
+            assert self._meeting is not None
+            rows = rows_anywhere(param.grad, self._meeting.wire, self._meeting.group)
+            self._touched[param] = rows
+            return [Part("rows", param.grad[rows], ROWS)]
         if not homes:
             return [Part("gradients" if param in self._homes else "dense", param.grad)]
         parts = []
@@ -206,6 +229,10 @@ class Replicated(InBackward):
         return parts
 
     def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
+        if parts[0].place == ROWS:
+            param.grad = torch.zeros_like(param)
+            param.grad[self._touched.pop(param)] = parts[0].value
+            return
         if not parts[0].place:
             param.grad = parts[0].value
             if parts[0].kind == "renewals":
@@ -245,16 +272,22 @@ class Replicated(InBackward):
         """
         if self._meeting is None:
             return
-        held: dict[str, Tensor] = {}
-        for name, param in self._named():
-            held[name] = param
-            held |= {f"{key} of {name}": value for key, value in self.state[param].items() if value.numel()}
-        name = difference(held, self._meeting.group)
+        self._refuse_drift(difference(self._alike(), self._meeting.group))
+
+    def _refuse_drift(self, name: str | None) -> None:
         if name is not None:
             raise ReplicaDrift(
                 f"replicas have drifted apart: {name} is not the same on all ranks after {self._steps} steps of this "
                 "process; go on from the last checkpoint, and look for a rank with other code, data types or devices"
             )
+
+    def _alike(self) -> dict[str, Tensor]:
+        """Everything that must be the same on all replicas, by name."""
+        held: dict[str, Tensor] = {}
+        for name, param in self._named():
+            held[name] = param
+            held |= {f"{key} of {name}": value for key, value in self.state[param].items() if value.numel()}
+        return held
 
     def in_backward(self, mode: str, *, max_norm: float | None = None) -> None:
         if mode != "off" and self._meeting is not None:
@@ -317,11 +350,14 @@ def replicate(model: torch.nn.Module, optimizer: Replicated, group: Group | None
     Raises:
         ValueError: for a model inside of DistributedDataParallel, and as `MatrixOptimizer.replicate`.
     """
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise ValueError("DistributedDataParallel averages whole gradients itself: give replicate the module inside it")
+    refuse_wrapped(model)
     optimizer.replicate(group, **options)
-    stepped = {param for group_ in optimizer.param_groups for param in group_["params"]}
-    equalise(model, group, but=stepped)
+    equalise(model, group, but={param for own in optimizer.param_groups for param in own["params"]})
+
+
+def refuse_wrapped(model: torch.nn.Module) -> None:
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError("DistributedDataParallel averages whole gradients itself: give the module inside it")
 
 
 def equalise(model: torch.nn.Module, group: Group | None = None, *, but: Collection[Tensor] = ()) -> None:

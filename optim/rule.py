@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -148,6 +148,37 @@ class MatrixRule(Protocol):
         ...
 
 
+@runtime_checkable
+class ByRows(Protocol):
+    """A rule that knows whether ranks may hold other rows of a matrix each (`Step.axis`) at little cost."""
+
+    @property
+    def by_rows(self) -> bool: ...
+
+
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """A rule whose update is made of few numbers, by which who did not compute it can make it as well."""
+
+    def shared(self, shape: tuple[int, int, int]) -> tuple[str, ...]:
+        """Names of the state that replicas need to send less than gradients; it changes when the rule `chooses`."""
+        ...
+
+    def told(self, shape: tuple[int, int, int], step: Step) -> dict[str, Form] | None:
+        """What `tell` gives for a batch of `shape` (batch, long, short); None where the update is no less than that."""
+        ...
+
+    def tell(self, update: Update, state: State) -> State: ...
+
+    def hear(self, told: State, state: State, short: int) -> Update:
+        """The update that `tell` was given, from what it gave and the shared state: to the bit."""
+        ...
+
+
 @dataclass
 class Probe:
     """Collects what is measured in a step that somebody wants to see."""
@@ -166,6 +197,14 @@ class Probe:
         """Counts an update (before the learning rate) towards the root mean square of its group."""
         self.squares[label] = self.squares.get(label, 0.0) + float(update.float().square().sum())
         self.elements[label] = self.elements.get(label, 0) + update.numel()
+
+    def join(self, other: Probe) -> None:
+        """Takes what another rank has measured of other weights, or of other pieces."""
+        for what, values in other.matrices.items():
+            self.matrices.setdefault(what, {}).update(values)
+        for label, total in other.squares.items():
+            self.squares[label] = self.squares.get(label, 0.0) + total
+            self.elements[label] = self.elements.get(label, 0) + other.elements[label]
 
     def update_rms(self) -> dict[str, float]:
         return {label: (total / self.elements[label]) ** 0.5 for label, total in self.squares.items()}

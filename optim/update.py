@@ -151,7 +151,7 @@ class Update:
         """
         first, factors = weights[0], (self.direction, self.basis)
         return (
-            1 < len(weights) <= SMALL // first.numel()
+            1 < len(weights) <= SMALL // max(first.numel(), 1)
             and first.device.type == "cpu"
             and all(isinstance(x, Tensor) and x.dtype is first.dtype is torch.float32 for x in factors)
         )

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from thinrank.optim import METHODS, AdamWConfig, MethodConfig, SubspaceAdamWConfig, build, replicate
+from thinrank.optim import METHODS, AdamWConfig, MethodConfig, SubspaceAdamWConfig, build, own, replicate
 
 pytestmark = pytest.mark.gpu
 ALL = [pytest.param(config(), id=name) for name, config in METHODS.items()]
@@ -90,18 +92,34 @@ def test_low_rank_state_saves_the_memory_it_promises():
     assert sizes["low"] < 0.35 * sizes["dense"]
 
 
+def replicas(model):
+    return model, lambda optimizer: replicate(model, optimizer, check_every=5)
+
+
+def owners(model):
+    return model, lambda optimizer: own(model, optimizer, check_every=5, even_from=64)
+
+
+def rows(model):
+    return fully_shard(model, mesh=init_device_mesh("cuda", (1,))), lambda optimizer: None
+
+
+@pytest.mark.parametrize("how", [replicas, owners, rows])
 @pytest.mark.parametrize("config", ALL)
-def test_a_replica_among_none_is_one_process(config: MethodConfig, tmp_path: Path):
+def test_one_rank_among_none_is_one_process(config: MethodConfig, how, tmp_path: Path):
     """Messages by NCCL, which this process sends to itself alone: they must change nothing but rounding."""
     dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        alone, replica = network("cuda"), network("cuda")
+        alone, other = network("cuda"), network("cuda")
         start = [p.detach().clone() for p in alone.parameters()]
         train(alone, build(alone, config), 10, "cuda")
-        optimizer = build(replica, config)
-        replicate(replica, optimizer, check_every=5)
-        train(replica, optimizer, 10, "cuda")
-        for one, other, before in zip(alone.parameters(), replica.parameters(), start, strict=True):
-            assert float((one - other).detach().norm()) <= 1e-3 * float((one - before).detach().norm())
+        model, join = how(other)
+        optimizer = build(model, config)
+        join(optimizer)
+        train(model, optimizer, 10, "cuda")
+        found = [p.full_tensor() if how is rows else p for p in model.parameters()]
+        for one, two, before in zip(alone.parameters(), found, start, strict=True):
+            assert float((one - two).detach().norm()) <= 1e-3 * float((one - before).detach().norm())
+        assert optimizer.full_state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
     finally:
         dist.destroy_process_group()

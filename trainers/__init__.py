@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
     from thinrank.trainers.run import RunConfig
     from thinrank.trainers.schedule import ScheduleConfig
-    from thinrank.trainers.strategies import ReplicatedConfig, StrategyConfig
-    from thinrank.trainers.strategies.replicated import ReplicatedStrategy
+    from thinrank.trainers.strategies import OwnedConfig, ReplicatedConfig, StrategyConfig
+    from thinrank.trainers.strategies.replicated import OwnedStrategy, ReplicatedStrategy
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -40,6 +40,8 @@ __all__ = [
     "HuggingFaceConfig",
     "ModelConfig",
     "NonFiniteGuard",
+    "OwnedConfig",
+    "OwnedStrategy",
     "Preemption",
     "PretrainConfig",
     "Progress",
@@ -69,8 +71,8 @@ _HOMES = {
     "pretrain": ("PretrainConfig", "TrainerConfig"),
     "run": ("RunConfig",),
     "schedule": ("ScheduleConfig",),
-    "strategies": ("ReplicatedConfig", "StrategyConfig"),
-    "strategies.replicated": ("ReplicatedStrategy",),
+    "strategies": ("OwnedConfig", "ReplicatedConfig", "StrategyConfig"),
+    "strategies.replicated": ("OwnedStrategy", "ReplicatedStrategy"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -156,20 +156,21 @@ class TrainingConfig:
                 "galore"
             )
         if isinstance(self.strategy, ReplicatedConfig):
+            name = self.strategy.name
             if self.trainer.in_backward != "off":
                 raise ValueError(
-                    f"trainer.in_backward={self.trainer.in_backward} is for one process; strategy=thinrank_ddp frees "
+                    f"trainer.in_backward={self.trainer.in_backward} is for one process; strategy={name} frees "
                     "gradients in backward by itself: leave in_backward out"
                 )
             if getattr(self.optimizer, "rank_allocation", None) == "gradient":
                 raise ValueError(
-                    "strategy=thinrank_ddp keeps no whole gradients until the step, by which "
+                    f"strategy={name} keeps no whole gradients until the step, by which "
                     "optimizer.rank_allocation=gradient shares ranks out: use optimizer.rank_allocation=weight, or "
                     "strategy=ddp"
                 )
             if self.trainer.precision == "16-mixed":
                 raise ValueError(
-                    "strategy=thinrank_ddp frees gradients before a loss scaler could look at them: use "
+                    f"strategy={name} frees gradients before a loss scaler could look at them: use "
                     "trainer.precision=bf16-mixed or 32-true instead of 16-mixed"
                 )
         if self.trainer.in_backward != "off" and getattr(self.optimizer, "rank_allocation", None) == "gradient":

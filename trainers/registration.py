@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Any
 
 DESCRIPTIONS = {
-    "thinrank_ddp": "whole model on every process; coordinates travel, and gradients only where a step chooses by them"
+    "thinrank_ddp": "whole model on every process; coordinates travel, and gradients only where a step chooses by them",
+    "thinrank_owned": "as thinrank_ddp, with the optimizer's state and work shared out; directions travel back",
 }
 
 REGISTRIES = ("lightning.pytorch.strategies", "pytorch_lightning.strategies")
@@ -29,8 +30,9 @@ def register_strategies() -> None:
 
 def _register(module: Any) -> None:
     """In the registry of `lightning`; for that of `pytorch_lightning`, whose classes are others, a refusal."""
-    build = thinrank_ddp if module.__name__.startswith("lightning.") else _refuse
+    ours = {"thinrank_ddp": thinrank_ddp, "thinrank_owned": thinrank_owned}
     for name, description in DESCRIPTIONS.items():
+        build = ours[name] if module.__name__.startswith("lightning.") else _refuse
         module.StrategyRegistry.register(name, build, description=description, override=True)
 
 
@@ -39,6 +41,13 @@ def thinrank_ddp(**options: Any) -> Any:
     from thinrank.trainers.strategies.replicated import ReplicatedStrategy
 
     return ReplicatedStrategy(**options)
+
+
+def thinrank_owned(**options: Any) -> Any:
+    """An `OwnedStrategy`."""
+    from thinrank.trainers.strategies.replicated import OwnedStrategy
+
+    return OwnedStrategy(**options)
 
 
 def _refuse(**options: Any) -> Any:

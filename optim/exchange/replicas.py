@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup
+Span = tuple[int, int]
+"""Entries `start` to `stop` of a tensor, flattened row by row; (0, 0) where there is nothing."""
 T = TypeVar("T")
 
 BUCKET_BYTES = 4 * 2**20
@@ -31,8 +33,9 @@ class Wire:
 
     Attributes:
         payload: bytes of the tensors themselves.
-        messages: sums over the ranks.
-        egress: bytes that leave a rank: 2 (n−1)/n of the payload on n ranks, in a ring and in two hops.
+        messages: calls of collectives.
+        egress: bytes that leave a rank: of a sum over n ranks 2 (n−1)/n of the payload, in a ring and in two hops; of
+            what goes to one rank, the payload.
     """
 
     payload: Counter[str] = field(default_factory=Counter)
@@ -45,6 +48,13 @@ class Wire:
         for name, size in parts:
             self.payload[name] += size
             self.egress += size * 2 * (ranks - 1) / ranks
+
+    def sent(self, parts: Iterable[tuple[str, int]]) -> None:
+        """Counts one message of parts that leave this rank, each for one other."""
+        self.messages += 1
+        for name, size in parts:
+            self.payload[name] += size
+            self.egress += size
 
     def total(self) -> int:
         """Bytes of all payloads."""
@@ -59,11 +69,13 @@ class Part:
         kind: what it is, for the count.
         value: of any shape.
         place: what its sender will know it by.
+        spans: which of its entries each rank is to have the mean of, as a piece in one dimension; None: all have all.
     """
 
     kind: str
     value: Tensor
     place: tuple[str, ...] = ()
+    spans: Sequence[Span] | None = None
 
 
 class Letter:
@@ -77,11 +89,15 @@ class Letter:
     def __init__(self, parts: Sequence[Part], group: Group | None, dtype: torch.dtype | None, wire: Wire):
         self._ranks = dist.get_world_size(group)
         self._like = [(part.value.shape, part.value.dtype) for part in parts]
-        places: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        self._pieces = [None if part.spans is None else part.spans[dist.get_rank(group)] for part in parts]
+        places: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
         for i, part in enumerate(parts):
-            places.setdefault((dtype or part.value.dtype, part.value.device), []).append(i)
+            places.setdefault((dtype or part.value.dtype, part.value.device, part.spans is None), []).append(i)
         self._sent: list[tuple[list[int], _Sum]] = []
-        for (own, _), which in places.items():
+        for (own, _, shared), which in places.items():
+            if not shared:
+                self._sent.append((which, _Scattered([parts[i] for i in which], own, group, wire)))
+                continue
             flat = torch.cat([parts[i].value.reshape(-1).to(own) for i in which])
             wire.note(((parts[i].kind, parts[i].value.numel() * flat.element_size()) for i in which), self._ranks)
             self._sent.append((which, _sum(flat, group, self._ranks)))
@@ -96,16 +112,18 @@ class Letter:
         self.turn()
         found: list[Tensor] = [torch.empty(0)] * len(self._like)
         for which, each in self._sent:
-            shapes = [self._like[i] for i in which]
-            pieces = each.mean().split([shape.numel() for shape, _ in shapes])
-            for i, piece, (shape, dtype) in zip(which, pieces, shapes, strict=True):
-                found[i] = piece.to(dtype).view(shape)
+            sizes = [length(self._pieces[i] or (0, self._like[i][0].numel())) for i in which]
+            for i, size, piece in zip(which, sizes, each.mean().split(sizes), strict=True):
+                shape, dtype = self._like[i]
+                found[i] = piece.to(dtype).view(shape if size == shape.numel() else (size,))
         return found
 
 
-class _Sum(Protocol):
-    def __init__(self, flat: Tensor, group: Group | None, ranks: int) -> None: ...
+def length(span: Span) -> int:
+    return span[1] - span[0]
 
+
+class _Sum(Protocol):
     def turn(self) -> None: ...
 
     def mean(self) -> Tensor: ...
@@ -162,6 +180,40 @@ class _Direct:
             _wait(self._work)
             self._out = self._in
         return self._out.view(-1)[: self._size]
+
+
+class _Scattered:
+    """One hop: every rank is sent its piece of each part by all others, and sums up, as `_Direct` does."""
+
+    def __init__(self, parts: Sequence[Part], dtype: torch.dtype, group: Group | None, wire: Wire) -> None:
+        self._ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        pieces: list[Tensor] = []
+        sizes = [0] * self._ranks
+        for other in range(self._ranks):
+            for part in parts:
+                assert part.spans is not None
+                pieces.append(part.value.reshape(-1)[slice(*part.spans[other])].to(dtype))
+                sizes[other] += pieces[-1].numel()
+        wire.sent(
+            (part.kind, sum(length(span) for i, span in enumerate(part.spans or ()) if i != rank) * dtype.itemsize)
+            for part in parts
+        )
+        out = torch.cat(pieces)
+        self._in = out.new_empty(self._ranks * sizes[rank])
+        into = [sizes[rank]] * self._ranks
+        self._work = dist.all_to_all_single(self._in, out, into, sizes, group=group, async_op=True)
+        self._out = out  # until it has left
+
+    def turn(self) -> None:
+        pass
+
+    def mean(self) -> Tensor:
+        _wait(self._work)
+        rows = self._in.view(self._ranks, -1)
+        own = rows[0].to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+        for other in rows[1:]:
+            own.add_(other)
+        return own.div_(self._ranks).to(rows.dtype)
 
 
 def _sum(flat: Tensor, group: Group | None, ranks: int) -> _Sum:
@@ -315,6 +367,34 @@ def gathered(value: T, group: Group | None = None) -> list[T]:
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, value, group=group)
     return everyone
+
+
+def from_first(value: T, group: Group | None = None) -> T:
+    """What the group's first rank has, on every rank; anything that can be pickled."""
+    box = [value]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0) if group is not None else 0, group=group)
+    return box[0]
+
+
+def anywhere(here: bool, device: torch.device, group: Group | None = None) -> bool:
+    """True where it is true on any rank; the host waits."""
+    flag = torch.full((), int(here), dtype=torch.int32, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    return bool(flag)
+
+
+def rows_anywhere(x: Tensor, wire: Wire, group: Group | None = None) -> Tensor:
+    """Numbers of the rows of `x` (rows, columns) that are not zero on some rank, rising: (k,) int64; the host waits."""
+    mask = x.ne(0).any(-1).to(torch.uint8)
+    dist.all_reduce(mask, op=dist.ReduceOp.MAX, group=group)
+    wire.note([("present", mask.numel())], dist.get_world_size(group))
+    return mask.nonzero().flatten()
+
+
+def summed(x: Tensor, group: Group | None = None) -> Tensor:
+    """The sum of something small over the ranks, in place."""
+    dist.all_reduce(x, group=group)
+    return x
 
 
 SAMPLE = 4096

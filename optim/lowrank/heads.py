@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,12 +37,17 @@ class SharedHead:
     """
 
     inner: PowerIteration | Svd
+    by_rows: ClassVar[bool] = False
     heads: int
     select: str = "max_norm"
 
     @property
     def every(self) -> int:
         return self.inner.every
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
 
     @property
     def factorises(self) -> bool:

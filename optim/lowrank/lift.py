@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ FLOOR = 1e-8
 
 
 class Lift(Protocol):
+    by_rows: ClassVar[bool]
+    """True when ranks may hold other rows of a matrix each."""
+
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State: ...
 
     def __call__(
@@ -58,6 +61,10 @@ class LinearLift(Lift, Protocol):
         self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step
     ) -> Update: ...
 
+    def apart(self, shape: tuple[int, int, int], step: Step) -> int:
+        """How many entries of each matrix the update of this step gives by themselves."""
+        ...
+
     def remainder(
         self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step
     ) -> Tensor | None:
@@ -71,6 +78,8 @@ class LinearLift(Lift, Protocol):
 @dataclass(frozen=True, slots=True)
 class Project:
     """Back through the basis, and nothing else."""
+
+    by_rows: ClassVar[bool] = True
 
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
         return {}
@@ -95,6 +104,9 @@ class Project:
 
     def lift(self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step) -> Update:
         return subspace.up(direction, state, short)
+
+    def apart(self, shape: tuple[int, int, int], step: Step) -> int:
+        return 0
 
     def remainder(
         self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step
@@ -146,6 +158,7 @@ class Residual:
             `‖low_j‖` instead of being its lower bound: the authors' arithmetic. None: norms as they are.
     """
 
+    by_rows: ClassVar[bool] = True
     limit: float = 1.01
     signs: bool = False
     alpha: float = 1.0
@@ -197,6 +210,7 @@ class ScaledGradient:
         limit: largest ratio of two consecutive norms of the update; None: whatever comes.
     """
 
+    by_rows: ClassVar[bool] = True
     betas: tuple[float, float]
     per: str = "channel"
     limit: float | None = 1.01

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from thinrank.optim.linalg.norms import peak
 from thinrank.optim.lowrank.feedback import Feedback, NoFeedback
 from thinrank.optim.lowrank.lift import Lift, LinearLift, Project
 from thinrank.optim.lowrank.renewals import Renewals
-from thinrank.optim.lowrank.subspace import Subspace, second_choice
+from thinrank.optim.lowrank.subspace import Subspace, factor_dtype, second_choice
 from thinrank.optim.lowrank.transport import Change, Keep, Slots, Transport
-from thinrank.optim.rule import FAILED, NOT_FINITE, SVD_FAILED, Decay, State, Step
-from thinrank.optim.update import Update
+from thinrank.optim.rule import FAILED, NOT_FINITE, SVD_FAILED, Decay, Form, State, Step
+from thinrank.optim.update import Entries, Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +70,11 @@ class LowRank:
         due = self.renewals.due(state, step, self.subspace.every)
         low = self.renew(x, state, step, due) if due else None
         return step.axis.mean(self.subspace.down(x, state)) if low is None else low  # where replicas meet
+
+    @property
+    def by_rows(self) -> bool:
+        """True when ranks that hold other rows of a matrix have no more to say to each other than small sums."""
+        return self.subspace.by_rows and self.lift.by_rows
 
     # --- a gradient in parts, none of which is kept -------------------------------------------------------------------
 
@@ -127,6 +132,34 @@ class LowRank:
         direction = self.inner.direction(image["low"], state, step)
         return self.lift.lift(image, direction, short, self.subspace, state, step)
 
+    # --- an update in few numbers (`Tells`) ---------------------------------------------------------------------------
+
+    def shared(self, shape: tuple[int, int, int]) -> tuple[str, ...]:
+        if not self.linear:
+            return ()
+        meta = torch.device("meta")
+        renewals = self.renewals.init(shape[0], meta, self.subspace.every)
+        entries = [key for key in self.lift.init(shape, meta) if key == "entries"]
+        return (*self.subspace.init(shape, meta), *entries, *renewals)
+
+    def told(self, shape: tuple[int, int, int], step: Step) -> dict[str, Form] | None:
+        small = self.subspace.small(shape)
+        if not isinstance(self.lift, LinearLift) or not self.linear or small[1] != shape[1]:
+            return None  # the last: with a basis on either side, what is given has been multiplied by one of them
+        forms: dict[str, Form] = {"direction": (small, factor_dtype(self.subspace))}
+        apart = self.lift.apart(shape, step)
+        return forms | ({"values": ((shape[0], apart), torch.float32)} if apart else {})
+
+    def tell(self, update: Update, state: State) -> State:
+        assert update.direction is not None
+        return {"direction": update.direction} | ({} if update.entries is None else {"values": update.entries.values})
+
+    def hear(self, told: State, state: State, short: int) -> Update:
+        update = self.subspace.up(told["direction"], state, short)
+        if "values" not in told:
+            return update
+        return replace(update, entries=Entries(index=state["entries"], values=told["values"]))
+
     def renew(self, x: Tensor, state: State, step: Step, due: Sequence[int]) -> Tensor | None:
         """Renews the subspaces of the matrices `due` and carries their moments over.
 
@@ -181,7 +214,7 @@ class LowRank:
         if not found:
             return None
         if sum(len(which) for which, _ in found) == len(step.count):
-            low = found[0][1].new_empty(self.subspace.small((x.shape[0], x.shape[1], x.shape[2])))
+            low = found[0][1].new_empty((x.shape[0], *found[0][1].shape[1:]))
         else:
             low = step.axis.mean(self.subspace.down(x, state))
         for which, part_low in found:  # a matrix is given the same numbers, whoever else is due

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class SparseResidual:
         betas, eps, eps_raw: as Adam's.
     """
 
+    by_rows: ClassVar[bool] = False
     density: float
     warmup: int = 0
     reselect: str = "never"
@@ -62,7 +64,7 @@ class SparseResidual:
     def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
         """`entries` (batch, k) int32 (int64 from 2³¹ places on), their two moments and, where S changes, their ages."""
         batch, size = shape[0], shape[1] * shape[2]
-        k = self._kept(size)
+        k = self._size(shape)
         places = torch.arange(k, dtype=torch.int32 if size < 2**31 else torch.int64, device=device)
         keys = MOMENTS[:2] if self.reselect == "never" else MOMENTS
         return {
@@ -76,9 +78,6 @@ class SparseResidual:
         image = self.image(x, low, subspace, state, step, first=True)
         return self.lift(image, direction, x.shape[-1], subspace, state, step)
 
-    def _kept(self, size: int) -> int:
-        return min(size, math.ceil(round(self.density * size, 6)))
-
     def chooses(self, step: Step) -> bool:
         return any(count < self.searches for count in step.count)
 
@@ -87,7 +86,7 @@ class SparseResidual:
         return max(self.warmup, 1)
 
     def image_sizes(self, shape: tuple[int, int, int]) -> dict[str, int]:
-        return {"at_entries": shape[0] * self._kept(shape[1] * shape[2])}
+        return {"at_entries": shape[0] * self._size(shape)}
 
     def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step, *, first: bool) -> State:
         """`at_entries` (batch, k): the entries of `x` in S, and zeros for matrices that still search.
@@ -120,6 +119,13 @@ class SparseResidual:
             for key, value in some.items():
                 state[key][active] = value
         return replace(update, entries=Entries(index=state["entries"], values=values))
+
+    def apart(self, shape: tuple[int, int, int], step: Step) -> int:
+        return self._size(shape) if self._active(step) else 0
+
+    def _size(self, shape: tuple[int, int, int]) -> int:
+        size = shape[1] * shape[2]
+        return min(size, math.ceil(round(self.density * size, 6)))
 
     def remainder(
         self, image: State, low: Tensor, short: int, subspace: Subspace, state: State, step: Step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ Shape3 = tuple[int, int, int]
 class Subspace(Protocol):
     """A rule for choosing `r` directions of the short side. Stateless: what it chose lies in `state`."""
 
+    by_rows: ClassVar[bool]
+    """True when ranks may hold other rows of a matrix each, and share a basis that small sums decide."""
+
     @property
     def every(self) -> int:
         """Updates between two renewals; the first update of a matrix always renews."""
@@ -31,6 +34,11 @@ class Subspace(Protocol):
     @property
     def orthonormal(self) -> bool:
         """True when the directions are orthonormal, so that squared coordinates are shares of a matrix's energy."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products with the basis."""
         ...
 
     @property
@@ -82,6 +90,7 @@ class Svd:
     """The exact top singular vectors of one gradient (GaLore, Zhao et al. 2024, §3)."""
 
     rank: int | float
+    by_rows: ClassVar[bool] = False
     every: int = 200
     signs: str = "lapack"
     dtype: torch.dtype = torch.float32
@@ -115,6 +124,7 @@ class TwoSidedSvd:
     """Singular vectors of both sides: GaLore's `proj_type="full"`, an r×r state."""
 
     rank: int | float
+    by_rows: ClassVar[bool] = False
     every: int = 200
     dtype: torch.dtype = torch.float32
     factorises: bool = True
@@ -156,6 +166,7 @@ class PowerIteration:
     """
 
     rank: int | float
+    by_rows: ClassVar[bool] = True
     every: int = 200
     oversample: int = 8
     cold: int = 2
@@ -194,6 +205,13 @@ class PowerIteration:
         return Update(low.to(self.dtype), state["basis"].to(self.dtype))
 
 
+def factor_dtype(subspace: Subspace) -> torch.dtype:
+    """Of the factors that `up` gives."""
+    if isinstance(subspace, FixedColumns) and subspace.basis == "identity":
+        return torch.float32  # what is put into columns is not multiplied
+    return subspace.dtype
+
+
 def second_choice(subspace: Subspace) -> Subspace | None:
     """What chooses in the place of `subspace`, into the same state, when that does not converge; None: nothing does."""
     if isinstance(subspace, Svd):
@@ -218,6 +236,7 @@ class FixedColumns:
     """
 
     rank: int | float
+    by_rows: ClassVar[bool] = True
     every: int = 1
     basis: str = "dct"
     norm: str = "l1"
@@ -316,6 +335,7 @@ class Gaussian:
     """
 
     rank: int | float
+    by_rows: ClassVar[bool] = True
     gap: int = 200
     dtype: torch.dtype = torch.float32
     every: int = 1

@@ -36,6 +36,7 @@ from thinrank.optim.linalg.norms import all_finite, unit_columns
 from thinrank.optim.linalg.orthogonal import cholesky_qr, householder_qr, shape_scale
 from thinrank.optim.linalg.products import product
 from thinrank.optim.lowrank.subspace import width
+from thinrank.optim.lowrank.told import ToldFactors
 from thinrank.optim.methods.config import RankedConfig, choice
 from thinrank.optim.methods.momentum import OrthonormalConfig
 from thinrank.optim.rule import Decay, State, Step
@@ -43,7 +44,7 @@ from thinrank.optim.update import Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DionRule:
+class DionRule(ToldFactors):
     """Dion's step. What is projected is the momentum, and the error stays in it: the five slots have no such order.
 
     Attributes:
@@ -70,6 +71,13 @@ class DionRule:
             "momentum": torch.zeros(shape, dtype=torch.float32, device=device),
             "basis": start.expand(shape[0], -1, -1).clone(),
         }
+
+    @property
+    def by_rows(self) -> bool:
+        return self.orthogonalizer == "cholesky_qr"
+
+    def factors(self, shape: tuple[int, int, int]) -> tuple[int, torch.dtype]:
+        return width(self.rank, shape), self.dtype
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
         momentum, basis = state["momentum"], state["basis"]

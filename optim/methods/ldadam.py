@@ -39,6 +39,7 @@ from thinrank.optim.linalg.basis import captured_energy, momentum_iteration, svd
 from thinrank.optim.linalg.norms import all_finite
 from thinrank.optim.lowrank.feedback import FEEDBACKS, Feedback
 from thinrank.optim.lowrank.subspace import PowerIteration
+from thinrank.optim.lowrank.told import ToldFactors
 from thinrank.optim.lowrank.transport import Rotate, Rotation
 from thinrank.optim.methods.config import RankedConfig, choice, number
 from thinrank.optim.rule import FAILED, SVD_FAILED, Decay, State, Step, beside
@@ -46,7 +47,7 @@ from thinrank.optim.update import Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LDAdamRule:
+class LDAdamRule(ToldFactors):
     """LDAdam's step. The error needs both bases and both momenta, which the five slots do not show to one another.
 
     Attributes:
@@ -71,6 +72,13 @@ class LDAdamRule:
             **self.inner.init(self.subspace.small(shape), device),
             **self.feedback.init(shape, device),
         }
+
+    @property
+    def by_rows(self) -> bool:
+        return not self.exact
+
+    def factors(self, shape: tuple[int, int, int]) -> tuple[int, torch.dtype]:
+        return self.subspace.small(shape)[-1], self.subspace.dtype
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
         fine = all_finite(grad, step.axis)  # (batch, 1, 1)

@@ -37,6 +37,7 @@ from thinrank.optim.linalg.fixed import column_norms, select_columns
 from thinrank.optim.linalg.norms import all_finite
 from thinrank.optim.linalg.orthogonal import SETS, newton_schulz, shape_scale
 from thinrank.optim.lowrank.subspace import FixedColumns
+from thinrank.optim.lowrank.told import ToldColumns
 from thinrank.optim.lowrank.transport import Slots
 from thinrank.optim.methods.config import RankedConfig
 from thinrank.optim.methods.dct_adamw import check_columns
@@ -46,7 +47,7 @@ from thinrank.optim.update import Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrionRule:
+class TrionRule(ToldColumns):
     """Trion's and Dion2's step. The columns are the momentum's, not the gradient's, which the five slots cannot say.
 
     Attributes:

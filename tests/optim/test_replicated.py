@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ BATCH, STEPS = 8, 20
 class Language(nn.Module):
     """Tied embeddings, matrices of three shapes, one that is frozen, one never used, one now and then."""
 
-    def __init__(self, tied: bool = True):
+    def __init__(self, tied: bool = True, all_alike: bool = False):
         super().__init__()
+        self.all_alike = all_alike
         self.embed = nn.Embedding(13, 8)
         self.up = nn.Linear(8, 24)
         self.down = nn.Linear(24, 8, bias=False)
@@ -49,16 +51,17 @@ def tokens(step):
 
 
 def loss(model, step, share):
-    """The mean over this share of a step's data; in some steps, the last rank's alone goes through `seldom`."""
+    """The mean over this share of a step's data; in some steps, the last rank's alone goes through `seldom`, or, for a
+    model that is told so, everybody's."""
     data = tokens(step)[share]
-    seldom = step % 3 == 2 and share.stop == BATCH
+    seldom = step % 3 == 2 and (model.all_alike or share.stop == BATCH)
     logits = model(data[:, :-1], seldom)
     return nn.functional.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten())
 
 
-def seeded_model(rank=0):
+def seeded_model(rank=0, **options):
     torch.manual_seed(7 + rank)  # every rank starts elsewhere, and all go on from the first's
-    return Language()
+    return Language(**options)
 
 
 def shares(n):
@@ -80,8 +83,8 @@ def run(model, optimizer, mine, clip=None, steps: Iterable[int] = range(STEPS), 
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def alone(config, ranks, mode="off", dtype=torch.float32, **options):
-    model = seeded_model().to(dtype)
+def alone(config, ranks, mode="off", dtype=torch.float32, all_alike=False, **options):
+    model = seeded_model(all_alike=all_alike).to(dtype)
     optimizer = build(model, config)
     optimizer.in_backward(mode)
     return run(model, optimizer, shares(ranks), **options)
@@ -216,6 +219,47 @@ def test_what_travels_is_what_is_said_to(ranks, dtype):
     }
     assert messages == 3
     assert egress == pytest.approx(1.5 * sum(counts[2].values()))
+
+
+class Table(nn.Module):
+    """An embedding of which a step touches few rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Embedding(200, 8)
+        self.lm_head = nn.Linear(8, 5)
+
+    def forward(self, tokens):
+        return self.lm_head(self.embed(tokens))
+
+
+def table_run(join, embeddings):
+    model = Table()
+    optimizer = build(model, replace(CONFIGS["adamw"], state_bits=32))
+    join(model, optimizer, embeddings)
+    counts = []
+    for step in range(4):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(100 * dist.get_rank() + step)
+        model(torch.randint(200, (6,), generator=generator)).square().sum().backward()
+        optimizer.step()
+        assert optimizer.wire is not None
+        counts.append(dict(optimizer.wire.payload))
+    return [p.detach().clone() for p in model.parameters()], counts[-1]
+
+
+def joins(model, optimizer, embeddings):
+    replicate(model, optimizer, embeddings=embeddings)
+
+
+def test_rows_of_an_embedding_that_nobody_touched_need_not_travel(ranks):
+    rows, whole = ranks(4).run(table_run, joins, "rows"), ranks(4).run(table_run, joins, "dense")
+    for (found, sent), (expected, all_sent) in zip(rows, whole, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert all_sent["dense"] - sent["dense"] == 4 * 4 * 200 * 8
+        assert 4 * 4 * 8 * 18 <= sent["rows"] <= 4 * 4 * 8 * 24  # of 24 tokens, few are the same
+        assert sent["present"] - all_sent["present"] == 4 * 200
 
 
 def messages_in(dtype):
@@ -459,7 +503,7 @@ def test_misuse_is_answered_with_the_remedy(ranks):
         "after_the_norm": "set optimizer.accumulating = True during every backward but the last",
         "other_models": "weight differs between rank",
         "other_names": "differs between rank",
-        "in_ddp": "give replicate the module inside it",
+        "in_ddp": "give the module inside it",
         "in_backward_before": "use mode 'off'",
         "in_backward_after": "use mode 'off'",
         "in_backward_of_ddp": "leave it 'off', and call replicate",

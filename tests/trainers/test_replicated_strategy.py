@@ -73,6 +73,29 @@ def test_a_preempted_run_goes_on_to_the_bit(base):
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
+def test_owners_have_the_losses_of_replicas_and_tell_directions(base):
+    owned, replicas = losses(base / "owned"), losses(base / "galore")
+    assert owned == pytest.approx(replicas, abs=1e-5)
+    sent = json.loads((base / "owned" / "report.json").read_text())["training"]["communication"]
+    assert sent["updates"] > 0
+    assert sent["bases"] > 0
+    state = torch.load(base / "owned" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
+    alike = torch.load(base / "galore" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
+    assert {i: sorted(own) for i, own in state[0]["state"].items()} == {
+        i: sorted(own) for i, own in alike[0]["state"].items()
+    }
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_a_preempted_run_of_owners_goes_on_to_the_bit_and_as_replicas(base):
+    same(final(base / "owned parts"), final(base / "owned whole"))
+    for name, value in final(base / "another")["state_dict"].items():
+        torch.testing.assert_close(final(base / "owned whole")["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_module_that_knows_nothing_of_replicas(base):
     """Accumulation, and clipping by the Trainer, which is by what is left of the gradients."""
     weights, clipped = torch.load(base / "own.pt", weights_only=True)

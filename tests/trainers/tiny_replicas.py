@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from thinrank.optim import DCTAdamWConfig, FiraConfig, GaLoreConfig, build
-from thinrank.trainers import ReplicatedConfig, UserError
+from thinrank.trainers import OwnedConfig, ReplicatedConfig, UserError
 from thinrank.trainers.pretrain import pretrain
 
 GALORE = GaLoreConfig(rank=4, svd="power", update_proj_gap=7, lr=0.01)
@@ -78,12 +78,24 @@ def main(base):
     model = {"extra": {}}  # no dropout: ranks draw otherwise than one process
     pretrain(config(base, "galore", optimizer=GALORE, strategy=replicas, model=model, **PARTS))
     pretrain(config(base, "fira", optimizer=FiraConfig(rank=4, svd="power"), strategy=replicas, model=model, **PARTS))
+    owned = OwnedConfig(check_every=2)
+    pretrain(config(base, "owned", optimizer=GALORE, strategy=owned, model=model, **PARTS))
     length = {"max_steps": 12, "checkpoint_every": 5, "optimizer": DCTAdamWConfig(rank=4, update_proj_gap=4)}
     pretrain(config(base, "whole", strategy=replicas, **length))
     undo = signalled_at(7, rank=1)
     first = pretrain(config(base, "parts", strategy=replicas, **length))
     undo()
     second = pretrain(config(base, "parts", strategy=replicas, **length))
+
+    pretrain(config(base, "owned whole", strategy=owned, **length))
+    undo = signalled_at(7, rank=1)
+    pretrain(config(base, "owned parts", strategy=owned, **length))
+    undo()
+    pretrain(config(base, "owned parts", strategy=owned, **length))
+    undo = signalled_at(7, rank=0)
+    pretrain(config(base, "another", strategy=owned, **length))
+    undo()
+    pretrain(config(base, "another", strategy=replicas, **length))
 
     parallel = {"rank": rank, "world": 2, "strategy": "thinrank_ddp", "devices": 2}
     weights = fit(own, accumulate=2, **parallel).state_dict()

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from thinrank.optim.replicated import MESSAGES
+from thinrank.optim.replicated import EMBEDDINGS, MESSAGES
 
 MESSAGE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """What messages are sent in, by the name that a configuration uses."""
@@ -60,6 +60,9 @@ class ReplicatedConfig(StrategyConfig):
         default="auto",
         metadata={"help": "of messages: auto (float32 for coordinates, a gradient's own), float32, bfloat16"},
     )
+    embeddings: str = field(
+        default="dense", metadata={"help": "how their gradients travel: dense, or rows (those that any rank touched)"}
+    )
     overlap: bool = field(default=True, metadata={"help": "messages leave while backward goes on"})
     check_every: int | None = field(
         default=100, metadata={"help": "steps between two looks at whether the ranks are still equal; null: never"}
@@ -69,9 +72,21 @@ class ReplicatedConfig(StrategyConfig):
         super().__post_init__()
         for name, value, allowed in (
             ("messages", self.messages, MESSAGES),
+            ("embeddings", self.embeddings, EMBEDDINGS),
             ("dtype", self.dtype, tuple(MESSAGE_DTYPES)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
         if self.check_every is not None and self.check_every < 1:
             raise ValueError(f"check_every must be at least 1 step, got {self.check_every}: use null for never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnedConfig(ReplicatedConfig):
+    """Whole model on every process, a share of the optimizer's state and work (`MatrixOptimizer.own`)."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("thinrank_owned",)
+
+    name: str = field(
+        default="thinrank_owned", metadata={"help": "each matrix is stepped by one process, its owner (thinrank_owned)"}
+    )

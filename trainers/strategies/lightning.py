@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from thinrank.trainers.strategies.config import ReplicatedConfig, StrategyConfig
+from thinrank.trainers.strategies.config import OwnedConfig, ReplicatedConfig, StrategyConfig
 from thinrank.trainers.strategies.world import World
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and configurations are read without it
@@ -37,10 +37,11 @@ def build_strategy(config: StrategyConfig, world: World) -> tuple[Strategy | str
         options["process_group_backend"] = config.backend
     environment = TorchElasticEnvironment() if world.size > 1 else LightningEnvironment()
     if isinstance(config, ReplicatedConfig):
-        from thinrank.trainers.strategies.replicated import ReplicatedStrategy
+        from thinrank.trainers.strategies.replicated import OwnedStrategy, ReplicatedStrategy
 
-        strategy = ReplicatedStrategy(
+        strategy = (OwnedStrategy if isinstance(config, OwnedConfig) else ReplicatedStrategy)(
             messages=config.messages,
+            embeddings=config.embeddings,
             dtype=config.dtype,
             overlap=config.overlap,
             check_every=config.check_every,

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from thinrank.optim import MatrixOptimizer
-from thinrank.optim.replicated import BUCKET_BYTES, MESSAGES, equalise
+from thinrank.optim.replicated import BUCKET_BYTES, EMBEDDINGS, MESSAGES, equalise
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
 
@@ -27,6 +27,7 @@ class ReplicatedStrategy(DDPStrategy):
 
     Args:
         messages: `auto` (coordinates where they are enough), or `full` (gradients).
+        embeddings: how their gradients travel: `dense`, or `rows` (those that any rank touched).
         dtype: of the messages: `auto` (float32 for coordinates, a gradient's own), `float32`, `bfloat16`.
         overlap: messages leave while backward goes on.
         check_every: steps between two looks at whether the replicas are still equal; None: never.
@@ -38,23 +39,31 @@ class ReplicatedStrategy(DDPStrategy):
         self,
         *,
         messages: str = "auto",
+        embeddings: str = "dense",
         dtype: str = "auto",
         overlap: bool = True,
         check_every: int | None = 100,
         bucket_bytes: int = BUCKET_BYTES,
         **options: Any,
     ) -> None:
-        for name, value, allowed in (("messages", messages, MESSAGES), ("dtype", dtype, tuple(MESSAGE_DTYPES))):
+        for name, value, allowed in (
+            ("messages", messages, MESSAGES),
+            ("embeddings", embeddings, EMBEDDINGS),
+            ("dtype", dtype, tuple(MESSAGE_DTYPES)),
+        ):
             if value not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
         super().__init__(**options)
         self._exchange: dict[str, Any] = {
             "messages": messages,
+            "embeddings": embeddings,
             "dtype": MESSAGE_DTYPES[dtype],
             "overlap": overlap,
             "check_every": check_every,
             "bucket_bytes": bucket_bytes,
         }
+
+    NAME = "thinrank_ddp"
 
     def configure_ddp(self) -> None:
         """Gives all ranks the first one's weights and buffers; nothing is wrapped."""
@@ -65,22 +74,31 @@ class ReplicatedStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise UserError(
-                "thinrank_ddp frees gradients in backward, before a loss scaler could look at them: use "
+                f"{self.NAME} frees gradients in backward, before a loss scaler could look at them: use "
                 "precision='bf16-mixed' or '32-true' instead of '16-mixed'"
             )
         try:
             for optimizer in self._own():
-                optimizer.replicate(**self._exchange)
+                self._join(optimizer)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.precision_plugin.clip_grad_by_norm = _clip_by_norm
         self.precision_plugin.clip_grad_by_value = _clip_by_value
 
+    def _join(self, optimizer: MatrixOptimizer) -> None:
+        optimizer.replicate(**self._exchange)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """What a checkpoint keeps: what one process would, whoever holds it."""
+        found = getattr(optimizer, "_optimizer", optimizer)  # inside of Lightning's wrapper
+        assert isinstance(found, MatrixOptimizer)  # setup_optimizers has looked
+        return found.full_state_dict()
+
     def _own(self) -> list[MatrixOptimizer]:
         for optimizer in self.optimizers:
             if not isinstance(optimizer, MatrixOptimizer):
                 raise UserError(
-                    f"thinrank_ddp leaves the exchange to thinrank's optimizers, and {type(optimizer).__name__} is "
+                    f"{self.NAME} leaves the exchange to thinrank's optimizers, and {type(optimizer).__name__} is "
                     "none: return thinrank.optim.build(self, config) from configure_optimizers, or use strategy='ddp'"
                 )
         return self.optimizers  # pyright: ignore[reportReturnType]
@@ -96,6 +114,19 @@ class ReplicatedStrategy(DDPStrategy):
         finally:
             for optimizer in own:
                 optimizer.accumulating = False
+
+
+class OwnedStrategy(ReplicatedStrategy):
+    """As `ReplicatedStrategy`, with the optimizer's state and the work of its step shared out among the processes.
+
+    `Trainer(strategy="thinrank_owned")`; a matrix is stepped by one process, who tells the others its update
+    (`MatrixOptimizer.own`).
+    """
+
+    NAME = "thinrank_owned"
+
+    def _join(self, optimizer: MatrixOptimizer) -> None:
+        optimizer.own(**self._exchange)
 
 
 def _clip_by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:

@@ -1,0 +1,71 @@
+"""Weights that torch's `fully_shard` has cut into rows: FSDP2, and HSDP, whose replicas hold the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from thinrank.optim.exchange.replicas import Group
+from thinrank.optim.exchange.shards import Span, even
+
+
+def is_sharded(param: Tensor) -> bool:
+    """True for a parameter of a model that went through `fully_shard`."""
+    return isinstance(param, DTensor)
+
+
+class DTensorShards:
+    """Reads where the rows of parameters lie off themselves.
+
+    FSDP2 gives each of n ranks ⌈rows/n⌉ rows, and the last ranks what is left: fewer, or none. On a mesh of two
+    dimensions, the first replicates and gradients are averaged over both when backward is done.
+
+    Raises:
+        ValueError: for parameters of which some are not sharded, that are sharded along another dimension or over
+            several dimensions of a mesh, or that lie on different meshes.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        self._mesh: DeviceMesh | None = None
+        self._dim = 0
+        for name, param in named:
+            if not isinstance(param, DTensor):
+                raise ValueError(
+                    f"{name} is not sharded and others are: call fully_shard on the root module as well, without "
+                    "ignored_params"
+                )
+            dims = [i for i, placement in enumerate(param.placements) if isinstance(placement, Shard)]
+            others = [place for place in param.placements if not isinstance(place, (Shard, Replicate))]
+            if len(dims) != 1 or others or cast("Shard", param.placements[dims[0]]).dim != 0:
+                raise ValueError(
+                    f"{name} is placed as {param.placements}; rows on one dimension of a mesh are what is supported: "
+                    "use fully_shard without shard_placement_fn, on a mesh of one dimension or of replicas × shards"
+                )
+            if self._mesh is None:
+                self._mesh, self._dim = param.device_mesh, dims[0]
+            elif (param.device_mesh, dims[0]) != (self._mesh, self._dim):
+                raise ValueError(f"{name} lies on another mesh than the parameters before it: use one mesh for all")
+        assert self._mesh is not None  # there is a parameter
+        self._ranks = self._mesh.size(self._dim)
+
+    @property
+    def group(self) -> Group | None:
+        assert self._mesh is not None
+        return self._mesh.get_group(self._dim)
+
+    def shape(self, param: Tensor) -> tuple[int, ...]:
+        return tuple(param.shape)
+
+    def spans(self, param: Tensor) -> Sequence[Span]:
+        rows, entries = param.shape[0] if param.ndim else 1, param.numel()
+        return even(rows, self._ranks, entries // max(rows, 1))
+
+    def weight(self, param: Tensor) -> Tensor:
+        return cast("DTensor", param.detach()).to_local().view(-1)
+
+    def gradient(self, param: Tensor) -> Tensor | None:
+        return None if param.grad is None else cast("DTensor", param.grad).to_local().view(-1)

@@ -1,0 +1,208 @@
+"""Replicas that share out state and work: N ranks, each of which steps its matrices, equal one process."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import CONFIGS
+from test_replicated import PLAIN, STEPS, TINY, alone, apart, mine, run, seeded_model, shares, table_run
+from test_sharded import HALF, KEPT, dtype_of, how_far, looks, refused, wide
+
+from thinrank.optim import build
+from thinrank.optim.owned import own
+from thinrank.optim.replicated import ReplicaDrift
+
+
+def owned(configs, parts=1, dtype=torch.float32, how=None, **options):
+    found = {}
+    for name, config in configs.items():
+        model = seeded_model(dist.get_rank()).to(dtype)
+        optimizer = build(model, config)
+        own(model, optimizer, **{"check_every": 10, "even_from": 64, **(how or {})})
+        found[name] = run(model, optimizer, mine(parts), **options)
+    return found
+
+
+@pytest.mark.parametrize(("ranks_", "configs"), [(1, PLAIN), (2, CONFIGS), (4, PLAIN)], ids=["1", "2", "4"])
+def test_owners_that_tell_their_updates_are_one_process(ranks, ranks_, configs):
+    answers = ranks(ranks_).run(owned, configs, timeout=240)
+    for name, config in configs.items():
+        expected = alone(config, ranks_)
+        for found in answers:
+            assert apart(found[name], expected) <= wide(name), name
+        for found in answers[1:]:
+            assert all(torch.equal(value, answers[0][name][key]) for key, value in found[name].items()), name
+
+
+@pytest.mark.parametrize("how", [{"overlap": False}, {"bucket_bytes": 1}, {"even_from": 10**9}], ids=str)
+def test_when_and_in_how_many_messages_makes_no_difference(ranks, how):
+    answers = ranks(2).run(owned, TINY, how=how)
+    for name, config in TINY.items():
+        assert apart(answers[0][name], alone(config, 2)) <= wide(name), name
+
+
+def test_accumulated_gradients_meet_once(ranks):
+    answers = ranks(2).run(owned, TINY, parts=2)
+    for name, config in TINY.items():
+        assert apart(answers[1][name], alone(config, 4)) <= wide(name), name
+
+
+def test_clipping_is_by_what_is_left_of_all_gradients(ranks):
+    """What a rank owns counts there, what every rank steps counts once."""
+    answers = ranks(2).run(owned, TINY, clip=0.3)
+    for name, config in TINY.items():
+        mode = "project" if name in ("galore/power", "galore_plus/warmup", "dct_adamw") else "off"
+        expected = alone(config, 2, mode, clip=0.3, joint=True)
+        assert apart(answers[0][name], expected) <= wide(name), name
+        assert apart(alone(config, 2), expected) > 1e-3  # it did clip
+
+
+def test_bfloat16_weights_messages_and_autocast(ranks):
+    half = ranks(2).run(owned, HALF, dtype=torch.bfloat16)
+    cast = ranks(2).run(owned, TINY, cast=True)[0]
+    short = ranks(2).run(owned, TINY, how={"dtype": torch.bfloat16})
+    for name, config in HALF.items():
+        exact, one = alone(config, 2), alone(config, 2, dtype=torch.bfloat16)
+        assert all(value.dtype is torch.bfloat16 for value in half[0][name].values())
+        assert apart(half[0][name], exact) <= 2 * apart(one, exact), name
+        assert all(torch.equal(value, half[1][name][key]) for key, value in half[0][name].items()), name
+    for name, config in TINY.items():
+        exact = alone(config, 2)
+        assert apart(cast[name], exact) <= 2 * apart(alone(config, 2, cast=True), exact), name
+        if name == "galore/power":  # others choose by what has been rounded on its way
+            assert 0 < apart(short[0][name], exact) <= 0.05
+        assert all(torch.equal(value, short[1][name][key]) for key, value in short[0][name].items()), name
+
+
+def begun(name, rank=0, weights=None):
+    model = seeded_model(rank).to(dtype_of(name))
+    if weights is not None:
+        model.load_state_dict(weights, strict=False)
+    optimizer = build(model, KEPT[name])
+    own(model, optimizer, even_from=64)
+    return model, optimizer
+
+
+def handed_over(steps=9):
+    found = {}
+    for name in KEPT:
+        model, optimizer = begun(name)
+        run(model, optimizer, mine(), steps=range(steps))
+        weights = {key: value.detach().clone() for key, value in model.named_parameters()}
+        state = copy.deepcopy(optimizer.full_state_dict())
+        found[name] = weights, state, optimizer.state_bytes(), run(model, optimizer, mine(), steps=range(steps, STEPS))
+    return found
+
+
+def goes_on(handed, steps=9):
+    found = {}
+    for name in KEPT:
+        model, optimizer = begun(name, 3 + dist.get_rank(), handed[name][0])
+        optimizer.load_state_dict(copy.deepcopy(handed[name][1]))
+        found[name] = run(model, optimizer, mine(4 // dist.get_world_size()), steps=range(steps, STEPS))
+    return found
+
+
+def test_a_run_goes_on_to_the_bit_and_on_other_numbers_of_ranks(ranks):
+    first = ranks(4).run(handed_over)
+    handed = first[0]
+    for name in KEPT:
+        assert all(answer[name][1] == {} for answer in first[1:])
+        whole = build(seeded_model().to(dtype_of(name)), KEPT[name]).state_dict()
+        for i, state in handed[name][1]["state"].items():
+            assert looks(state) == looks(whole["state"][i])
+    for n in (4, 2, 1):
+        again = ranks(n).run(goes_on, handed)[0]
+        for name in KEPT:
+            if n == 4:
+                assert all(torch.equal(again[name][key], value) for key, value in handed[name][3].items()), name
+            else:
+                assert apart(again[name], handed[name][3]) <= how_far(name), name
+    for name, config in KEPT.items():  # and in one process
+        model = seeded_model().to(dtype_of(name))
+        model.load_state_dict(handed[name][0], strict=False)
+        optimizer = build(model, config)
+        optimizer.load_state_dict(copy.deepcopy(handed[name][1]))
+        found = run(model, optimizer, shares(4), steps=range(9, STEPS))
+        assert apart(found, handed[name][3]) <= how_far(name), name
+
+
+def counted(config):
+    """Bytes by kind of three steps, of which the first chooses a subspace, and of the state."""
+    model = seeded_model()
+    optimizer = build(model, config)
+    own(model, optimizer, even_from=64)
+    counts = []
+    for step in (0, 3, 4):  # none of them goes through `seldom`
+        run(model, optimizer, mine(), steps=[step])
+        assert optimizer.wire is not None
+        counts.append(dict(optimizer.wire.payload))
+    return counts, optimizer.state_bytes()
+
+
+def test_coordinates_go_to_owners_and_directions_come_back(ranks):
+    """Three matrices of 24, 24 and 8 rows on the long side, rank 2: an owner sends nothing and tells three."""
+    answers = ranks(4).run(counted, replace(CONFIGS["galore/power"], rank=2))
+    long, never = 24 + 24 + 8, 8 * 8 + 12 * 8
+    first = {kind: sum(counts[0].get(kind, 0) for counts, _ in answers) for kind in answers[0][0][0]}
+    last = {kind: sum(c[2].get(kind, 0) - c[1].get(kind, 0) for c, _ in answers) for kind in answers[0][0][2]}
+    assert first["renewals"] == 3 * 4 * (8 * long + never)  # whole gradients, and zeros of what has none
+    assert last["renewals"] == 3 * 4 * never
+    assert last["coordinates"] == last["updates"] == 3 * 4 * 2 * long
+    assert first["bases"] == 3 * 4 * 3 * (8 * 2)
+    assert last["bases"] == 0
+    whole = build(seeded_model(), replace(CONFIGS["galore/power"], rank=2)).state_bytes()
+    assert max(size for _, size in answers) < 0.7 * whole
+
+
+def joins(model, optimizer, embeddings):
+    own(model, optimizer, embeddings=embeddings, even_from=64)
+
+
+def test_touched_rows_go_to_those_who_have_them(ranks):
+    rows, whole = ranks(4).run(table_run, joins, "rows"), ranks(4).run(table_run, joins, "dense")
+    for (found, sent), (expected, _) in zip(rows, whole, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert 0 < sent["rows"] <= 4 * 4 * 8 * 24
+
+
+def drifts():
+    model = seeded_model()
+    optimizer = build(model, CONFIGS["galore/power"])
+    own(model, optimizer, check_every=1)
+    run(model, optimizer, mine(), steps=range(2))
+    if dist.get_rank() == 1:
+        model.square.weight.data[0, 0] += 1e-6
+    try:
+        optimizer.check_replicas()
+    except ReplicaDrift as error:
+        return str(error)
+    return ""
+
+
+def test_replicas_that_drift_apart_are_stopped(ranks):
+    assert all("square.weight is not the same" in sentence for sentence in ranks(2).run(drifts))
+
+
+def refusals():
+    model = seeded_model()
+    optimizer = build(model, CONFIGS["galore/power"])
+    run(model, optimizer, mine(), steps=range(1))
+    shared = build(seeded_model(), replace(CONFIGS["galore/power"], rank_allocation="gradient"))
+    fresh = build(seeded_model(), CONFIGS["galore/power"])
+    own(seeded_model(), fresh)
+    return [
+        refused(lambda: own(model, optimizer)),
+        refused(lambda: own(seeded_model(), shared)),
+        refused(lambda: fresh.in_backward("step")),
+        refused(lambda: fresh.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 2))]})),
+    ]
+
+
+def test_what_cannot_be_is_refused_in_one_sentence(ranks):
+    words = ("before the first step", "give the result as ranks", "'off'", "at construction")
+    for sentence, word in zip(ranks(2).run(refusals)[0], words, strict=True):
+        assert word in sentence
+        assert "\n" not in sentence
