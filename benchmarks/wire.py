@@ -6,7 +6,7 @@
 Weights of the preset's shapes and gradients drawn at random (what is counted does not depend on their values), a step
 that chooses subspaces and one that does not, in a process group of one: a payload is the same on any number of ranks.
 What leaves a rank in a ring of N is 2 (N−1)/N of the payload, for every method alike, so that ratios are the wire's.
-DDP's payload is the gradients in bfloat16.
+The formula is `thinrank.trainers.plan.wire`, which plans use. DDP's payload is the gradients in bfloat16.
 
 `projected` has embeddings and head stepped in a subspace as well (`optimizer.targets`); `dense` leaves them to AdamW,
 and their gradients travel whole. GaLore+ chooses its entries in the first step here.
@@ -15,7 +15,6 @@ and their gradients travel whole. GaLore+ chooses its entries in the first step 
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,8 +24,8 @@ import torch.distributed as dist
 from machine import command_line, describe, save
 
 from thinrank.optim import METHODS, LowRankConfig, MethodConfig, build, route
-from thinrank.optim.backward import whole_because
 from thinrank.trainers.models import PRESETS, build_model
+from thinrank.trainers.plan.wire import averaged_images
 
 EMBEDDINGS = {"dense": ["all-linear"], "projected": ["all-linear", r".*embed_tokens.*", r"lm_head.*"]}
 
@@ -38,19 +37,6 @@ def configured(name: str, rank: int, gap: int, embeddings: str) -> MethodConfig:
     values = {"rank": rank, "update_proj_gap": gap, "svd": "power", "targets": EMBEDDINGS[embeddings]}
     values |= {"state_bits": 8, "warmup": 1}
     return replace(config, **{key: value for key, value in values.items() if key in known})
-
-
-def formula(config: MethodConfig, model: torch.nn.Module, width: int) -> tuple[int, int]:
-    """Payload bytes of a step between renewals and of one that renews, from shapes and ranks alone."""
-    between = renewing = 0
-    linear = whole_because(config.matrix_rule()) is None
-    for row in route(model, config).rows:
-        whole = math.prod(row.shape)
-        low = whole
-        if linear and row.rank:
-            low = max(row.shape) * row.rank + math.ceil(getattr(config, "density", 0.0) * whole)
-        between, renewing = between + width * low, renewing + width * whole
-    return between, renewing
 
 
 def counted(config: MethodConfig, model: torch.nn.Module, dtype: torch.dtype) -> tuple[int, int]:
@@ -104,7 +90,7 @@ def main() -> None:
         for name in args.methods:
             for embeddings in args.embeddings:
                 config = configured(name, args.rank, args.gap, embeddings)
-                expected, _ = formula(config, model, dtype.itemsize)
+                expected = averaged_images(route(model, config).rows, dtype=dtype).payload("between")
                 between, renewing = counted(config, model, dtype)
                 gap = config.update_proj_gap if isinstance(config, LowRankConfig) else 1
                 averaged = between + (renewing - between) / gap

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,13 +14,19 @@ from thinrank.configs.load import Loaded
 from thinrank.optim.grouping import Routing
 from thinrank.trainers.data.config import DataConfig
 from thinrank.trainers.finetune import FinetuneConfig
-from thinrank.trainers.jobs import Finetuning, Pretraining
+from thinrank.trainers.jobs import Finetuning, Job, Pretraining
+from thinrank.trainers.plan.footprint import Footprint, footprint
+from thinrank.trainers.plan.page import page
+from thinrank.trainers.plan.precision import as_trained
+from thinrank.trainers.plan.strategies import is_planned
+from thinrank.trainers.plan.trace import Work
 from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.strategies.world import World
 
 
 def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
-    """The routing table, parameters, optimizer-state bytes (and AdamW's), tokens, and the command that runs it.
+    """The routing table, parameters, optimizer-state bytes (and AdamW's), tokens, what each process will hold and send,
+    and the command that runs it.
 
     The model is laid out on the meta device: a configuration of any size is planned in seconds.
 
@@ -31,13 +38,10 @@ def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
             that the processes cannot share.
     """
     config: TrainingConfig = loaded.config
-    job = (Finetuning if isinstance(config, FinetuneConfig) else Pretraining)(config)
-    world = planned_world(config)
-    sizes = Plan.of(config, world)
-    job.check()
-    vocab = vocabulary(config.data)
-    model = job.build(vocab, meta=True)
-    routing, dense = job.route(model), job.adamw_bytes(model)
+    found = laid_out(config, planned_world(config))
+    world, sizes, model, routing, vocab = found.world, found.sizes, found.model, found.routing, found.vocab
+    dense, choice = found.job.adamw_bytes(model), config.strategy
+    unplanned = f"there is no plan of memory and messages for strategy={choice.name} yet"
     name, state = loaded.names["optimizer"], routing.state_bytes()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
@@ -56,10 +60,47 @@ def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
         f"{counted(sizes.accumulate, 'micro-batch', 'es')} × {counted(sizes.micro_batch, 'sequence')})",
         f"the run: {sizes.steps:,} steps, {sizes.steps * sizes.tokens_per_step:,} tokens",
         "",
+        page(found.plan()) if is_planned(choice) else unplanned,
+        "",
         "nothing was written; to run it:",
         f"  {launch_line(world, arguments, script)}",
     ]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaidOut:
+    """A run without weights: shapes on the meta device, and what steps which of them."""
+
+    config: TrainingConfig
+    world: World
+    sizes: Plan
+    job: Job
+    vocab: int
+    model: Any
+    routing: Routing
+
+    def plan(self, known: Work | None = None) -> Footprint:
+        """What it will hold and send; `known` is the work of the same step, if it has been traced before.
+
+        Raises:
+            UserError: a strategy without a plan.
+        """
+        return footprint(self.config, self.model, self.routing, self.world, trace=known is None, known=known)
+
+
+def laid_out(config: TrainingConfig, world: World) -> LaidOut:
+    """The run of `config` on `world`, on the meta device.
+
+    Raises:
+        UserError: as `dry_run`.
+    """
+    job = (Finetuning if isinstance(config, FinetuneConfig) else Pretraining)(config)
+    sizes = Plan.of(config, world)
+    job.check()
+    vocab = vocabulary(config.data)
+    model = as_trained(job.build(vocab, meta=True), config.trainer.precision)
+    return LaidOut(config=config, world=world, sizes=sizes, job=job, vocab=vocab, model=model, routing=job.route(model))
 
 
 def vocabulary(data: DataConfig) -> int:

@@ -246,6 +246,11 @@ class InBackward(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._images.clear()
 
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients that are held: whole ones, and coordinates (and entries) in the place of others."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return sum(each.numel() * each.element_size() for each in (*grads, *self._images.tensors()))
+
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """Norm of all gradients of this optimizer's parameters (scalar); of what is left of them where that is less.

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from thinrank.optim.grouping import Routing, Row, group_parameters, unstepped
 from thinrank.optim.heads import HeadLayout
+from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import MethodConfig, RankedConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.optimizers import OPTIMIZERS
+from thinrank.optim.replicated import KINDS, whole_messages_because
+from thinrank.optim.rule import MatrixRule
+
+BASES = ("basis", "basis_long", "columns")
+"""Names of the tensors in a matrix's state that say where its subspace is."""
 
 
 def route(
@@ -48,7 +55,8 @@ def route(
     directions = optimizer.directions()
     for index, group in enumerate(optimizer.param_groups):
         own = group["ranks"] is not None
-        for name, param in zip(optimizer.names(index), group["params"], strict=True):
+        shown = zip(optimizer.names(index), group["params"], optimizer.matrices(index), strict=True)
+        for name, param, matrices in shown:
             state = optimizer.state[param]
             rule, rank = group["label"].rpartition("/")[2], directions.get(name)
             dense = own and rank is None
@@ -60,8 +68,12 @@ def route(
                     rule="adamw" if dense else f"{rule}@{rank}" if own else rule,
                     lr=float(group["lr"]) * (1.0 if dense else optimizer.scale(group)),
                     elements=param.numel(),
-                    state_bytes=sum(v.numel() * v.element_size() for v in state.values()),
+                    state_bytes=_bytes(state.values()),
                     rank=rank,
+                    itemsize=param.element_size(),
+                    matrices=sum(shape[0] for _, shape in matrices),
+                    bases_bytes=_bytes(v for key, v in state.items() if key.rpartition(".")[2] in BASES),
+                    **_exchanged(matrices),
                 )
             )
     if allocates(config) and not ranks:
@@ -70,6 +82,26 @@ def route(
             f"{config.rank_allocation}s (rank_allocation={config.rank_allocation})"
         )
     return routing
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(v.numel() * v.element_size() for v in tensors)
+
+
+def _exchanged(matrices: Sequence[tuple[MatrixRule, tuple[int, int, int]]]) -> dict[str, Any]:
+    """The fields of a `Row` that say what of a gradient an update needs, and when it needs all of it."""
+    image: Counter[str] = Counter()
+    for rule, shape in matrices:
+        if not isinstance(rule, LowRank):
+            return {}
+        image.update({KINDS[key]: size for key, size in rule.image_sizes(shape).items()})
+    rules = [rule for rule, _ in matrices if isinstance(rule, LowRank)]
+    return {
+        "image": dict(image),
+        "sends_image": bool(rules) and all(whole_messages_because(rule) is None for rule in rules),
+        "gap": max((rule.subspace.every for rule in rules), default=1),
+        "searches": max((rule.searches for rule in rules), default=0),
+    }
 
 
 def build(

@@ -110,6 +110,20 @@ class Row:
     state_bytes: int
     rank: int | None = None
     """Directions kept; None where nothing is projected."""
+    itemsize: int = 4
+    """Bytes of an entry of the weight, and of its gradient."""
+    matrices: int = 0
+    """Matrices that it is seen as; 0 where it is stepped element by element."""
+    bases_bytes: int = 0
+    """Of the state, what says where the subspace is."""
+    image: dict[str, int] = field(default_factory=dict)
+    """Numbers in what an update between renewals needs of a gradient, by kind; {} where it needs the gradient."""
+    sends_image: bool = False
+    """Replicas exchange the image between renewals, and not the gradient."""
+    gap: int = 1
+    """Updates between two renewals."""
+    searches: int = 0
+    """So many first updates choose by the gradient itself."""
 
 
 @dataclass

@@ -447,6 +447,20 @@ class MatrixOptimizer(Owned):
 
     # --- state ------------------------------------------------------------------------------------------------------
 
+    def matrices(self, index: int) -> list[list[tuple[MatrixRule, tuple[int, int, int]]]]:
+        """For each parameter of group `index` the rule and the shape (blocks, long, short) of each matrix that it is
+        seen as; [] for one that is stepped element by element."""
+        group = self.param_groups[index]
+        found = []
+        for param, rank in zip(group["params"], ranks_of(group), strict=True):
+            shown: list[tuple[MatrixRule, tuple[int, int, int]]] = []
+            for section, view in enumerate(self._views(param, group, rank)):
+                rule, _ = self.rules(group, section, rank)
+                assert rule is not None  # there are views for matrix rules only
+                shown.append((rule, (view.blocks, *view.shape)))
+            found.append(shown)
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` gave: checked whole first, then copied into the existing tensors, dtypes kept.
 

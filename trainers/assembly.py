@@ -25,6 +25,7 @@ from thinrank.optim.replicated import whole_messages_because
 from thinrank.trainers import report
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
+from thinrank.trainers.callbacks.held import HeldMemory
 from thinrank.trainers.callbacks.metrics import TrainingMetrics
 from thinrank.trainers.callbacks.preemption import Preemption
 from thinrank.trainers.callbacks.progress import Progress
@@ -47,6 +48,7 @@ from thinrank.trainers.errors import PreflightError, UserError
 from thinrank.trainers.jobs import Job, resumable
 from thinrank.trainers.module import CausalLM, frozen_names
 from thinrank.trainers.parts import Parts
+from thinrank.trainers.plan.precision import as_trained
 from thinrank.trainers.preflight.check import check_machines, check_run
 from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.rng import seed_all
@@ -114,7 +116,7 @@ def _assemble(
     # One process on each machine fills the cache; the others then find it.
     together(world, lambda: data.prepare_data() if world.local_rank == 0 else None)
     together(world, lambda: data.setup("fit"))
-    model = together(world, lambda: job.build(data.vocab_size))
+    model = together(world, lambda: as_trained(job.build(data.vocab_size), config.trainer.precision))
     routing = job.route(model)
     size = _checkpoint_bytes(model, job.keeps_frozen) + routing.state_bytes()
     from_rank_zero(world, lambda: require_space(folder.checkpoints, size))
@@ -145,7 +147,8 @@ def _assemble(
         saved=lambda path, step: folder.write_status("running", step=step, steps=plan.steps, checkpoint=path.name),
     )
     preemption = Preemption(checkpointing, folder.marker, max_seconds=config.trainer.max_seconds)
-    trainer = _trainer(config, world, plan, folder, resume, cuda, [guard, preemption, checkpointing])
+    held = HeldMemory()
+    trainer = _trainer(config, world, plan, folder, resume, cuda, [guard, held, preemption, checkpointing])
     return Parts(
         job=job,
         origin=origin,
@@ -162,6 +165,7 @@ def _assemble(
         checkpointing=checkpointing,
         preemption=preemption,
         guard=guard,
+        held=held,
     )
 
 
@@ -236,6 +240,8 @@ def _train(parts: Parts) -> dict[str, Any]:
     before = start_metrics(parts) if parts.job.measures_start else {}
     seed_all(config.trainer.seed, world.rank)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()  # of this run, whatever the process did before
     trainer.fit(parts.module, datamodule=parts.data, ckpt_path=parts.resume, weights_only=True)
     preempted = parts.preemption.preempted
     facts: dict[str, Any] = {
@@ -250,7 +256,7 @@ def _train(parts: Parts) -> dict[str, Any]:
     # now, because a later stage of Lightning lets go of the optimizer
     optimizer = trainer.optimizers[0]
     if isinstance(optimizer, MatrixOptimizer) and (ranks := optimizer.ranks()):
-        parts.routing = parts.job.route(parts.model, ranks)
+        parts.routing, parts.ranks = parts.job.route(parts.model, ranks), ranks
     state, sent_a_step = optimizer_state(parts), communication(parts)
     metrics, sample, artifacts = before, {}, {}
     if not preempted:

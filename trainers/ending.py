@@ -13,6 +13,9 @@ from thinrank.trainers.callbacks.metrics import sent
 from thinrank.trainers.callbacks.sample import sample_text
 from thinrank.trainers.errors import GuardStop, PreflightError, UserError
 from thinrank.trainers.parts import Parts
+from thinrank.trainers.plan.footprint import footprint
+from thinrank.trainers.plan.precision import as_trained
+from thinrank.trainers.plan.strategies import is_planned
 from thinrank.trainers.run import RunFolder, config_hash
 from thinrank.trainers.strategies import World
 from thinrank.trainers.strategies.world import from_rank_zero
@@ -52,6 +55,33 @@ def communication(parts: Parts) -> dict[str, float]:
         "whole gradients": float(sum(param.numel() * param.element_size() for param in params)),
         "messages": messages / steps,
     }
+
+
+def planned_and_measured(
+    parts: Parts, state: Mapping[str, int], sent_a_step: Mapping[str, float], peak_mib: float | None
+) -> dict[str, Any]:
+    """What was to be expected of memory and wire beside what was found, in bytes of this rank; {} without a plan.
+
+    Args:
+        state: of `optimizer_state`.
+        sent_a_step: of `communication`.
+        peak_mib: of the CUDA allocator; None without a GPU, and then no step is traced either.
+    """
+    config, start, steps = parts.config, parts.start, parts.trainer.global_step
+    if not is_planned(config.strategy):
+        return {}
+    model = parts.model
+    if peak_mib is not None:
+        model = as_trained(parts.job.build(parts.data.vocab_size, meta=True), config.trainer.precision)
+    plan = footprint(config, model, parts.routing, parts.world, trace=peak_mib is not None, ranks=parts.ranks)
+    measured: dict[str, float | None] = {
+        "weights_bytes": parts.held.weights or None,
+        "gradients_bytes": parts.held.gradients if parts.held.weights else None,
+        "state_bytes": state["measured_bytes"],
+        "peak_bytes": None if peak_mib is None else peak_mib * 2**20,
+        "sent_bytes": sent_a_step.get("payload"),
+    }
+    return {"planned": {**plan.plain(), "sent_bytes": plan.sent(start, steps)}, "measured": measured}
 
 
 def start_metrics(parts: Parts) -> dict[str, float]:
@@ -135,6 +165,7 @@ def conclude(
         routing=[dataclasses.asdict(row) for row in parts.routing.rows],
         routing_table=parts.routing.table(),
         optimizer_state=state,
+        plan=planned_and_measured(parts, state, sent_a_step, report.memory().get("peak_cuda_mib")),
         training={
             "steps": step,
             "tokens": tokens,

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from thinrank import optim
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
+from thinrank.trainers.callbacks.held import HeldMemory
 from thinrank.trainers.callbacks.preemption import Preemption
 from thinrank.trainers.checkpoint import step_of
 from thinrank.trainers.data import TextData
@@ -42,6 +43,9 @@ class Parts:
     checkpointing: Checkpointing
     preemption: Preemption
     guard: NonFiniteGuard
+    held: HeldMemory
+    ranks: Mapping[str, int | float | None] | None = None
+    """Of matrices that have come to their own."""
 
     @property
     def config(self) -> TrainingConfig:

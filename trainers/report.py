@@ -33,6 +33,7 @@ def collect(
     optimizer_state: Mapping[str, Any],
     training: Mapping[str, Any],
     metrics: Mapping[str, float],
+    plan: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
     curves: Sequence[Mapping[str, Any]] = (),
     history: Sequence[Mapping[str, Any]] = (),
@@ -54,6 +55,7 @@ def collect(
         training: steps, tokens, seconds, tokens_per_second, skipped_steps, world, accumulate, communication (payload
             bytes a step by kind).
         metrics: final values.
+        plan: `planned` and `measured` bytes of memory and wire, under the same names.
         curves: lines of the run's curves; their summary (`thinrank.trainers.curves.summary`) joins `training` and
             `metrics`.
         history: lines of the run's history; the number of starts gives the restarts.
@@ -72,6 +74,7 @@ def collect(
         "training": {**training, **read["training"]},
         "optimizer_state": dict(optimizer_state),
         "memory": memory(),
+        "plan": dict(plan or {}),
         "model": dict(model or {}),
         "data": dict(data),
         "seeds": dict(seeds),
@@ -188,6 +191,8 @@ def page(report: Mapping[str, Any]) -> str:
             [(key.removesuffix("_bytes"), _mib(value)) for key, value in state.items() if key.endswith("_bytes")],
         )
     )
+    if report.get("plan"):
+        parts.append(_table(("each process, MiB", "planned", "measured"), _planned(report["plan"])))
     sample = report.get("sample") or {}
     if sample:
         fence = "````"
@@ -251,6 +256,19 @@ def _ranks(routing: Sequence[Mapping[str, Any]]) -> str:
 
 def _ms(seconds: float | None) -> str:
     return "–" if seconds is None else f"{1000 * seconds:,.1f}"
+
+
+def _planned(plan: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    planned, measured = plan["planned"], plan["measured"]
+    labels = {
+        "weights_bytes": "weights",
+        "gradients_bytes": "gradients, as the step finds them",
+        "state_bytes": "optimizer state",
+        "peak_bytes": "peak of the GPU's allocator (planned: an estimate)",
+        "sent_bytes": "payload of a step, in the mean",
+    }
+    rows = [(label, planned.get(key), measured.get(key)) for key, label in labels.items()]
+    return [(label, _mib(one), _mib(other)) for label, one, other in rows if one is not None or other is not None]
 
 
 def _mib(value: Any) -> str:

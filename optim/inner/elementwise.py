@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from thinrank.optim.inner.half import HalfWeights
 from thinrank.optim.inner.moments import moments, zeros
-from thinrank.optim.linalg.adam import one_layout
+from thinrank.optim.linalg.adam import FUSED, one_layout
 from thinrank.optim.linalg.quantise import BLOCK
 from thinrank.optim.rule import Decay, State
 
@@ -139,7 +139,7 @@ class ElementwiseAdamW:
         eps: float,
     ) -> None:
         able = [
-            w.device.type in ("cpu", "cuda") and one_layout(w, grad, state["exp_avg"], state["exp_avg_sq"])
+            w.device.type in FUSED and one_layout(w, grad, state["exp_avg"], state["exp_avg_sq"])
             for w, grad, state in zip(weights, grads, states, strict=True)
         ]
         for fused in (True, False):

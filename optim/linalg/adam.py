@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
+FUSED = ("cpu", "cuda", "meta")
+"""Devices with torch's fused Adam; on the meta device it says what a step would allocate elsewhere."""
+
 
 def adam_direction(
     grad: Tensor,
@@ -71,7 +74,7 @@ def _fused_direction(
     # torch's fused Adam, one pass over all four tensors, on a weight that is zero: with a learning rate of -1 what it
     # leaves there is the direction.
     out = torch.zeros_like(grad)
-    fused = grad.device.type in ("cpu", "cuda") and grad.dtype.is_floating_point
+    fused = grad.device.type in FUSED and grad.dtype.is_floating_point
     torch_adam(
         [out],
         [grad],

@@ -107,7 +107,7 @@ def newton_schulz(
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if dtype is None:
-        dtype = torch.bfloat16 if x.is_cuda else torch.float32
+        dtype = torch.bfloat16 if x.is_cuda or x.is_meta else torch.float32  # meta: to plan for a GPU
     tall = not axis.whole or x.shape[-2] >= x.shape[-1]
     gram = form == "gram" or (form == "auto" and _gram_pays(x, dtype)) or not axis.whole
     precise = torch.promote_types(dtype, torch.float32)

@@ -39,6 +39,15 @@ class LinearLift(Lift, Protocol):
         """True when this step's choice, which is not linear in `x`, is made whether or not a subspace is renewed."""
         ...
 
+    @property
+    def searches(self) -> int:
+        """How many first updates of a matrix `chooses` is true of."""
+        ...
+
+    def image_sizes(self, shape: tuple[int, int, int]) -> dict[str, int]:
+        """Numbers in each tensor of the `image` of a batch of `shape`."""
+        ...
+
     def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step, *, first: bool) -> State:
         """What `lift` needs of `x` beside its coordinates: tensors of the same keys and shapes for every step.
 
@@ -77,6 +86,13 @@ class Project:
 
     def chooses(self, step: Step) -> bool:
         return False
+
+    @property
+    def searches(self) -> int:
+        return 0
+
+    def image_sizes(self, shape: tuple[int, int, int]) -> dict[str, int]:
+        return {}
 
     def __call__(
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -96,6 +97,18 @@ class LowRank:
         return bool(self.renewals.due(state, step, self.subspace.every)) or (
             isinstance(self.lift, LinearLift) and self.lift.chooses(step)
         )
+
+    @property
+    def searches(self) -> int:
+        """How many first updates of a matrix choose something by the gradient itself."""
+        return max(1, self.lift.searches) if isinstance(self.lift, LinearLift) else 1
+
+    def image_sizes(self, shape: tuple[int, int, int]) -> dict[str, int]:
+        """Numbers in each tensor of the `image` of a batch of `shape`; {} for a rule that is not `linear`."""
+        if not self.linear:
+            return {}
+        assert isinstance(self.lift, LinearLift)
+        return {"low": math.prod(self.subspace.small(shape)), **self.lift.image_sizes(shape)}
 
     def image(self, grad: Tensor, state: State, step: Step, *, first: bool) -> State:
         """What an update needs of `grad`, to be added up over the parts of a gradient; only for a `linear` rule.

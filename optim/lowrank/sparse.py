@@ -79,7 +79,14 @@ class SparseResidual:
         return self.lift(image, direction, x.shape[-1], subspace, state, step)
 
     def chooses(self, step: Step) -> bool:
-        return any(count < max(self.warmup, 1) for count in step.count)
+        return any(count < self.searches for count in step.count)
+
+    @property
+    def searches(self) -> int:
+        return max(self.warmup, 1)
+
+    def image_sizes(self, shape: tuple[int, int, int]) -> dict[str, int]:
+        return {"at_entries": shape[0] * self._size(shape)}
 
     def image(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step, *, first: bool) -> State:
         """`at_entries` (batch, k): the entries of `x` in S, and zeros for matrices that still search.
@@ -137,7 +144,7 @@ class SparseResidual:
 
     def _choose(self, x: Tensor, low: Tensor, subspace: Subspace, state: State, step: Step) -> None:
         """Lets `x` have its say in the choice of S, where one is to be made."""
-        searching = [i for i, count in enumerate(step.count) if count < max(self.warmup, 1)]
+        searching = [i for i, count in enumerate(step.count) if count < self.searches]
         again: list[int] = []
         if self.reselect == "renewal":
             later = [i for i, count in enumerate(step.count) if count > self.warmup]

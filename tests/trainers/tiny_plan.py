@@ -1,0 +1,72 @@
+"""A program for one rank or two: short runs of several methods under both strategies, for what they held and sent."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from lightning.pytorch.strategies import DDPStrategy
+from tiny_pretrain import config
+
+from thinrank.optim import AdamWConfig, DCTAdamWConfig, FiraConfig, GaLoreConfig, GaLorePlusConfig
+from thinrank.trainers.pretrain import pretrain
+from thinrank.trainers.strategies import ReplicatedConfig, StrategyConfig
+
+METHODS = {
+    "adamw": AdamWConfig(),
+    "galore": GaLoreConfig(rank=4, svd="power", update_proj_gap=7),
+    "galore_plus": GaLorePlusConfig(rank=4, update_proj_gap=7, warmup=3, density=0.05),
+    "fira": FiraConfig(rank=4, svd="power"),
+    "dct_adamw": DCTAdamWConfig(rank=4, update_proj_gap=5, state_bits=8),
+}
+STRATEGIES = {
+    "ddp": (StrategyConfig(name="ddp"), METHODS),
+    "thinrank_ddp": (ReplicatedConfig(), METHODS),
+    "bfloat16": (ReplicatedConfig(dtype="bfloat16"), ("galore", "galore_plus")),
+}
+"""By name, with the methods that run under it."""
+STEPS = 12
+
+
+def counted_by_ddp():
+    """Bytes of the buckets that DDP has summed up since, in a list that grows."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    found = []
+    configure = DDPStrategy.configure_ddp
+
+    def hook(state, bucket):
+        found.append(bucket.buffer().nbytes)
+        return allreduce_hook(state, bucket)
+
+    def configure_and_count(self):
+        configure(self)
+        assert self.model is not None
+        self.model.register_comm_hook(None, hook)  # pyright: ignore[reportCallIssue] - it is wrapped now
+
+    DDPStrategy.configure_ddp = configure_and_count
+    return found
+
+
+def main(base):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")  # once, for all runs of this program
+    buckets, result, launched = counted_by_ddp(), {}, dict(os.environ)
+    for strategy, (choice, methods) in STRATEGIES.items():
+        for method in methods:
+            buckets.clear()
+            os.environ.update(launched)  # Lightning takes WORLD_SIZE away after a run of one process
+            name = f"{method}-{strategy}-{dist.get_world_size()}"
+            settings = {"max_steps": STEPS, "batch_size": 4, "micro_batch_size": 1, "validate_every": 0}
+            report = pretrain(
+                config(base, name, optimizer=METHODS[method], strategy=choice, model={"extra": {}}, **settings)
+            )
+            result[f"{method}-{strategy}"] = {**report["plan"], "buckets": sum(buckets) / STEPS}
+    if dist.get_rank() == 0:
+        (Path(base) / f"{dist.get_world_size()}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,89 @@
+"""A plan for people: lines of a terminal, one plan by itself or several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from thinrank.trainers.plan.footprint import Footprint
+
+ESTIMATE = "≈"
+"""Marks what is an estimate: libraries' workspaces and the allocator's gaps are in none of the figures."""
+
+
+def mib(size: float) -> str:
+    """Bytes in MiB."""
+    return f"{size / 2**20:,.1f}"
+
+
+def page(plan: Footprint) -> str:
+    """One plan: memory of each process, and the wire."""
+    held, done = plan.held, plan.work
+    rows = [
+        ("weights", mib(held.weights)),
+        ("gradients, as the step finds them", mib(held.gradients)),
+        ("optimizer state", mib(held.state)),
+        ("  of which bases", mib(held.bases)),
+        ("buffers of the exchange", mib(held.buffers)),
+    ]
+    if done is not None:
+        rows += [
+            ("for a step, between renewals", mib(done.between)),
+            ("for a step that renews", mib(done.renewal)),
+            ("for a step that is logged", mib(done.logged)),
+            (f"{ESTIMATE} activations", mib(done.activations)),
+            (f"{ESTIMATE} forward and backward, with gradients", mib(done.passes)),
+            (f"{ESTIMATE} peak", mib(plan.peak or 0)),
+        ]
+    lines = [_aligned([("memory of each process", "MiB"), *rows])]
+    if plan.untraced:
+        lines.append(f"what a step needs for a while is not known, since it could not be traced: {plan.untraced}")
+    if not plan.traffic.transfers:
+        return "\n".join([*lines, "", "on the wire: nothing"])
+    wire = [("on the wire, a step", "MiB of payload", "leave a process")]
+    wire += [
+        (label, mib(plan.traffic.payload(when)), mib(plan.traffic.leaving(when, plan.world)))
+        for label, when in _whens(plan)
+    ]
+    lines += ["", _aligned(wire)]
+    if plan.searches > 1:
+        lines.append(f"the first {plan.searches} steps are as one that renews")
+    return "\n".join(lines)
+
+
+def comparison(plans: Mapping[str, Footprint]) -> str:
+    """Several plans, a line for each."""
+    heads = ["MiB of each process", "weights", "gradients", "state", "bases", "buffers", "step"]
+    heads += [f"{ESTIMATE} passes", f"{ESTIMATE} peak", "sent", "renewal", "averaged"]
+    rows: list[Sequence[str]] = [heads]
+    for name, plan in plans.items():
+        held, done, sent = plan.held, plan.work, plan.traffic
+        sizes = [mib(each) for each in (held.weights, held.gradients, held.state, held.bases, held.buffers)]
+        while_ = ["?"] * 3 if done is None else [mib(each) for each in (done.step, done.passes, plan.peak or 0)]
+        rows.append([name, *sizes, *while_, *(mib(sent.payload(when)) for when in ("between", "renewal", "averaged"))])
+    lines = [_aligned(rows)]
+    lines += [
+        f"{name}: a step's needs are not known ({plan.untraced})" for name, plan in plans.items() if plan.untraced
+    ]
+    several = next((plan for plan in plans.values() if plan.world > 1), None)
+    if several is not None:
+        share = 2 * (several.world - 1) / several.world
+        lines.append(f"sent: payload of a step between renewals, in one, and in the mean; {share:.2f} times it leaves")
+    return "\n".join(lines)
+
+
+def _whens(plan: Footprint) -> list[tuple[str, str]]:
+    if plan.gap == 1:
+        return [("in every step", "between")]
+    return [
+        ("between renewals", "between"),
+        ("in a renewal", "renewal"),
+        (f"in the mean of {plan.gap:,} steps", "averaged"),
+    ]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )

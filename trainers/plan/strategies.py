@@ -1,0 +1,169 @@
+"""How a strategy divides weights, gradients and state among processes, and what travels for a step.
+
+A strategy is one small class; `STRATEGIES` has them by the names that configurations use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from thinrank.optim.grouping import Row
+from thinrank.optim.replicated import BUCKET_BYTES
+from thinrank.trainers.errors import UserError
+from thinrank.trainers.plan.trace import Work
+from thinrank.trainers.plan.wire import Traffic, averaged_gradients, averaged_images, gradient_bytes
+from thinrank.trainers.strategies.config import MESSAGE_DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes that the fullest process holds.
+
+    Attributes:
+        weights: trained or not.
+        gradients: of the trained weights, complete, when the optimizer's step begins; where updates need no more, what
+            is left of them.
+        state: of the optimizer.
+        bases: the part of `state` that says where subspaces are.
+        buffers: for the exchange.
+        lasting: the part of `buffers` that is always there; the rest, when nearly all gradients are.
+        arriving: most of gradients, messages and what is made of them while processes meet, before the step; where no
+            such time is, the gradients.
+    """
+
+    weights: int
+    gradients: int
+    state: int
+    bases: int
+    buffers: int = 0
+    lasting: int = 0
+    arriving: int = 0
+
+    def peak(self, work: Work) -> int:
+        """Most bytes at one time: in the passes, when processes meet and renew by what has come, or in the step."""
+        met = self.arriving + max(work.renewal, self.buffers - self.lasting)
+        return self.weights + self.state + self.lasting + max(work.passes, met, self.gradients + work.step)
+
+
+class Strategy(Protocol):
+    """What a plan asks of a strategy. `rows` are `route`'s, `frozen` the bytes of weights that are not trained, and
+    `in_backward` is the trainer's."""
+
+    def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str) -> Held: ...
+
+    def sent(self, rows: Sequence[Row], world: int) -> Traffic: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """One process, or several that do not meet."""
+
+    def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
+        everything = gradient_bytes(rows)
+        left = {"off": everything, "project": images_left(rows), "step": 0}[in_backward]
+        return Held(
+            weights=frozen + everything,
+            gradients=left,
+            state=sum(row.state_bytes for row in rows),
+            bases=sum(row.bases_bytes for row in rows),
+            arriving=left,
+        )
+
+    def sent(self, rows: Sequence[Row], world: int) -> Traffic:
+        return Traffic()
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """torch's DDP: everything everywhere, gradients summed up in buckets that are as large as they are and stay."""
+
+    def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
+        alone = Alone().held(rows, frozen, world, in_backward)
+        return replace(alone, buffers=gradient_bytes(rows), lasting=gradient_bytes(rows))
+
+    def sent(self, rows: Sequence[Row], world: int) -> Traffic:
+        return averaged_gradients(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """`MatrixOptimizer.replicate`: everything everywhere; gradients are freed once they are sent.
+
+    Attributes:
+        messages: `auto` or `full`.
+        dtype: of the messages.
+    """
+
+    messages: str = "auto"
+    dtype: torch.dtype | None = None
+
+    def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
+        alone = Alone().held(rows, frozen, world)
+        sends = [row for row in rows if row.sends_image and self.messages == "auto"]
+        left = images_left(sends) + gradient_bytes([row for row in rows if row not in sends])
+        letters = self._whole(rows)
+        if self.dtype is None:  # gradients are views of what came
+            arriving = letters + images_left(sends)
+        else:
+            arriving = letters + left + max((row.elements * row.itemsize for row in sends), default=0)
+        return replace(alone, gradients=left, buffers=self._largest_letter(rows), arriving=arriving)
+
+    def sent(self, rows: Sequence[Row], world: int) -> Traffic:
+        return averaged_images(rows, dtype=self.dtype, messages=self.messages)
+
+    def _whole(self, rows: Sequence[Row]) -> int:
+        """Bytes of the messages in a step that renews."""
+        return sum(row.elements * (self.dtype.itemsize if self.dtype else row.itemsize) for row in rows)
+
+    def _largest_letter(self, rows: Sequence[Row]) -> int:
+        """Bytes of the largest letter in a step that renews; letters are filled in the order of backward."""
+        largest = letter = usual = 0
+        for row in reversed(rows):
+            if usual >= BUCKET_BYTES:
+                letter = usual = 0
+            small = row.sends_image and self.messages == "auto"
+            usual += 4 * row.image["coordinates"] if small else row.elements * row.itemsize
+            letter += self._whole([row])
+            largest = max(largest, letter)
+        return largest
+
+
+def images_left(rows: Sequence[Row]) -> int:
+    """Bytes of gradients where what updates need of them has taken their place."""
+    return sum(4 * sum(row.image.values()) if row.image else row.elements * row.itemsize for row in rows)
+
+
+def _replicas(config: Any) -> Strategy:
+    return Replicas(config.messages, MESSAGE_DTYPES[config.dtype])
+
+
+STRATEGIES: Mapping[str, Callable[[Any], Strategy]] = {
+    "ddp": lambda config: Averaged(),
+    "thinrank_ddp": _replicas,
+}
+"""From a strategy's configuration to what it holds and sends, by `name`; `auto` stands for one of them."""
+
+
+def is_planned(config: Any) -> bool:
+    """Whether somebody has said what the strategy holds and sends."""
+    return config.name == "auto" or config.name in STRATEGIES
+
+
+def strategy_of(config: Any, world: int) -> Strategy:
+    """What `config` holds and sends on `world` processes.
+
+    Raises:
+        UserError: nobody has said yet.
+    """
+    if config.name == "auto":
+        return Averaged() if world > 1 else Alone()
+    if not is_planned(config):
+        raise UserError(
+            f"there is no plan for strategy={config.name} yet: choose one of auto, {', '.join(STRATEGIES)}, or run it "
+            "without a plan"
+        )
+    return STRATEGIES[config.name](config)
