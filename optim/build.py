@@ -52,6 +52,7 @@ def route(
         for group in routing.groups
     ]
     optimizer = _optimizer(stand_ins, config, seed=0)
+    routing.stand_in = optimizer
     directions = optimizer.directions()
     for index, group in enumerate(optimizer.param_groups):
         own = group["ranks"] is not None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thinrank.optim.grouping import Row
-from thinrank.trainers.plan.strategies import Held
+from thinrank.trainers.plan.held import Held
 from thinrank.trainers.plan.wire import Traffic, gradient_bytes, steady
 
 
