@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.exchange.replicas import Group, Wire
-from thinrank.optim.exchange.shards import Carrier, Span, length, rows_of
+from thinrank.optim.exchange.shards import SPREAD_BYTES, Carrier, Span, even, length, rows_of
 from thinrank.optim.lowrank.renewals import Renewals
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.places import EVEN_FROM, Place
 from thinrank.optim.rule import MatrixRule, State, Step, Tells
+
+__all__ = ["SPREAD_BYTES", "Cuts", "Divided", "Member", "Nobody", "Span", "even", "length", "rows_of"]
 
 
 class Nobody(Carrier):

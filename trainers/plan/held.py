@@ -25,6 +25,7 @@ class Held:
         lasting: the part of `buffers` that is always there; the rest, when nearly all gradients are.
         arriving: most of gradients, messages and what is made of them while processes meet, before the step; where no
             such time is, the gradients.
+        masters: float32 copies of weights that a framework steps in their place.
         brought: whole gradients, updates and messages that are there in a step beside what it finds.
         spared: of what one process with all weights has in its passes, what is not there, or never at one time.
     """
@@ -36,6 +37,7 @@ class Held:
     buffers: int = 0
     lasting: int = 0
     arriving: int = 0
+    masters: int = 0
     brought: int = 0
     spared: int = 0
 

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from thinrank.optim.axis import Axis
 from thinrank.optim.build import BASES
-from thinrank.optim.divided import Divided, Member
-from thinrank.optim.exchange.shards import SPREAD_BYTES, length, rows_of
+from thinrank.optim.divided import SPREAD_BYTES, Divided, Member, Span, even, length, rows_of
 from thinrank.optim.grouping import Row
 from thinrank.optim.places import EVEN_FROM
 from thinrank.optim.rule import Step
 from thinrank.trainers.plan.held import Around, Held
 from thinrank.trainers.plan.live import Live
-from thinrank.trainers.plan.wire import FLOAT, Traffic, Transfer
+from thinrank.trainers.plan.wire import FLOAT, Traffic, Transfer, gradient_bytes, steady
 
 ENGINE_DTYPES = {"bf16-mixed": (2, 4), "bf16-true": (2, 4)}
 """Bytes of an entry as `thinrank_fsdp2` gathers weights and scatters gradients, by precision; others: the weights'."""
@@ -295,12 +294,70 @@ class Pieces:
             here = max(map(length, member.place.spans)) // max(short, 1)
             meta, axis = torch.device("meta"), Counted()
             state = rule.init((1, here, short), meta)
-            grad = torch.empty(1, here, short, dtype=member.param.dtype, device=meta)
+            grad = torch.empty(1, here, short, dtype=member.place.dtype, device=meta)
             with torch.no_grad(), Live([grad, *state.values()], number=float(count)):
                 step = Step(count=[count], keys=[0], axis=axis, notes=[], held=[], overlaps=[])
                 rule.update(grad, state, step)
             self._known[key] = axis.bytes
         return self._known[key]
+
+
+@dataclass(frozen=True)
+class Zero(Pieces):
+    """DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, §5 and §7): state and float32 masters in pieces,
+    from stage 2 on gradients, in stage 3 weights. Stages 1 and 2 cut groups, stage 3 every parameter by itself.
+
+    Attributes:
+        stage: 1, 2 or 3.
+    """
+
+    stage: int = 1
+
+    @classmethod
+    def of(cls, around: Around, world: int, *, stage: int) -> Zero:
+        optimizer, rows = around.routing.stand_in, around.routing.rows
+        assert optimizer is not None  # of `route`
+        groups = [[p for p in group["params"] if p.numel()] for group in optimizer.param_groups]
+        spans: dict[Tensor, Sequence[Span]] = {}
+        for group in groups:
+            if stage == 3:
+                spans |= {p: even(p.numel(), world) for p in group}
+            else:
+                spans |= dict(zip(group, in_a_row([p.numel() for p in group], world), strict=True))
+        weights = gradient_bytes(rows)
+        again = around.accumulate
+        gathers, scatters = (2 * again, again) if stage == 3 else (1, again if stage == 2 else 1)
+        sizes = {"weights gathered": gathers * weights, "gradients scattered": scatters * weights}
+        engine = tuple(steady(kind, size, 1) for kind, size in sizes.items())
+        divided = Divided.pieces(optimizer, world, spans, torch.float32)
+        return cls(divided=divided, engine=engine, stage=stage)
+
+    def rank(self, rows: Sequence[Row], frozen: int, rank: int) -> Held:
+        """What one process holds; of weights and gradients that ranks hold alike, all."""
+        found = super().rank(rows, frozen, rank)
+        entries = sum(length(member.place.spans[rank]) for member in self.divided)
+        whole = gradient_bytes(rows)
+        return replace(
+            found,
+            weights=found.weights if self.stage == 3 else frozen + whole,
+            gradients=found.gradients if self.stage > 1 else whole,
+            arriving=found.gradients if self.stage > 1 else whole,
+            masters=4 * entries,
+            brought=found.brought + 4 * entries,  # DeepSpeed steps by float32 copies of its piece of gradients
+        )
+
+
+def in_a_row(sizes: Sequence[int], ranks: int) -> list[list[Span]]:
+    """Each rank's piece of tensors that lie one after the other and are cut evenly wherever that is, as ZeRO-1 and 2 do
+    it; the whole is a multiple of twice the number of ranks long, for the alignment of messages."""
+    total = sum(sizes)
+    each = -(-total // (2 * ranks)) * 2
+    found, start = [], 0
+    for size in sizes:
+        cuts = ((max(start, rank * each), min(start + size, (rank + 1) * each)) for rank in range(ranks))
+        found.append([(low - start, high - start) if low < high else (0, 0) for low, high in cuts])
+        start += size
+    return found
 
 
 def _most(each: Sequence[Held]) -> Held:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from thinrank.optim.grouping import Row
 from thinrank.optim.replicated import BUCKET_BYTES
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.plan.held import Around, Held, Strategy, images_left
-from thinrank.trainers.plan.owners import Owners, Pieces
+from thinrank.trainers.plan.owners import Owners, Pieces, Zero
 from thinrank.trainers.plan.wire import Traffic, averaged_gradients, averaged_images, gradient_bytes
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
 
@@ -95,6 +96,10 @@ class Replicas:
         return largest
 
 
+def _zero(stage: int, config: Any, world: int, around: Around) -> Strategy:
+    return Zero.of(around, world, stage=stage)
+
+
 STRATEGIES: dict[str, Callable[[Any, int, Around], Strategy]] = {
     "ddp": lambda config, world, around: Averaged(),
     "thinrank_ddp": lambda config, world, around: Replicas(config.messages, MESSAGE_DTYPES[config.dtype]),
@@ -104,6 +109,7 @@ STRATEGIES: dict[str, Callable[[Any, int, Around], Strategy]] = {
     "thinrank_fsdp2": lambda config, world, around: Pieces.of_rows(
         around, world, replicas=config.replicas, reshard=config.reshard_after_forward
     ),
+    **{f"thinrank_zero{stage}": partial(_zero, stage) for stage in (1, 2, 3)},
 }
 """From a strategy's configuration, the number of processes and what is around it to what it holds and sends, by `name`;
 `auto` stands for one of them."""
