@@ -30,7 +30,8 @@ def fsdp(mesh=None, dtype=torch.float32, start=0, weights=None, ignored=False, d
     how = {"mesh": mesh, "shard_placement_fn": (lambda p: Shard(dim) if p.ndim > 1 else Shard(0)) if dim else None}
     fully_shard(model.up, **how)
     fully_shard(model.down, **how)
-    return fully_shard(model, ignored_params={model.square.weight} if ignored else None, **how)
+    left_out = {p for name, p in model.named_parameters() if name == "square.weight"} if ignored else None
+    return fully_shard(model, ignored_params=left_out, **how)
 
 
 def wide(name):
