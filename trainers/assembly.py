@@ -314,9 +314,10 @@ def _exchange(parts: Parts) -> str | None:
     """What travels between the ranks at every step, in words."""
     strategy, rule = parts.config.strategy, parts.config.optimizer.matrix_rule()
     if isinstance(strategy, FSDP2Config) and parts.shards > 1:
-        of = f"one of {parts.shards} ranks" if strategy.replicas == 1 else f"a rank of each {parts.shards}"
-        whole = "" if rule is None else f"; the gradient of a matrix goes to {of}, and its update comes back"
-        return f"rows of weights, before they are used, and of gradients{whole}"
+        rows = f"rows of weights and gradients among {parts.shards} ranks"
+        if rule is None:
+            return rows
+        return f"{rows}; sums for matrices that are stepped by rows; gradients and updates of those that have an owner"
     if parts.world.size == 1 or not isinstance(strategy, ReplicatedConfig):
         return None
     if rule is None:

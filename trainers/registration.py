@@ -13,7 +13,7 @@ from typing import Any
 DESCRIPTIONS = {
     "thinrank_ddp": "whole model on every process; coordinates travel, and gradients only where a step chooses by them",
     "thinrank_owned": "as thinrank_ddp, with the optimizer's state and work shared out; directions travel back",
-    "thinrank_fsdp2": "rows of every weight on every process; each matrix is stepped whole by one of them",
+    "thinrank_fsdp2": "rows of every weight on every process; matrices are stepped by rows, or whole by one process",
 }
 
 REGISTRIES = ("lightning.pytorch.strategies", "pytorch_lightning.strategies")

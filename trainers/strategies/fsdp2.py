@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class FSDP2Strategy(OneFile, ModelParallelStrategy):
-    """Every process holds rows of every weight, of its gradient and, by thinrank's optimizers, a part of the state.
+    """Every process holds rows of every weight and of its gradient and, by thinrank's optimizers, a part of the state.
 
     `Trainer(strategy="thinrank_fsdp2")` after `import thinrank.trainers`, or an object of this class for other
     settings. The model needs no code for it: once `configure_model` has run, all ranks are given the first one's
@@ -148,7 +149,8 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
 
     def whole_weights(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return _gathered(self.lightning_module.state_dict(keep_vars=True), self.is_global_zero)
+        weights = _gathered(self.lightning_module.state_dict(keep_vars=True), self.is_global_zero)
+        return OrderedDict(weights)
 
     def load_whole_weights(self, weights: Mapping[str, Any], strict: bool) -> None:
         assert self.lightning_module is not None
