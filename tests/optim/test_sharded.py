@@ -31,7 +31,8 @@ def fsdp(mesh=None, dtype=torch.float32, start=0, weights=None, ignored=False, d
     fully_shard(model.up, **how)
     fully_shard(model.down, **how)
     left_out = {p for name, p in model.named_parameters() if name == "square.weight"} if ignored else None
-    return fully_shard(model, ignored_params=left_out, **how)
+    fully_shard(model, ignored_params=left_out, **how)
+    return model
 
 
 def wide(name):

@@ -87,7 +87,9 @@ def test_the_export_is_the_model_and_the_report_tells_of_all_ranks(base):
     assert report["sample"]["text"]
     state, sent = report["optimizer_state"], report["training"]["communication"]
     least, most = state["least_on_a_rank_bytes"], state["most_on_a_rank_bytes"]
-    assert least + most == state["measured_bytes"] == pytest.approx(state["predicted_bytes"], rel=1e-3)
+    # bases of matrices that are stepped by rows, and counts of steps, are on both
+    twice = sum(row["bases_bytes"] for row in report["routing"]) + 4 * len(report["routing"])
+    assert state["predicted_bytes"] <= least + most == state["measured_bytes"] <= state["predicted_bytes"] + twice
     assert most < 0.6 * state["measured_bytes"]
     # of a matrix that is cut along its short side half lies on its owner; the other half goes there and comes back
     matrices = [row for row in report["routing"] if row["role"] == "matrix"]
@@ -290,3 +292,18 @@ def test_blocks_are_found_as_transformers_names_them_or_in_the_largest_list():
     several = tiny_pieces.Several(None)
     assert network(several) is several
     assert blocks(tiny_pieces.Own(None).net) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_on_a_gpu():
+    """Over NCCL, a validation in the middle and a checkpoint's weights included."""
+
+    def trained(strategy):
+        module = tiny_module(optimizer=MuonConfig(lr=0.02), clip_norm=0.5)
+        trainer = tiny_trainer(3, strategy=strategy, accelerator="gpu", limit_val_batches=1, val_check_interval=2)
+        trainer.fit(module, TinyData(rows(24), batch_size=8))
+        return {name: value.cpu() for name, value in trainer.strategy.lightning_module_state_dict().items()}
+
+    assert apart(trained("thinrank_fsdp2"), trained("auto")) <= 1e-4

@@ -6,6 +6,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import tiny_finetune
 import tiny_replicas
@@ -59,8 +60,9 @@ class Shared(Own):
 
     def __init__(self, optimizer):
         super().__init__(optimizer)
-        self.net = Blocks()
-        self.net.blocks[1][0].weight = self.net.blocks[0][0].weight
+        self.net = blocks = Blocks()
+        first, second = (block[0] for block in cast("list[Any]", list(blocks.blocks)))
+        second.weight = first.weight
 
 
 class Blocks(nn.Module):
@@ -146,7 +148,7 @@ def whole(param):
 
 
 def refusals(rank):
-    def said(cls=Own, optimizer=own, strategy="thinrank_fsdp2", **options):
+    def said(cls=Own, optimizer=own, strategy: Any = "thinrank_fsdp2", **options):
         with training(cls):
             try:
                 return refusal(optimizer, rank=rank, world=2, strategy=strategy, devices=2, **options)
