@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from thinrank.optim import build
+from thinrank.optim import AdamWConfig, GaLoreConfig, build, route
 
 
 def fsdp(mesh=None, dtype=torch.float32, start=0, weights=None, ignored=False, dim=0):
@@ -448,3 +448,14 @@ def test_what_cannot_be_is_refused_in_one_sentence(ranks):
     ):
         assert word in sentence
         assert "\n" not in sentence
+
+
+def routed():
+    model = fsdp()
+    return [route(model, config).table() for config in (GaLoreConfig(rank=3), AdamWConfig())]
+
+
+def test_what_a_method_costs_is_told_of_the_whole_weights(ranks):
+    """`route` took the rows of a rank for the model, and sent messages to find that out."""
+    expected = [route(seeded_model(all_alike=True), config).table() for config in (GaLoreConfig(rank=3), AdamWConfig())]
+    assert ranks(2).run(routed) == [expected, expected]
