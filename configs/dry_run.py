@@ -45,6 +45,8 @@ def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
     name, state = loaded.names["optimizer"], routing.state_bytes()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
+    parts = config.strategy.shards(world.size)
+    apart = f"; about {mebibytes(state // parts)} on each of {parts} ranks" if parts > 1 else ""
     trained = f", of which {routing.elements():,} are trained" if routing.elements() != total else ""
     lines = [
         f"model {config.model.name} ({model.config.model_type}), vocabulary {vocab:,}: "
@@ -53,7 +55,7 @@ def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
         "",
         f"optimizer {name}",
         routing.table(),
-        f"optimizer state: {mebibytes(state)}, {state / max(dense, 1):.1%} of AdamW's {mebibytes(dense)}",
+        f"optimizer state: {mebibytes(state)}, {state / max(dense, 1):.1%} of AdamW's {mebibytes(dense)}{apart}",
         "",
         f"a step: {config.trainer.batch_size:,} sequences of {config.data.sequence_length:,} tokens are "
         f"{sizes.tokens_per_step:,} tokens ({counted(world.size, 'process', 'es')} × "

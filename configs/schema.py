@@ -12,7 +12,7 @@ from thinrank.trainers.data.config import FilesConfig, HeadersConfig, HuggingFac
 from thinrank.trainers.finetune import FinetuneConfig
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
-from thinrank.trainers.strategies import OwnedConfig, ReplicatedConfig, StrategyConfig
+from thinrank.trainers.strategies import FSDP2Config, OwnedConfig, ReplicatedConfig, StrategyConfig
 
 FOLDER = Path(__file__).parent
 """Where the YAML files are."""
@@ -23,6 +23,7 @@ STRATEGIES = {
     "ddp": StrategyConfig,
     "thinrank_ddp": ReplicatedConfig,
     "thinrank_owned": OwnedConfig,
+    "thinrank_fsdp2": FSDP2Config,
 }
 
 PRETRAIN = Schema(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
+import torch
 from torch import Tensor, nn
 
 from thinrank.optim.grouping import Routing, Row, group_parameters, unstepped
@@ -47,10 +48,7 @@ def route(
         RuntimeError: when a trainable parameter is in no group: it would never be stepped.
     """
     routing = _grouped(model, config, roles, ranks, heads)
-    stand_ins = [
-        {**group, "params": [(name, nn.Parameter(p.detach().to("meta"))) for name, p in group["params"]]}
-        for group in routing.groups
-    ]
+    stand_ins = [{**group, "params": [(name, _stand_in(p)) for name, p in group["params"]]} for group in routing.groups]
     optimizer = _optimizer(stand_ins, config, seed=0)
     routing.stand_in = optimizer
     directions = optimizer.directions()
@@ -83,6 +81,11 @@ def route(
             f"{config.rank_allocation}s (rank_allocation={config.rank_allocation})"
         )
     return routing
+
+
+def _stand_in(param: Tensor) -> nn.Parameter:
+    """Without memory, and whole where `param` lies in pieces."""
+    return nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device="meta"))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -28,13 +28,16 @@ if TYPE_CHECKING:
     from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
     from thinrank.trainers.run import RunConfig
     from thinrank.trainers.schedule import ScheduleConfig
-    from thinrank.trainers.strategies import OwnedConfig, ReplicatedConfig, StrategyConfig
+    from thinrank.trainers.strategies import FSDP2Config, OwnedConfig, ReplicatedConfig, StrategyConfig
+    from thinrank.trainers.strategies.fsdp2 import FSDP2Strategy
     from thinrank.trainers.strategies.replicated import OwnedStrategy, ReplicatedStrategy
 
 __all__ = [
     "AtomicCheckpointIO",
     "CausalLM",
     "Checkpointing",
+    "FSDP2Config",
+    "FSDP2Strategy",
     "FilesConfig",
     "GuardStop",
     "HuggingFaceConfig",
@@ -71,7 +74,8 @@ _HOMES = {
     "pretrain": ("PretrainConfig", "TrainerConfig"),
     "run": ("RunConfig",),
     "schedule": ("ScheduleConfig",),
-    "strategies": ("OwnedConfig", "ReplicatedConfig", "StrategyConfig"),
+    "strategies": ("FSDP2Config", "OwnedConfig", "ReplicatedConfig", "StrategyConfig"),
+    "strategies.fsdp2": ("FSDP2Strategy",),
     "strategies.replicated": ("OwnedStrategy", "ReplicatedStrategy"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -89,4 +93,4 @@ def __dir__() -> list[str]:
 
 from thinrank.trainers.registration import register_strategies  # noqa: E402 - needs the names above
 
-register_strategies()  # Trainer(strategy="thinrank_ddp")
+register_strategies()  # Trainer(strategy="thinrank_ddp"), Trainer(strategy="thinrank_fsdp2")

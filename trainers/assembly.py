@@ -43,6 +43,7 @@ from thinrank.trainers.ending import (
     sample_and_export,
     say,
     start_metrics,
+    whole_weights,
 )
 from thinrank.trainers.errors import PreflightError, UserError
 from thinrank.trainers.jobs import Job, resumable
@@ -53,7 +54,14 @@ from thinrank.trainers.preflight.check import check_machines, check_run
 from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.rng import seed_all
 from thinrank.trainers.run import RunFolder, config_tree, identity_json
-from thinrank.trainers.strategies import ReplicatedConfig, World, build_strategy, process_group, together
+from thinrank.trainers.strategies import (
+    FSDP2Config,
+    ReplicatedConfig,
+    World,
+    build_strategy,
+    process_group,
+    together,
+)
 from thinrank.trainers.strategies.world import from_rank_zero
 
 
@@ -122,7 +130,10 @@ def _assemble(
     from_rank_zero(world, lambda: require_space(folder.checkpoints, size))
     if config.run.preflight.enabled:
         gradients = 0 if config.trainer.in_backward != "off" else _gradient_bytes(model)
-        check_run(world, config.run.preflight, data.manifest_hash, size + gradients, cuda=cuda)
+        needed = (size + gradients) // config.strategy.shards(world.size)
+        if not cuda:  # where the model lies already, whole
+            needed = max(needed, _checkpoint_bytes(model, True))
+        check_run(world, config.run.preflight, data.manifest_hash, needed, cuda=cuda)
     module = CausalLM(
         model,
         config.optimizer,
@@ -261,7 +272,8 @@ def _train(parts: Parts) -> dict[str, Any]:
     metrics, sample, artifacts = before, {}, {}
     if not preempted:
         metrics = {**before, **final_validation(parts)}
-        sample, artifacts = from_rank_zero(world, lambda: sample_and_export(parts))
+        weights = whole_weights(parts)
+        sample, artifacts = from_rank_zero(world, lambda: sample_and_export(parts, weights))
     if parts.checkpointing.best_step >= 0:
         metrics["val/best_loss"] = parts.checkpointing.best_value
         metrics["val/best_step"] = parts.checkpointing.best_step
@@ -300,10 +312,14 @@ def _introduce(parts: Parts) -> None:
 
 def _exchange(parts: Parts) -> str | None:
     """What travels between the ranks at every step, in words."""
-    strategy = parts.config.strategy
+    strategy, rule = parts.config.strategy, parts.config.optimizer.matrix_rule()
+    if isinstance(strategy, FSDP2Config) and parts.shards > 1:
+        rows = f"rows of weights and gradients among {parts.shards} ranks"
+        if rule is None:
+            return rows
+        return f"{rows}; sums for matrices that are stepped by rows; gradients and updates of those that have an owner"
     if parts.world.size == 1 or not isinstance(strategy, ReplicatedConfig):
         return None
-    rule = parts.config.optimizer.matrix_rule()
     if rule is None:
         return "whole gradients: this method has no subspace"
     cause = "strategy.messages=full asks for it" if strategy.messages == "full" else whole_messages_because(rule)
@@ -338,6 +354,10 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         # Lightning 2.6 asks torch 2.13 in a deprecated way whether a batch is nested
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated", category=FutureWarning)
+        # of a sharded model's logits, which nothing here writes into
+        warnings.filterwarnings(
+            "ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning
+        )
         for logger in loggers:
             logger.setLevel(logging.WARNING)
         try:

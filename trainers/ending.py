@@ -18,7 +18,8 @@ from thinrank.trainers.plan.precision import as_trained
 from thinrank.trainers.plan.strategies import is_planned
 from thinrank.trainers.run import RunFolder, config_hash
 from thinrank.trainers.strategies import World
-from thinrank.trainers.strategies.world import from_rank_zero
+from thinrank.trainers.strategies.one_file import OneFile
+from thinrank.trainers.strategies.world import from_rank_zero, gathered
 
 FINISHED, FAILED, BAD_CONFIG, UNFIT, PREEMPTED, STOPPED = 0, 1, 2, 3, 75, 76
 """Exit codes of a run, as far as launchers let them through; ``status.json`` has them always."""
@@ -31,26 +32,39 @@ def say(world: World, text: str) -> None:
 
 
 def optimizer_state(parts: Parts) -> dict[str, int]:
-    """Bytes of optimizer state on this rank: as predicted, as they are, and as AdamW on all weights would have them."""
+    """Bytes of optimizer state on this rank: as predicted, as they are, and as AdamW on all weights would have them.
+
+    Where ranks hold parts of it, of all of them together, and the smallest and the largest part.
+    """
     optimizer = parts.trainer.optimizers[0]
-    return {
+    here = int(optimizer.state_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+    found = {
         "predicted_bytes": parts.routing.state_bytes(),
-        "measured_bytes": optimizer.state_bytes(),  # pyright: ignore[reportAttributeAccessIssue]
+        "measured_bytes": here,
         "adamw_bytes": parts.job.adamw_bytes(parts.model),
     }
+    if isinstance(parts.trainer.strategy, OneFile):
+        held = gathered(here)
+        found["measured_bytes"] = sum(held) * parts.shards // len(held)
+        found |= {"least_on_a_rank_bytes": min(held), "most_on_a_rank_bytes": max(held)}
+    return found
 
 
 def communication(parts: Parts) -> dict[str, float]:
     """What this rank has sent for the optimizer, in payload bytes a step since this start: all, by kind, and what whole
-    gradients would have been; {} where DDP or nobody sends."""
+    gradients would have been; {} where DDP or nobody sends. Ranks that hold pieces send unlike much: their mean."""
     optimizer, steps = parts.trainer.optimizers[0], parts.trainer.global_step - parts.start
     found = sent(optimizer)
     if not found or not steps:
         return {}
+    if isinstance(parts.trainer.strategy, OneFile):
+        ranks = gathered(dict(found))
+        kinds = sorted({kind for each in ranks for kind in each})
+        found = {kind: sum(each.get(kind, 0) for each in ranks) / len(ranks) for kind in kinds}
     messages = found.pop("messages")
     params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
     return {
-        "payload": found.total() / steps,
+        "payload": sum(found.values()) / steps,
         **{kind: size / steps for kind, size in found.items()},
         "whole gradients": float(sum(param.numel() * param.element_size() for param in params)),
         "messages": messages / steps,
@@ -109,12 +123,25 @@ def final_validation(parts: Parts) -> dict[str, float]:
     return {key: float(value) for key, value in parts.trainer.callback_metrics.items() if key.startswith("test/")}
 
 
-def sample_and_export(parts: Parts) -> tuple[dict[str, str], dict[str, str]]:
-    """On rank 0, with the model back on its device, from which Lightning has taken it."""
+def whole_weights(parts: Parts) -> dict[str, Any] | None:
+    """On rank 0, by name, the weights of a model that lies in pieces; None of one that does not. All ranks call it."""
+    strategy, choice = parts.trainer.strategy, parts.config.trainer
+    if not isinstance(strategy, OneFile) or not (choice.sample_tokens or choice.export):
+        return None
+    return {name.removeprefix("model."): value for name, value in strategy.whole_weights().items()}
+
+
+def sample_and_export(parts: Parts, weights: dict[str, Any] | None) -> tuple[dict[str, str], dict[str, str]]:
+    """On rank 0, with the model back on its device, from which Lightning has taken it, or made anew of `weights`."""
     if not parts.world.main:
         return {}, {}
     choice, folder = parts.config.trainer, parts.folder
-    model, tokenizer = parts.model.to(parts.trainer.strategy.root_device), parts.data.tokenizer
+    model: Any = parts.model
+    tokenizer = parts.data.tokenizer
+    if weights is not None:
+        model = parts.trainer.precision_plugin.convert_module(parts.job.build(parts.data.vocab_size))
+        model.load_state_dict(weights)
+    model = model.to(parts.trainer.strategy.root_device)
     sample, artifacts = {}, {"configuration": "config.yaml", "checkpoints": "checkpoints", "report": "report.md"}
     artifacts["curves"] = folder.curves.name
     if choice.tensorboard:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from thinrank import optim
 from thinrank.optim.grouping import unstepped
 from thinrank.trainers.errors import UserError
+from thinrank.trainers.gradients import total_norm
 from thinrank.trainers.models import ModelConfig, build_model
 from thinrank.trainers.schedule import ScheduleConfig, build_scheduler
 
@@ -172,7 +173,8 @@ class CausalLM(pl.LightningModule):
 
     @property
     def _own_optimizer(self) -> optim.MatrixOptimizer | None:
-        """The optimizer, where it takes gradients in backward: for itself, or to exchange them."""
+        """The optimizer, where it knows more of gradients than `p.grad` says: it takes or exchanges them, or has only
+        pieces of them here."""
         found = self.optimizers(use_pl_optimizer=False)
         if not isinstance(found, optim.MatrixOptimizer) or (self.in_backward == "off" and found.wire is None):
             return None
@@ -226,7 +228,7 @@ class CausalLM(pl.LightningModule):
         if self._norm is None and own is not None:
             self._norm = own.gradient_norm()
         if self._norm is None:
-            self._norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+            self._norm = total_norm(self.parameters())
         return self._norm
 
     def configure_gradient_clipping(

@@ -56,6 +56,11 @@ class Parts:
         return self.module.model
 
     @property
+    def shards(self) -> int:
+        """Ranks that hold the model together; 1 where each holds all of it."""
+        return self.config.strategy.shards(self.world.size)
+
+    @property
     def start(self) -> int:
         """The optimizer step to go on from."""
         return 0 if self.resume is None else step_of(self.resume) or 0

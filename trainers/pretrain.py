@@ -18,7 +18,7 @@ from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.run import RunConfig
 from thinrank.trainers.schedule import ScheduleConfig
-from thinrank.trainers.strategies import ReplicatedConfig, StrategyConfig, World
+from thinrank.trainers.strategies import FSDP2Config, ReplicatedConfig, StrategyConfig, World
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
@@ -155,6 +155,8 @@ class TrainingConfig:
                 f"settings needs whole gradients, because {cause}: use trainer.in_backward=step, or a method such as "
                 "galore"
             )
+        if isinstance(self.strategy, FSDP2Config):
+            self._refuse_in_pieces(self.strategy)
         if isinstance(self.strategy, ReplicatedConfig):
             name = self.strategy.name
             if self.trainer.in_backward != "off":
@@ -178,6 +180,25 @@ class TrainingConfig:
                 f"trainer.in_backward={self.trainer.in_backward} keeps no whole gradients until the step, by which "
                 "optimizer.rank_allocation=gradient shares ranks out: use optimizer.rank_allocation=weight, or "
                 "trainer.in_backward=off"
+            )
+
+    def _refuse_in_pieces(self, strategy: FSDP2Config) -> None:
+        """What needs whole weights or whole gradients, or a loss scaler, where there are pieces."""
+        if self.trainer.in_backward != "off":
+            raise ValueError(
+                f"trainer.in_backward={self.trainer.in_backward} takes gradients before strategy={strategy.name} has "
+                "summed them up over the ranks: leave in_backward out"
+            )
+        allocation = getattr(self.optimizer, "rank_allocation", "uniform")
+        if allocation != "uniform":
+            raise ValueError(
+                f"optimizer.rank_allocation={allocation} shares ranks out by whole matrices, which lie in pieces under "
+                f"strategy={strategy.name}: leave it out, or use strategy=ddp"
+            )
+        if self.trainer.precision not in strategy.PRECISIONS:
+            raise ValueError(
+                f"strategy={strategy.name} computes in {', '.join(strategy.PRECISIONS)}, got "
+                f"trainer.precision={self.trainer.precision}: use one of them"
             )
 
 
@@ -213,11 +234,17 @@ class Plan:
         """The plan for `world.size` processes.
 
         Raises:
-            UserError: the batch cannot be divided among them, or they are not those of `devices` and `num_nodes`.
+            UserError: the batch, or the replicas, cannot be divided among them, or they are not those of `devices` and
+                `num_nodes`.
         """
         trainer = config.trainer
         _check_launch(trainer, world)
         batch, world_size = trainer.batch_size, world.size
+        if isinstance(config.strategy, FSDP2Config) and world_size % config.strategy.replicas:
+            raise UserError(
+                f"strategy.replicas must divide the {world_size} processes, got {config.strategy.replicas}: leave it "
+                "out for one group of all"
+            )
         if batch % world_size:
             raise UserError(
                 f"trainer.batch_size must be a multiple of the {world_size} processes, got {batch}: "

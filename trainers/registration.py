@@ -13,6 +13,7 @@ from typing import Any
 DESCRIPTIONS = {
     "thinrank_ddp": "whole model on every process; coordinates travel, and gradients only where a step chooses by them",
     "thinrank_owned": "as thinrank_ddp, with the optimizer's state and work shared out; directions travel back",
+    "thinrank_fsdp2": "rows of every weight on every process; matrices are stepped by rows, or whole by one process",
 }
 
 REGISTRIES = ("lightning.pytorch.strategies", "pytorch_lightning.strategies")
@@ -30,7 +31,7 @@ def register_strategies() -> None:
 
 def _register(module: Any) -> None:
     """In the registry of `lightning`; for that of `pytorch_lightning`, whose classes are others, a refusal."""
-    ours = {"thinrank_ddp": thinrank_ddp, "thinrank_owned": thinrank_owned}
+    ours = {"thinrank_ddp": thinrank_ddp, "thinrank_owned": thinrank_owned, "thinrank_fsdp2": thinrank_fsdp2}
     for name, description in DESCRIPTIONS.items():
         build = ours[name] if module.__name__.startswith("lightning.") else _refuse
         module.StrategyRegistry.register(name, build, description=description, override=True)
@@ -48,6 +49,13 @@ def thinrank_owned(**options: Any) -> Any:
     from thinrank.trainers.strategies.replicated import OwnedStrategy
 
     return OwnedStrategy(**options)
+
+
+def thinrank_fsdp2(**options: Any) -> Any:
+    """An `FSDP2Strategy`."""
+    from thinrank.trainers.strategies.fsdp2 import FSDP2Strategy
+
+    return FSDP2Strategy(**options)
 
 
 def _refuse(**options: Any) -> Any:

@@ -51,7 +51,8 @@ def collect(
         data: manifest_hash, source and counts.
         model: parameters, trained_parameters, and origin, the digests of what training started from.
         routing: one row for each parameter: name, shape, role, rule, lr, elements, state_bytes, rank.
-        optimizer_state: predicted_bytes and measured_bytes of this rank, and adamw_bytes for comparison.
+        optimizer_state: predicted_bytes and measured_bytes of this rank, and adamw_bytes for comparison; where ranks
+            hold parts of it, measured_bytes of all together, least_on_a_rank_bytes and most_on_a_rank_bytes.
         training: steps, tokens, seconds, tokens_per_second, skipped_steps, world, accumulate, communication (payload
             bytes a step by kind).
         metrics: final values.
@@ -181,14 +182,18 @@ def page(report: Mapping[str, Any]) -> str:
         sizes = [(key, _mib(value)) for key, value in communication.items() if key != "messages"]
         parts.append(
             _table(
-                ("sent for a step by each rank", "MiB"),
+                ("sent for a step by each rank, in the mean", "MiB"),
                 [*sizes, ("in so many messages", f"{communication['messages']:.1f}")],
             )
         )
     parts.append(
         _table(
             ("optimizer state", "MiB"),
-            [(key.removesuffix("_bytes"), _mib(value)) for key, value in state.items() if key.endswith("_bytes")],
+            [
+                (key.removesuffix("_bytes").replace("_", " "), _mib(value))
+                for key, value in state.items()
+                if key.endswith("_bytes")
+            ],
         )
     )
     if report.get("plan"):

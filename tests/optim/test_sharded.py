@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from thinrank.optim import build
+from thinrank.optim import AdamWConfig, GaLoreConfig, build, route
 
 
 def fsdp(mesh=None, dtype=torch.float32, start=0, weights=None, ignored=False, dim=0):
@@ -30,7 +30,9 @@ def fsdp(mesh=None, dtype=torch.float32, start=0, weights=None, ignored=False, d
     how = {"mesh": mesh, "shard_placement_fn": (lambda p: Shard(dim) if p.ndim > 1 else Shard(0)) if dim else None}
     fully_shard(model.up, **how)
     fully_shard(model.down, **how)
-    return fully_shard(model, ignored_params={model.square.weight} if ignored else None, **how)
+    left_out = {p for name, p in model.named_parameters() if name == "square.weight"} if ignored else None
+    fully_shard(model, ignored_params=left_out, **how)
+    return model
 
 
 def wide(name):
@@ -446,3 +448,14 @@ def test_what_cannot_be_is_refused_in_one_sentence(ranks):
     ):
         assert word in sentence
         assert "\n" not in sentence
+
+
+def routed():
+    model = fsdp()
+    return [route(model, config).table() for config in (GaLoreConfig(rank=3), AdamWConfig())]
+
+
+def test_what_a_method_costs_is_told_of_the_whole_weights(ranks):
+    """`route` took the rows of a rank for the model, and sent messages to find that out."""
+    expected = [route(seeded_model(all_alike=True), config).table() for config in (GaLoreConfig(rank=3), AdamWConfig())]
+    assert ranks(2).run(routed) == [expected, expected]

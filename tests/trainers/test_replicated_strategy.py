@@ -156,11 +156,12 @@ def test_the_strategy_is_known_by_name_without_lightning_being_imported_first():
     assert done.stdout.strip().endswith("ReplicatedStrategy"), done.stderr[-2000:]
 
 
-def test_the_other_package_of_the_same_authors_is_answered():
+@pytest.mark.parametrize("name", ["thinrank_ddp", "thinrank_fsdp2"])
+def test_the_other_package_of_the_same_authors_is_answered(name):
     pytest.importorskip("pytorch_lightning", reason="comes with lightning, but need not")
     code = (
         "import thinrank.trainers, pytorch_lightning as pl\n"
-        "try: pl.Trainer(strategy='thinrank_ddp', accelerator='cpu', devices=1)\n"
+        f"try: pl.Trainer(strategy='{name}', accelerator='cpu', devices=1)\n"
         "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

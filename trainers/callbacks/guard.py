@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thinrank.trainers.errors import GuardStop
+from thinrank.trainers.gradients import total_norm
 
 _log = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ def gradient_norm(module: pl.LightningModule) -> Tensor:
     shared = getattr(module, "gradient_norm", None)
     if shared is not None:
         return shared()
-    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return total_norm(module.parameters())
 
 
 class NonFiniteGuard(pl.Callback):

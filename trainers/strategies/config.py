@@ -45,6 +45,10 @@ class StrategyConfig:
         if not self.timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {self.timeout}: leave it out for half an hour")
 
+    def shards(self, ranks: int) -> int:
+        """How many of so many processes hold one model together; 1 where each holds all of it."""
+        return 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicatedConfig(StrategyConfig):
@@ -90,3 +94,38 @@ class OwnedConfig(ReplicatedConfig):
     name: str = field(
         default="thinrank_owned", metadata={"help": "each matrix is stepped by one process, its owner (thinrank_owned)"}
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDP2Config(StrategyConfig):
+    """Weights, gradients and optimizer state in pieces on all processes (torch's `fully_shard`)."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("thinrank_fsdp2",)
+    PRECISIONS: ClassVar[tuple[str, ...]] = ("32-true", "bf16-mixed", "bf16-true")
+    """What `trainer.precision` may be."""
+
+    name: str = field(default="thinrank_fsdp2", metadata={"help": "every process holds a part (thinrank_fsdp2)"})
+    replicas: int = field(
+        default=1,
+        metadata={"help": "groups of processes of which each holds the whole model in pieces; 1: all are one group"},
+    )
+    reshard_after_forward: bool = field(
+        default=True,
+        metadata={"help": "a block's whole weights are dropped after forward and fetched again in backward"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.replicas, bool) or not isinstance(self.replicas, int) or self.replicas < 1:
+            raise ValueError(
+                f"replicas must be a whole number of groups, at least 1, got {self.replicas!r}: leave it out for one "
+                "group of all processes"
+            )
+        if not isinstance(self.reshard_after_forward, bool):
+            raise ValueError(
+                f"reshard_after_forward must be true or false, got {self.reshard_after_forward!r}: leave it out for "
+                "true"
+            )
+
+    def shards(self, ranks: int) -> int:
+        return ranks // self.replicas

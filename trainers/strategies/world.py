@@ -101,6 +101,15 @@ def together(world: World, function: Callable[[], T]) -> T:
     return result[0]
 
 
+def gathered(value: T) -> list[T]:
+    """Every rank's value, which has to be picklable, in the order of the ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found  # pyright: ignore[reportReturnType]
+
+
 def from_rank_zero(world: World, function: Callable[[], T]) -> T:
     """Calls `function` on rank 0 and returns its result, which has to be picklable, on every rank.
 
