@@ -1,0 +1,1 @@
+"""DeepSpeed's engine for optimizers of matrices, in a plain loop; Lightning's is in `strategies.zero`."""
