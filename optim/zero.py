@@ -86,7 +86,7 @@ class ZeroFront(torch.optim.Optimizer):
             return
         for flat in flats:
             if self._skipped_at != self._engine.global_steps:
-                self.optimizer.step_of(self._shards.behind(flat))
+                self.optimizer.step_of(self._shards.behind(flat), last=self._shards.is_last(flat))
             if self._shards.is_last(flat):
                 self._shards.finish()
 

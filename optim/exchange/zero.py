@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinrank.optim.exchange.replicas import Group
+from thinrank.optim.exchange.replicas import Group, Wire
+from thinrank.optim.exchange.shards import Carrier, Parcel
 
 TESTED = ((0, 17), (0, 19))
 """First and last minor version of DeepSpeed whose layout is known to be read rightly (tests/optim/test_zero.py)."""
@@ -79,16 +80,21 @@ class ZeroShards:
         )
         self._places = self._read_partitions() if self.stage == "3" else self._read_buffers()
         for param, name in self._names.items():
-            if param not in self._places:
+            if not torch.Size(self.shape(param)).numel():
+                self._places[param] = _Place(0, 0, ((0, 0),) * self._ranks)  # ZeRO leaves them out
+            elif param not in self._places:
                 raise ValueError(
-                    f"DeepSpeed does not train {name}, which the optimizer was given: leave frozen and empty parameters "
-                    "out of the optimizer, and give deepspeed.initialize all that it has"
+                    f"DeepSpeed does not train {name}, which the optimizer was given: leave frozen parameters out of the "
+                    "optimizer, and give deepspeed.initialize all that it has"
                 )
         self._begun_at = self._agreed_at = -1
         self._had: set[Tensor] = set()
         self._hooks = [param.register_post_accumulate_grad_hook(self._note) for param in self._names]
 
     # --- layout -------------------------------------------------------------------------------------------------------
+
+    def __contains__(self, param: Tensor) -> bool:
+        return param in self._places
 
     def shape(self, param: torch.nn.Parameter) -> tuple[int, ...]:
         """Of the whole weight."""
@@ -104,22 +110,26 @@ class ZeroShards:
         return self._cut(self._flats[place.flat].detach(), place)
 
     def gradient(self, param: torch.nn.Parameter) -> Tensor | None:
-        """This rank's piece of the gradient by which DeepSpeed steps; None where nobody had one in this step.
+        """This rank's piece of the gradient by which DeepSpeed steps; None where nobody had one in this step, and for
+        what DeepSpeed is not stepping just now.
 
-        To be called inside of DeepSpeed's step of the flat tensor in question. The first call in a step is collective:
-        one message says which parameters had a gradient, for which ZeRO has zeros otherwise.
+        The first call in a step is collective: one message says which parameters had a gradient; the others have
+        zeros in ZeRO's slices.
+
+        Raises:
+            RuntimeError: outside of DeepSpeed's step, when it holds no gradients.
         """
-        self._agree()
-        if param not in self._had:
-            return None
         place = self._places[param]
         grad = self._flats[place.flat].grad
         if grad is None:
+            if any(flat.grad is not None for flat in self._flats):
+                return None
             raise RuntimeError(
-                f"DeepSpeed holds no gradient of {self._names[param]} now: step its parameters when DeepSpeed does, "
-                "by engine.step()"
+                "DeepSpeed has gradients in its own step alone: clip by gradient_clipping in its configuration, and ask "
+                "ZeroFront.gradient_norm for the norm"
             )
-        return self._cut(grad, place)
+        self._agree()
+        return self._cut(grad, place) if param in self._had else None
 
     def _cut(self, flat: Tensor, place: _Place) -> Tensor:
         start, stop = place.spans[self._rank]
@@ -214,6 +224,29 @@ class ZeroShards:
         had = torch.tensor([param in self._had for param in self._names], device=self._flats[0].device).int()
         dist.all_reduce(had, op=dist.ReduceOp.MAX, group=self.group)
         self._had = {param for param, some in zip(self._names, had.tolist(), strict=True) if some}
+
+    # --- whole weights ------------------------------------------------------------------------------------------------
+
+    def whole(self, params: Sequence[torch.nn.Parameter]) -> list[Tensor | None]:
+        """The float32 masters of `params`, whole, on the first rank of the group; None on the others. Collective."""
+        return self._carrier().bring([self._parcel(param) for param in params])
+
+    def everywhere(self, params: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+        """The same on every rank. Collective."""
+        found = self._carrier().spread([self._parcel(param) for param in params])
+        return [each.view(self.shape(param)) for param, each in zip(params, found, strict=True)]
+
+    def set_(self, param: torch.nn.Parameter, whole: Tensor) -> None:
+        """Puts this rank's piece of a whole weight into the float32 master."""
+        start, stop = self._places[param].spans[self._rank]
+        self.weight(param).copy_(whole.reshape(-1)[start:stop])
+
+    def _carrier(self) -> Carrier:
+        return Carrier(self.group, Wire(), self._flats[0].device)
+
+    def _parcel(self, param: torch.nn.Parameter) -> Parcel:
+        piece = self.weight(param)
+        return Parcel(0, self.spans(param), piece.dtype, "weights", piece=piece)
 
     def remove(self) -> None:
         """Takes the hooks from the parameters."""
