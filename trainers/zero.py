@@ -224,9 +224,7 @@ class _Before:
     def __init__(self, model: nn.Module) -> None:
         self.dtypes = {param: param.dtype for param in model.parameters()}
         self._attributes = {param: set(vars(param)) for param in model.parameters()}
-        self._hooks = {
-            (module, kind): set(getattr(module, kind)) for module in model.modules() for kind in self.HOOKS
-        }
+        self._hooks = {(module, kind): set(getattr(module, kind)) for module in model.modules() for kind in self.HOOKS}
 
     def restore(self, model: nn.Module) -> None:
         for module in model.modules():

@@ -139,9 +139,7 @@ class ZeroShards:
         """ZeRO-1 and ZeRO-2: a group is one buffer, cut at multiples of its partition size."""
         places: dict[Tensor, _Place] = {}
         zero = self._zero
-        for flat, (members, offsets) in enumerate(
-            zip(self._members, zero.round_robin_bit16_offsets, strict=True)
-        ):
+        for flat, (members, offsets) in enumerate(zip(self._members, zero.round_robin_bit16_offsets, strict=True)):
             size = int(zero.partition_size[flat])
             self._expect(flat, size)
             for param, offset in zip(members, offsets, strict=True):
