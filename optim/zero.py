@@ -21,10 +21,10 @@ class ZeroFront(torch.optim.Optimizer):
         engine, *_ = deepspeed.initialize(model=model, optimizer=front, config=settings)
         front.bind(engine)
 
-    ZeRO replaces the parameters of the optimizer that it is given by flat slices, and steps these group by group. It does
-    so to this object, and `optimizer` never sees it: in every step it is told which of the model's parameters DeepSpeed
-    is stepping, finds their pieces on all ranks (`exchange.zero`), and writes the new weights into DeepSpeed's own
-    float32 masters.
+    ZeRO replaces the parameters of the optimizer that it is given by flat slices, and steps these group by group. It
+    does so to this object, and `optimizer` never sees it: in every step it is told which of the model's parameters
+    DeepSpeed is stepping, finds their pieces on all ranks (`exchange.zero`), and writes into DeepSpeed's own float32
+    masters.
 
     The values of a group (`lr`, `weight_decay`, …) are those of `optimizer`: what is written into `front.param_groups`
     is written there, so that schedulers of either, DeepSpeed's own among them, act. `clip_grad_norm_` and
@@ -89,6 +89,7 @@ class ZeroFront(torch.optim.Optimizer):
                 self.optimizer.step_of(self._shards.behind(flat), last=self._shards.is_last(flat))
             if self._shards.is_last(flat):
                 self._shards.finish()
+                self.optimizer._opt_called = True  # torch's schedulers look whether it has stepped before them
 
     def gradient_norm(self) -> Tensor:
         """Norm of all gradients before clipping (scalar), infinite where one is no number; all ranks call it, between
@@ -96,13 +97,15 @@ class ZeroFront(torch.optim.Optimizer):
         return self.shards.norm()
 
     def skip_step(self) -> None:
-        """Makes the coming `engine.step` leave weights and state as they are; all ranks call it."""
+        """Throws the gradients of a step away: the coming `engine.step` leaves weights and state as they are; all ranks
+        call it after the last `engine.backward`."""
+        self.shards.discard()
         self._skipped_at = self._engine.global_steps
 
     def state_dict(self) -> dict[str, Any]:
         raise RuntimeError(
-            "the state of an optimizer of matrices is not in DeepSpeed's slices, so engine.save_checkpoint would lose it: "
-            "save optimizer.full_state_dict() and the whole weights (thinrank.trainers.zero.whole_weights)"
+            "the state of an optimizer of matrices is not in DeepSpeed's slices, so engine.save_checkpoint would lose "
+            "it: save optimizer.full_state_dict(), and whole weights by ZeroRun.weights() of thinrank.trainers.zero"
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

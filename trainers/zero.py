@@ -82,8 +82,8 @@ def _refuse_stale_lock() -> None:
             continue  # just finished
         if age > STALE_SECONDS and lock.parent.name.startswith("deepspeed"):
             raise UserError(
-                f"a compilation of DeepSpeed's that was killed has left {lock}, for which every later one waits without a "
-                "word: delete it"
+                f"a compilation of DeepSpeed's that was killed has left {lock}, for which every later one waits "
+                "without a word: delete it"
             )
 
 
@@ -114,6 +114,7 @@ def initialize(model: nn.Module, optimizer: MatrixOptimizer, config: Mapping[str
                 config={"zero_allow_untested_optimizer": True, **config},
                 **options,
             )
+        before.restore_buffers(model)
         front.bind(engine)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -140,19 +141,20 @@ class ZeroRun:
         """The model's `state_dict` as one process would have it, what is trained in float32, on the CPU of the first
         rank; {} on the others. All ranks call it."""
         module: nn.Module = self.engine.module
-        found = {name: value.detach() for name, value in module.state_dict().items()}
-        first = dist.get_rank() == 0
-        names = _names(module)
-        trained = [param for param in names if param in self.front.shards]
-        for some in _in_chunks(trained, self.front.shards.shape):
-            for param, whole in zip(some, self.front.shards.whole(some), strict=True):
-                for name in names[param] if whole is not None else ():
-                    found[name] = whole.view(self.front.shards.shape(param)).cpu()
+        names, shards, first = _names(module), self.front.shards, dist.get_rank() == 0
+        whole: dict[str, Tensor] = {}
+        for some in _in_chunks([param for param in names if param in shards], shards.shape):
+            for param, value in zip(some, shards.whole(some), strict=True):
+                if value is not None:
+                    value = value.view(shards.shape(param)).to("cpu", copy=True)  # on one rank it is the master itself
+                    whole |= dict.fromkeys(names[param], value)
         for param in names:
-            if param not in self.front.shards and hasattr(param, "ds_id"):
+            if param not in shards:
                 with self._gathered([param]):
-                    found |= {name: param.detach().cpu().clone() for name in names[param] if first}
-        return {name: value.cpu() for name, value in found.items()} if first else {}
+                    value = param.detach().to("cpu", copy=True) if first else torch.empty(0)
+                whole |= dict.fromkeys(names[param], value)
+        rest = module.state_dict()
+        return {name: whole[name] if name in whole else rest[name].to("cpu", copy=True) for name in rest if first}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor], *, strict: bool = True) -> None:
@@ -187,8 +189,10 @@ class ZeroRun:
 
     @torch.no_grad()
     def release(self) -> None:
-        """Ends the engine, and leaves the model as an ordinary one that holds whole weights, in the dtypes that they had
-        before. All ranks call it."""
+        """Ends the engine, and leaves an ordinary model with whole weights, in the dtypes that they had before.
+
+        All ranks call it.
+        """
         module: nn.Module = self.engine.module
         names, shards = _names(module), self.front.shards
         trained = [param for param in names if param in shards]
@@ -223,8 +227,16 @@ class _Before:
 
     def __init__(self, model: nn.Module) -> None:
         self.dtypes = {param: param.dtype for param in model.parameters()}
+        self.buffers = {name: value.clone() for name, value in model.named_buffers() if value.is_floating_point()}
         self._attributes = {param: set(vars(param)) for param in model.parameters()}
         self._hooks = {(module, kind): set(getattr(module, kind)) for module in model.modules() for kind in self.HOOKS}
+
+    def restore_buffers(self, model: nn.Module) -> None:
+        """Takes back that DeepSpeed has rounded buffers together with the weights, such as rotary frequencies."""
+        for name, buffer in model.named_buffers():
+            if name in self.buffers and buffer.dtype != self.buffers[name].dtype:
+                buffer.data = self.buffers[name].to(buffer.device)
+        self.buffers.clear()
 
     def restore(self, model: nn.Module) -> None:
         for module in model.modules():

@@ -1,9 +1,9 @@
 """Where DeepSpeed's ZeRO keeps weights and gradients: everything that is known of its insides is in this file.
 
 ZeRO-1 and ZeRO-2 lay the parameters of a group one after the other into a flat buffer and cut it into equal partitions,
-one for each rank, wherever that is in a matrix. ZeRO-3 cuts every parameter by itself into equal partitions, the last of
-them padded. Either hands an optimizer one flat float32 tensor for each group (or sub-group) and calls its `step` once
-for each; the gradient in it is averaged over ranks and micro-batches, divided by the loss scale and clipped.
+one for each rank, wherever that is in a matrix. ZeRO-3 cuts every parameter by itself into equal partitions, the last
+of them padded. Either hands an optimizer one flat float32 tensor for each group (or sub-group) and calls its `step`
+once for each; the gradient in it is averaged over ranks and micro-batches, divided by the loss scale and clipped.
 
 Only the layout is read, from the objects that an engine has made; DeepSpeed itself is not imported.
 """
@@ -84,8 +84,8 @@ class ZeroShards:
                 self._places[param] = _Place(0, 0, ((0, 0),) * self._ranks)  # ZeRO leaves them out
             elif param not in self._places:
                 raise ValueError(
-                    f"DeepSpeed does not train {name}, which the optimizer was given: leave frozen parameters out of the "
-                    "optimizer, and give deepspeed.initialize all that it has"
+                    f"DeepSpeed does not train {name}, which the optimizer was given: leave frozen parameters out of "
+                    "the optimizer, and give deepspeed.initialize all that it has"
                 )
         self._begun_at = self._agreed_at = -1
         self._had: set[Tensor] = set()
@@ -125,8 +125,8 @@ class ZeroShards:
             if any(flat.grad is not None for flat in self._flats):
                 return None
             raise RuntimeError(
-                "DeepSpeed has gradients in its own step alone: clip by gradient_clipping in its configuration, and ask "
-                "ZeroFront.gradient_norm for the norm"
+                "DeepSpeed has gradients in its own step alone: clip by gradient_clipping in its configuration, and "
+                "ask ZeroFront.gradient_norm for the norm"
             )
         self._agree()
         return self._cut(grad, place) if param in self._had else None
@@ -166,8 +166,8 @@ class ZeroShards:
     def _expect(self, flat: int, size: int) -> None:
         if self._flats[flat].numel() != size:
             raise ValueError(
-                f"DeepSpeed {_version(self._zero)} keeps {self._flats[flat].numel()} entries where its layout says {size}: "
-                f"use a version from {_span()}"
+                f"DeepSpeed {_version(self._zero)} keeps {self._flats[flat].numel()} entries where its layout says "
+                f"{size}: use a version from {_span()}"
             )
 
     # --- DeepSpeed's steps --------------------------------------------------------------------------------------------
@@ -191,6 +191,13 @@ class ZeroShards:
         """
         if self.stage == "3":
             self._zero.grad_partitions_flat_buffer.zero_()
+
+    def discard(self) -> None:
+        """Makes zeros of the gradients that DeepSpeed is about to step by."""
+        self.finish()
+        for grads in self._zero.averaged_gradients.values() if self.stage != "3" else ():
+            for grad in grads or ():
+                grad.zero_()
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -261,8 +268,6 @@ def partitioned(param: Tensor) -> bool:
 def _stage(zero: Any) -> str:
     kind = type(zero).__name__
     version = _version(zero)
-    if version is not None and not TESTED[0] <= _minor(version) <= TESTED[1]:
-        raise ValueError(f"DeepSpeed {version} has not been tested: install a version from {_span()}")
     found = next(
         (stage for name, stage in (("_Stage3", "3"), ("DeepSpeedZeroOptimizer", "1 or 2")) if name in kind), None
     )
@@ -273,9 +278,11 @@ def _stage(zero: Any) -> str:
         )
     if found is None:
         raise ValueError(
-            f"DeepSpeed has made a {kind}, which shards nothing that could be read: set zero_optimization.stage to 1, 2 "
-            "or 3"
+            f"DeepSpeed has made a {kind}, which shards nothing that could be read: set zero_optimization.stage to 1, "
+            "2 or 3"
         )
+    if version is not None and not TESTED[0] <= _minor(version) <= TESTED[1]:
+        raise ValueError(f"DeepSpeed {version} has not been tested: install a version from {_span()}")
     missing = [name for name in (*_NEEDS[found], *_NEEDS_BOTH) if not hasattr(zero, name)]
     if missing:
         raise ValueError(
@@ -298,6 +305,10 @@ _REFUSED: Mapping[str, tuple[Callable[[Any], Any], str]] = {
         lambda zero: getattr(zero, "has_moe_layers", False) or _several_groups(zero),
         "pieces would lie on different groups of ranks: train models without mixture of experts",
     ),
+    "float16": (
+        lambda zero: getattr(zero, "dtype", None) is torch.float16,
+        "its loss scaler has not been tried with matrices: use bfloat16",
+    ),
     "ZenFlow": (lambda zero: getattr(zero, "zenflow", False), "it steps behind the optimizer's back: leave it out"),
     "torch_autocast in float16": (
         lambda zero: getattr(zero, "torch_autocast_gradscaler", None) is not None,
@@ -313,8 +324,7 @@ _REFUSED: Mapping[str, tuple[Callable[[Any], Any], str]] = {
 
 def _several_groups(zero: Any) -> bool:
     groups = getattr(zero, "sub_group_process_groups", None) or getattr(zero, "real_dp_process_group", None) or []
-    found = {tuple(dist.get_process_group_ranks(group)) for group in (zero.dp_process_group, *groups)}
-    return len(found) > 1
+    return len({tuple(dist.get_process_group_ranks(group)) for group in groups}) > 1
 
 
 def _refuse_settings(zero: Any) -> None:

@@ -277,41 +277,9 @@ def test_bfloat16_has_float32_masters(ranks, stage):
     found = ranks(2).run(in_half, stage, "bf16")[0]
     for name, weights in found.items():
         exact = alone(CONFIGS[name], 2, all_alike=True)
-        assert all(value.dtype is torch.float32 for value in weights.values())
-        assert apart(weights, exact) <= apart(alone(CONFIGS[name], 2, all_alike=True, dtype=torch.bfloat16), exact), (
-            name
-        )
-
-
-def scaled(stage):
-    """A loss scale that overflows at first, and comes down: steps until then change nothing."""
-    zero, _ = engine(
-        CONFIGS["galore/power"],
-        stage,
-        fp16={"enabled": True, "loss_scale": 0, "initial_scale_power": 26, "hysteresis": 1},
-    )
-    start = zero.weights()
-    train(zero, steps=[0])
-    skipped = zero.engine.skipped_steps
-    same = all(torch.equal(value, zero.weights().get(name, value)) for name, value in start.items())
-    step = 0
-    while zero.engine.skipped_steps == zero.engine.global_steps and step < 20:
-        train(zero, steps=[0])
-        step += 1
-    moved = {name: value - start[name] for name, value in zero.weights().items()}
-    zero.release()
-    return skipped, same, moved
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_gradients_are_unscaled_under_a_loss_scaler(ranks, stage):
-    """A momentum method's first step shows the size of its gradient only if something in it is not scale free."""
-    skipped, same, moved = ranks(2).run(scaled, stage)[0]
-    assert (skipped, same) == (1, True)
-    start = {name: p.detach().clone() for name, p in seeded_model(all_alike=True).named_parameters()}
-    end = alone(CONFIGS["galore/power"], 2, all_alike=True, steps=[0])
-    expected = {name: value - start[name] for name, value in end.items() if not torch.equal(value, start[name])}
-    assert apart({name: moved[name] for name in expected}, expected) <= 0.1
+        half = alone(CONFIGS[name], 2, all_alike=True, dtype=torch.bfloat16)
+        assert {key for key, v in weights.items() if v.dtype is not torch.float32} == {"frozen.weight", "frozen.bias"}
+        assert apart(weights, exact) <= apart(half, exact), name
 
 
 def skips():
@@ -424,7 +392,7 @@ def misuse():
     def note(name, function):
         try:
             function()
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
             said[name] = str(error)
 
     config = CONFIGS["galore/power"]
@@ -498,6 +466,26 @@ def test_what_cannot_be_read_is_refused(monkeypatch, version, sentence):
     kind = type("DeepSpeedZeroOptimizer_Stage3", (), {"__module__": "otherspeed.runtime"})
     with pytest.raises(ValueError, match=sentence):
         ZeroShards(types.SimpleNamespace(optimizer=kind()), [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"dtype": torch.float16}, "use bfloat16"),
+        ({"offload_param": True}, "leave offload_param out"),
+        ({"has_moe_layers": True}, "without mixture of experts"),
+        ({"zenflow": True}, "leave it out"),
+        ({"model_parallel_group": 1}, "leave mpu out"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_tried_here_are_refused(settings, remedy):
+    import types
+
+    from thinrank.optim.exchange.zero import _refuse_settings
+
+    with pytest.raises(ValueError, match=remedy):
+        _refuse_settings(types.SimpleNamespace(**settings))
 
 
 def test_a_lock_of_a_killed_compilation_is_found(tmp_path, monkeypatch):
