@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
     from thinrank.trainers.run import RunConfig
     from thinrank.trainers.schedule import ScheduleConfig
-    from thinrank.trainers.strategies import OwnedConfig, ReplicatedConfig, StrategyConfig
+    from thinrank.trainers.strategies import OwnedConfig, ReplicatedConfig, StrategyConfig, ZeroConfig
     from thinrank.trainers.strategies.replicated import OwnedStrategy, ReplicatedStrategy
+    from thinrank.trainers.strategies.zero import ZeroStrategy
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -55,6 +56,8 @@ __all__ = [
     "TrainerConfig",
     "TrainingMetrics",
     "UserError",
+    "ZeroConfig",
+    "ZeroStrategy",
 ]
 
 _HOMES = {
@@ -71,8 +74,9 @@ _HOMES = {
     "pretrain": ("PretrainConfig", "TrainerConfig"),
     "run": ("RunConfig",),
     "schedule": ("ScheduleConfig",),
-    "strategies": ("OwnedConfig", "ReplicatedConfig", "StrategyConfig"),
+    "strategies": ("OwnedConfig", "ReplicatedConfig", "StrategyConfig", "ZeroConfig"),
     "strategies.replicated": ("OwnedStrategy", "ReplicatedStrategy"),
+    "strategies.zero": ("ZeroStrategy",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

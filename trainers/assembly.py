@@ -332,6 +332,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         # Lightning 2.6 asks torch 2.13 in a deprecated way whether a batch is nested
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated", category=FutureWarning)
+        # and DeepSpeed 0.19 torch 2.13 for collectives by their old names
+        warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
         for logger in loggers:
             logger.setLevel(logging.WARNING)
         try:

@@ -71,6 +71,19 @@ def quiet_deepspeed() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _local_rank() -> Iterator[None]:
+    """DeepSpeed insists on this variable, which launchers set; alone, and among ranks that were forked, there is none."""
+    if "LOCAL_RANK" in os.environ:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+
+
 def _refuse_stale_lock() -> None:
     from torch.utils import cpp_extension
 
@@ -106,7 +119,7 @@ def initialize(model: nn.Module, optimizer: MatrixOptimizer, config: Mapping[str
     before = _Before(model)
     try:
         front = ZeroFront(optimizer)
-        with quiet_deepspeed():
+        with quiet_deepspeed(), _local_rank():
             engine, *_ = deepspeed.initialize(
                 model=model,
                 model_parameters=[param for param in model.parameters() if param.requires_grad],
