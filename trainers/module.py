@@ -314,7 +314,8 @@ class CausalLM(pl.LightningModule):
             metrics[f"{stage}/bits_per_byte"] = loss / math.log(2) / ratio
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         # The values are equal on all ranks already; the mean over them only satisfies Lightning's rule.
-        self.log_dict(metrics, logger=False if fitting else None, sync_dist=self.trainer.world_size > 1)
+        connected = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.log_dict(metrics, logger=False if fitting else None, sync_dist=connected)
         if fitting and not self.trainer.sanity_checking:
             # To the loggers directly: Lightning would count a validation inside of training to the step before.
             for logger in self.trainer.loggers:

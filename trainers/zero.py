@@ -73,7 +73,7 @@ def quiet_deepspeed() -> Iterator[None]:
 
 @contextmanager
 def _local_rank() -> Iterator[None]:
-    """DeepSpeed insists on this variable, which launchers set; alone, and among ranks that were forked, there is none."""
+    """DeepSpeed insists on this variable, which launchers set; a process alone, or a forked one, has none."""
     if "LOCAL_RANK" in os.environ:
         yield
         return

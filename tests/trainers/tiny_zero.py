@@ -10,7 +10,7 @@ from tiny_pretrain import config, signalled_at
 from tiny_replicas import GALORE, fit, own, refusal
 
 from thinrank.optim import DCTAdamWConfig, LDAdamConfig
-from thinrank.trainers import ZeroConfig
+from thinrank.trainers import CausalLM, ZeroConfig
 from thinrank.trainers.pretrain import pretrain
 from thinrank.trainers.strategies import StrategyConfig
 
@@ -49,6 +49,20 @@ def main(base):
         second = pretrain(config(base, f"parts {stage}", strategy=zero(stage), **length))
         ended += [first["run"], second["run"]]
 
+    step_at = CausalLM.training_step
+
+    def broken(self, batch, batch_idx):
+        found = step_at(self, batch, batch_idx)
+        bad = self.trainer.global_step == 3 and rank == 1
+        return {**found, "loss": found["loss"] * (torch.nan if bad else 1.0)}
+
+    CausalLM.training_step = broken
+    skipped = [
+        pretrain(config(base, f"skips {stage}", strategy=zero(stage), **{**PARTS, "max_steps": 6}))["training"]
+        for stage in (2, 3)
+    ]
+    CausalLM.training_step = step_at
+
     # one run, by one strategy after the other; its last part is for one process
     for steps, strategy in ((3, zero(1)), (6, zero(3)), (9, StrategyConfig(name="ddp"))):
         pretrain(config(base, "moves", strategy=strategy, **{**MOVES, "max_steps": steps}))
@@ -64,7 +78,7 @@ def main(base):
     }
     if rank == 0:
         torch.save([weights, partitioned], Path(base) / "own.pt")
-        (Path(base) / "result.json").write_text(json.dumps([ended, said]))
+        (Path(base) / "result.json").write_text(json.dumps([ended, said, skipped]))
     dist.destroy_process_group()
 
 

@@ -30,13 +30,13 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 class ZeroStrategy(DeepSpeedStrategy):
     """DeepSpeed's engine trains, and the module's optimizer steps whole matrices that the engine keeps in pieces.
 
-    `Trainer(strategy="thinrank_zero1")`, `"thinrank_zero2"` or `"thinrank_zero3"` after `import thinrank.trainers`, or an
-    object of this class for other settings. The module returns an optimizer of thinrank; `gradient_clip_val` (or
+    `Trainer(strategy="thinrank_zero1")`, `"thinrank_zero2"` or `"thinrank_zero3"` after `import thinrank.trainers`, or
+    an object of this class for other settings. The module returns an optimizer of thinrank; `gradient_clip_val` (or
     `CausalLM`'s `clip_norm`) and `accumulate_grad_batches` become settings of DeepSpeed.
 
-    Weights are whole while `configure_optimizers` runs, and again when `fit` is over: evaluation outside of `fit`, samples
-    and exports see an ordinary model, which every process then holds. Checkpoints are single files of what one process would
-    have, trained weights in float32, for any strategy to go on from.
+    Weights are whole while `configure_optimizers` runs, and again when `fit` is over: evaluation outside of `fit`,
+    samples and exports see an ordinary model, which every process then holds. Checkpoints are single files of what one
+    process would have, trained weights in float32, for any strategy to go on from.
 
     Args:
         stage: 1 (state and float32 masters in pieces), 2 (gradients as well), 3 (weights as well).
@@ -145,7 +145,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.lr_scheduler_configs = schedulers
 
     def _settings(self, trainer: pl.Trainer, module: pl.LightningModule, *, bfloat16: bool) -> dict[str, Any]:
-        if str(trainer.gradient_clip_algorithm or "norm") == "value":
+        if trainer.gradient_clip_algorithm == "value":
             raise UserError("DeepSpeed clips by the norm of all gradients: use gradient_clip_algorithm='norm'")
         own = isinstance(module, CausalLM)
         if not own and is_overridden("configure_gradient_clipping", module, pl.LightningModule):
