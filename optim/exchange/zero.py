@@ -65,7 +65,7 @@ class ZeroShards:
         ValueError: for a DeepSpeed, or settings of it, that this cannot read or that would train something else.
     """
 
-    def __init__(self, engine: Any, params: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    def __init__(self, engine: Any, params: Iterable[tuple[str, Tensor]]) -> None:
         self._engine, self._zero = engine, engine.optimizer
         self._names = {param: name for name, param in params}
         self.stage = _stage(self._zero)
@@ -75,7 +75,7 @@ class ZeroShards:
         self._flats: list[Tensor] = (
             self._zero.fp32_partitioned_groups_flat if self.stage == "3" else self._zero.single_partition_of_fp32_groups
         )
-        self._members: list[list[torch.nn.Parameter]] = (
+        self._members: list[list[Tensor]] = (
             self._zero.fp16_groups if self.stage == "3" else self._zero.round_robin_bit16_groups
         )
         self._places = self._read_partitions() if self.stage == "3" else self._read_buffers()
@@ -96,20 +96,20 @@ class ZeroShards:
     def __contains__(self, param: Tensor) -> bool:
         return param in self._places
 
-    def shape(self, param: torch.nn.Parameter) -> tuple[int, ...]:
+    def shape(self, param: Tensor) -> tuple[int, ...]:
         """Of the whole weight."""
         return tuple(getattr(param, "ds_shape", param.shape))
 
-    def spans(self, param: torch.nn.Parameter) -> Sequence[tuple[int, int]]:
+    def spans(self, param: Tensor) -> Sequence[tuple[int, int]]:
         """Each rank's piece as a range (start, stop) of the entries, row by row; (0, 0) is nothing."""
         return self._places[param].spans
 
-    def weight(self, param: torch.nn.Parameter) -> Tensor:
+    def weight(self, param: Tensor) -> Tensor:
         """This rank's piece of the float32 master: a view, for writing in place."""
         place = self._places[param]
         return self._cut(self._flats[place.flat].detach(), place)
 
-    def gradient(self, param: torch.nn.Parameter) -> Tensor | None:
+    def gradient(self, param: Tensor) -> Tensor | None:
         """This rank's piece of the gradient by which DeepSpeed steps; None where nobody had one in this step, and for
         what DeepSpeed is not stepping just now.
 
@@ -172,7 +172,7 @@ class ZeroShards:
 
     # --- DeepSpeed's steps --------------------------------------------------------------------------------------------
 
-    def behind(self, flat: Tensor) -> list[torch.nn.Parameter]:
+    def behind(self, flat: Tensor) -> list[Tensor]:
         """The parameters of a flat tensor that DeepSpeed has given to `step`."""
         index = next((i for i, own in enumerate(self._flats) if own is flat), None)
         if index is None:
@@ -232,16 +232,16 @@ class ZeroShards:
 
     # --- whole weights ------------------------------------------------------------------------------------------------
 
-    def whole(self, params: Sequence[torch.nn.Parameter]) -> list[Tensor | None]:
+    def whole(self, params: Sequence[Tensor]) -> list[Tensor | None]:
         """The float32 masters of `params`, whole, on the first rank of the group; None on the others. Collective."""
         return self._carrier().bring([self._parcel(param) for param in params])
 
-    def everywhere(self, params: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+    def everywhere(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The same on every rank. Collective."""
         found = self._carrier().spread([self._parcel(param) for param in params])
         return [each.view(self.shape(param)) for param, each in zip(params, found, strict=True)]
 
-    def set_(self, param: torch.nn.Parameter, whole: Tensor) -> None:
+    def set_(self, param: Tensor, whole: Tensor) -> None:
         """Puts this rank's piece of a whole weight into the float32 master."""
         start, stop = self._places[param].spans[self._rank]
         self.weight(param).copy_(whole.reshape(-1)[start:stop])
@@ -249,7 +249,7 @@ class ZeroShards:
     def _carrier(self) -> Carrier:
         return Carrier(self.group, Wire(), self._flats[0].device)
 
-    def _parcel(self, param: torch.nn.Parameter) -> Parcel:
+    def _parcel(self, param: Tensor) -> Parcel:
         piece = self.weight(param)
         return Parcel(0, self.spans(param), piece.dtype, "weights", piece=piece)
 

@@ -3,6 +3,8 @@
 import copy
 import os
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed"
 STAGES = (1, 2, 3)
 
 
-def engine(config, stage, *, model=None, start=0, **settings):
+def engine(config, stage, *, model=None, start=0, **settings: Any) -> Any:
     """A run of `Language` under ZeRO, and its optimizer."""
     from thinrank.trainers import zero
 
@@ -34,7 +36,7 @@ def engine(config, stage, *, model=None, start=0, **settings):
     return zero.initialize(model, optimizer, {**base, **settings}), optimizer
 
 
-def train(zero, parts=1, steps=range(STEPS)):
+def train(zero, parts=1, steps: Iterable[int] = range(STEPS)):
     """On this rank's share of a step's data, in `parts` micro-batches."""
     for step in steps:
         for share in mine(parts):
@@ -42,7 +44,7 @@ def train(zero, parts=1, steps=range(STEPS)):
             zero.engine.step()
 
 
-def run(zero, parts=1, steps=range(STEPS)):
+def run(zero, parts=1, steps: Iterable[int] = range(STEPS)):
     """The weights after training, on the first rank; the engine is gone then."""
     train(zero, parts, steps)
     found = zero.weights()
@@ -102,7 +104,8 @@ def pieces(stage, parts, clip):
         gradient_clipping=clip or 0.0,
     )
     shards, rank = zero.front.shards, dist.get_rank()
-    read = {}
+    read: dict[Any, Any] = {}
+    norm: Any = None
     optimizer.step_of = lambda params, last: read.update({p: shards.gradient(p) for p in params})
     found = []
     for step in range(3):
@@ -114,7 +117,6 @@ def pieces(stage, parts, clip):
             )
             zero.engine.step()
         names = {param: name for name, param in zero.engine.module.named_parameters()}
-        assert norm is not None
         assert float(norm) == pytest.approx(float(zero.engine.get_global_grad_norm()), rel=1e-6)
         found.append(
             (
@@ -261,10 +263,10 @@ def test_a_run_goes_on_anywhere(ranks):
 # --- precision, settings, misuse --------------------------------------------------------------------------------------
 
 
-def in_half(stage, kind):
+def in_half(stage):
     found = {}
     for name in ("galore/power", "adamw"):
-        zero, _ = engine(CONFIGS[name], stage, **{kind: {"enabled": True}})
+        zero, _ = engine(CONFIGS[name], stage, bf16={"enabled": True})
         found[name] = run(zero)
         assert all(value.dtype is torch.float32 for value in zero.engine.module.parameters())  # as it came
     return found
@@ -273,7 +275,7 @@ def in_half(stage, kind):
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_has_float32_masters(ranks, stage):
     """As near to float32, at least, as a process whose weights are bfloat16 altogether, but for chance."""
-    found = ranks(2).run(in_half, stage, "bf16")[0]
+    found = ranks(2).run(in_half, stage)[0]
     for name, weights in found.items():
         exact = alone(CONFIGS[name], 2, all_alike=True)
         half = alone(CONFIGS[name], 2, all_alike=True, dtype=torch.bfloat16)
@@ -334,6 +336,7 @@ def test_rates_are_those_of_the_optimizer(ranks, stage):
     model = seeded_model(all_alike=True)
     optimizer = build(model, config)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 3))
+    expected = {}
     for step in range(6):
         expected = run_alone(model, optimizer, shares(2), steps=[step])
         scheduler.step()
