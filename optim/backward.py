@@ -247,9 +247,9 @@ class InBackward(torch.optim.Optimizer):
         self._images.clear()
 
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients that are held: whole ones, and coordinates (and entries) in the place of others."""
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return sum(each.numel() * each.element_size() for each in (*grads, *self._images.tensors()))
+        """Bytes of the gradients that are held: whole ones or pieces, and coordinates (and entries) in the place of
+        others."""
+        return sum(each.numel() * each.element_size() for each in (*self._gradients(), *self._images.tensors()))
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:

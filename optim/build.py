@@ -50,6 +50,7 @@ def route(
     routing = _grouped(model, config, roles, ranks, heads)
     stand_ins = [{**group, "params": [(name, _stand_in(p)) for name, p in group["params"]]} for group in routing.groups]
     optimizer = _optimizer(stand_ins, config, seed=0)
+    routing.stand_in = optimizer
     directions = optimizer.directions()
     for index, group in enumerate(optimizer.param_groups):
         own = group["ranks"] is not None

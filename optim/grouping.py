@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from torch import nn
 from thinrank.optim.allocation import rank_spread
 from thinrank.optim.heads import HeadLayout, attention_layouts
 from thinrank.optim.methods.config import MatrixConfig, MethodConfig, RankedConfig
+
+if TYPE_CHECKING:
+    from thinrank.optim.optimizer import MatrixOptimizer
 
 
 class Role(str, Enum):
@@ -133,6 +136,8 @@ class Routing:
     groups: list[dict[str, Any]]
     frozen: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    stand_in: MatrixOptimizer | None = None
+    """The optimizer without memory, for who wants to ask it more."""
     note: str = ""
     """What is not decided yet, as the table's last line."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,20 +13,15 @@ from torch import Tensor
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange import local
 from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Part, Wire
-from thinrank.optim.exchange.shards import Carrier, Parcel, Span, even, owners
-from thinrank.optim.inner.half import HalfWeights
+from thinrank.optim.exchange.shards import Carrier, Parcel, Span
 from thinrank.optim.islands import Islands
 from thinrank.optim.linalg.products import fast_products
-from thinrank.optim.linalg.quantise import BLOCK
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice
+from thinrank.optim.places import EVEN_FROM, at, of_replicas
 from thinrank.optim.replicated import MESSAGES, ROWS, equalise, refuse_wrapped
 from thinrank.optim.rule import MatrixRule, Probe, State, Step, Tells
-from thinrank.optim.sharded import Place, cost
 from thinrank.optim.update import Update
-
-EVEN_FROM = 2**16
-"""Entries from which what is stepped element by element is cut into equal pieces; smaller ones every rank steps."""
 
 
 class Owned(Islands):
@@ -107,43 +101,22 @@ class Owned(Islands):
     # --- who steps what -----------------------------------------------------------------------------------------------
 
     def _share(self, even_from: int) -> None:
-        self._cut: dict[Tensor, Place] = {}
-        ranks = self._carrier.ranks
-        owned: list[Tensor] = []
-        for _, param, group, rank in self._members():
-            size = param.numel()
-            matrix, looks = bool(self._views(param, group, rank)), HalfWeights(group["half_weights"]).apply(param)
-            if matrix or looks:
-                way = "whole" if looks or not self._all_tell(param, group, rank) else "told"
-                owned.append(param)
-            else:
-                way = "piece" if size >= even_from and param.is_contiguous() else "all"
-            spans = self._at(0, size)
-            if way == "piece":
-                coded = "exp_avg" not in self.rules(group)[1].init(param.to("meta"))
-                # of whole blocks, so that 8-bit moments are those of the whole, and of whole rows, which may travel
-                unit = math.lcm(math.prod(param.shape[1:]) or 1, BLOCK if coded else 1)
-                spans = [(a, min(b, size)) for a, b in even(-(-size // unit), ranks, unit)]
-            self._cut[param] = Place(spans, tuple(param.shape), None, way, param.dtype)
-        everywhere = [[(0, param.numel())] * ranks for param in owned]
-        found = owners(everywhere, [cost(tuple(param.shape)) for param in owned])
-        for param, owner in zip(owned, found, strict=True):
-            self._cut[param] = replace(self._cut[param], spans=self._at(owner, param.numel()), owner=owner)
+        self._deal_out(even_from)
         for name, param, group, rank in self._members():
             if float(self.state[param]["step"]) > 0.0:
                 raise ValueError(f"{name} has been stepped already: share the work out before the first step")
             self.state[param] = self._own_state(name, param, group, rank)
         self._layouts = None
 
-    def _at(self, owner: int, size: int) -> list[Span]:
-        return [(0, size) if rank == owner else (0, 0) for rank in range(self._carrier.ranks)]
+    def _deal_out(self, even_from: int) -> None:
+        """Who steps what; the same on every rank."""
+        members = self._members()
+        weights = [self._stepped_by(param, group, rank) for _, param, group, rank in members]
+        places = of_replicas(weights, self._carrier.ranks, even_from)
+        self._cut = {param: place for (_, param, *_), place in zip(members, places, strict=True)}
 
-    def _all_tell(self, param: Tensor, group: dict[str, Any], rank: int | float | None) -> bool:
-        for i, view in enumerate(self._views(param, group, rank)):
-            rule, _ = self.rules(group, i, rank)
-            if not isinstance(rule, Tells) or rule.told((view.blocks, *view.shape), Step(count=[0])) is None:
-                return False
-        return True
+    def _at(self, owner: int, size: int) -> list[Span]:
+        return at(owner, size, self._carrier.ranks)
 
     def _mine(self, param: Tensor) -> bool:
         return super()._mine(param) if not self._owning else self._cut[param].owner in (None, self._carrier.rank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,40 +22,14 @@ from thinrank.optim.exchange.replicas import (
     gathered,
     summed,
 )
-from thinrank.optim.exchange.shards import Carrier, Parcel, Shards, Span, length, owners
+from thinrank.optim.exchange.shards import Carrier, Parcel, Shards, Span, length
 from thinrank.optim.inner.half import HalfWeights
 from thinrank.optim.linalg.quantise import BLOCK
 from thinrank.optim.matrix import MatrixView
 from thinrank.optim.own_ranks import OwnRanks, ranks_of
-from thinrank.optim.rule import ByRows, MatrixRule, Probe, State
+from thinrank.optim.places import Place, Stepped, chunks, of_pieces
+from thinrank.optim.rule import ByRows, MatrixRule, Probe, State, Step, Tells
 from thinrank.optim.update import Update
-
-CHUNK_BYTES = 64 * 2**20
-"""Whole gradients that a rank holds at a time, or one gradient where that is larger."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Who steps a weight that lies in pieces, and what travels for it.
-
-    Attributes:
-        spans: each rank's piece.
-        shape: of the whole weight.
-        owner: the rank that steps it; None where every rank steps its own piece.
-        way: `piece`: element by element, nothing travels (8-bit moments: where pieces are whole blocks). `rows`: whole
-            rows lie on each rank, and the method's small sums travel (`Axis`). `here`: it lies on its owner whole.
-            `delta`: its gradient goes to the owner, and what is to be added comes back. `whole`: the weight itself goes
-            to the owner as well, and comes back, for steps that look at it (8-bit moments in blocks of the whole,
-            16-bit weights that are rounded by a master or by chance). Of replicas (`own`), `told`: what the update is
-            made of travels; `all`: every rank steps it.
-        dtype: of what is stepped.
-    """
-
-    spans: Sequence[Span]
-    shape: tuple[int, ...]
-    owner: int | None
-    way: str
-    dtype: torch.dtype
 
 
 class Sharded(OwnRanks):
@@ -159,38 +133,39 @@ class Sharded(OwnRanks):
     def _decide(self) -> None:
         """Who steps what, by where the pieces lie; the same on every rank."""
         assert self._shards is not None
-        self._cut: dict[Tensor, Place] = {}
-        owned: list[Tensor] = []
-        for name, param, group, rank in self._members():
-            like, spans = self._like(param), self._shards.spans(param)
-            if like.numel() != sum(map(length, spans)):
-                raise ValueError(f"{name} has {like.numel():,} entries, and its pieces {sum(map(length, spans)):,}")
-            matrix, looks = bool(self._views(like, group, rank)), HalfWeights(group["half_weights"]).apply(like)
-            if not matrix and "exp_avg" not in self.rules(group)[1].init(like):  # coded in blocks of the whole
-                looks = looks or any(start % BLOCK for start, stop in spans if stop > start)
-            way = "whole" if looks else "delta" if matrix else "piece"
-            if way == "delta" and self._by_rows(like, spans, group, rank):
-                way = "rows"
-            self._cut[param] = Place(spans, tuple(like.shape), None, way, like.dtype)
-            if way in ("delta", "whole"):
-                owned.append(param)
-        costs = [cost(self._cut[param].shape) for param in owned]
-        for param, owner in zip(owned, owners([self._cut[p].spans for p in owned], costs), strict=True):
-            place = self._cut[param]
-            here = length(place.spans[owner]) == sum(map(length, place.spans))
-            self._cut[param] = replace(place, owner=owner, way="here" if here else place.way)
-        self._chunks = self._chunked(owned)
+        members, weights, spans = self._members(), [], []
+        for name, param, group, rank in members:
+            weights.append(self._stepped_by(param, group, rank))
+            spans.append(self._shards.spans(param))
+            there = sum(map(length, spans[-1]))
+            if weights[-1].size != there:
+                raise ValueError(f"{name} has {weights[-1].size:,} entries, and its pieces {there:,}")
+        places = of_pieces(weights, spans)
+        params = [param for _, param, *_ in members]
+        self._cut: dict[Tensor, Place] = dict(zip(params, places, strict=True))
+        self._chunks = [[params[i] for i in chunk] for chunk in chunks(places, self._carrier.ranks)]
 
-    def _by_rows(self, like: Tensor, spans: Sequence[Span], group: dict[str, Any], rank: int | float | None) -> bool:
-        """True for a matrix of whose rows, the long side, several ranks have some, under a rule that is content."""
-        view, *others = self._views(like, group, rank)
-        rule, _ = self.rules(group, 0, rank)
-        if others or view.transposed or view.blocks > 1 or not (isinstance(rule, ByRows) and rule.by_rows):
-            return False
-        if view.shape[0] < view.shape[1]:  # there may be fewer rows than directions
-            return False
-        several = sum(length(span) > 0 for span in spans) > 1
-        return several and all(start % view.columns == stop % view.columns == 0 for start, stop in spans)
+    def _stepped_by(self, param: Tensor, group: dict[str, Any], rank: int | float | None) -> Stepped:
+        """What of `param` and of its rule decides who steps it."""
+        like = self._like(param)
+        views, shape = self._views(like, group, rank), tuple(like.shape)
+        coded = not views and "exp_avg" not in self.rules(group)[1].init(like.to("meta"))
+        rules = [(view, self.rules(group, i, rank)[0]) for i, view in enumerate(views)]
+        first = Step(count=[0])
+        return Stepped(
+            shape=shape,
+            dtype=like.dtype,
+            matrix=bool(views),
+            looks=HalfWeights(group["half_weights"]).apply(like),
+            coded=coded,  # in blocks of the whole
+            columns=_columns(views[0], rules[0][1]) if len(views) == 1 else 0,
+            tells=bool(rules)
+            and all(
+                isinstance(rule, Tells) and rule.told((view.blocks, *view.shape), first) is not None
+                for view, rule in rules
+            ),
+            flat=param.is_contiguous(),
+        )
 
     def _axis(self, param: Tensor) -> Axis | None:
         """The ranks that `param` is stepped together with, where these are several."""
@@ -248,26 +223,6 @@ class Sharded(OwnRanks):
             key: torch.zeros(value.shape, dtype=value.dtype, device="cpu" if key == "step" else device)
             for key, value in part.items()
         }
-
-    def _chunked(self, owned: Iterable[Tensor]) -> list[list[Tensor]]:
-        """What is brought together: weights of all owners alike, so that they have something to do at the same time."""
-        queues: list[list[Tensor]] = [[] for _ in range(self._carrier.ranks)]
-        for param in owned:
-            owner = self._cut[param].owner
-            assert owner is not None
-            queues[owner].append(param)
-        chunks: list[list[Tensor]] = [[p for p, place in self._cut.items() if place.owner is None]]
-        held = [0] * len(queues)
-        for place in range(max(map(len, queues))):
-            for owner, queue in enumerate(queues):
-                if place < len(queue):
-                    size = 4 * math.prod(self._cut[queue[place]].shape)
-                    if held[owner] and held[owner] + size > CHUNK_BYTES:
-                        chunks.append([])
-                        held = [0] * len(queues)
-                    chunks[-1].append(queue[place])
-                    held[owner] += size
-        return chunks
 
     def _mine(self, param: Tensor) -> bool:
         """True when this rank steps `param`, or its piece of it."""
@@ -506,7 +461,8 @@ def _turned(value: Tensor, dim: int, *, back: bool = False) -> Tensor:
     return value.movedim(0, dim) if back else value.movedim(dim, 0)
 
 
-def cost(shape: tuple[int, ...]) -> float:
-    """Of a step of a whole weight, in the order of its products."""
-    rows, columns = shape[0] if shape else 1, math.prod(shape[1:])
-    return float(rows) * columns * min(rows, columns)
+def _columns(view: MatrixView, rule: MatrixRule | None) -> int:
+    """The columns of a matrix whose rows, the long side, may lie on several ranks, under a rule that is content."""
+    if view.transposed or view.blocks > 1 or not (isinstance(rule, ByRows) and rule.by_rows):
+        return 0
+    return 0 if view.shape[0] < view.shape[1] else view.columns  # there may be fewer rows than directions

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from thinrank.optim.exchange.replicas import Group
-from thinrank.optim.exchange.shards import Span, even
+from thinrank.optim.exchange.shards import Span, rows_of
 
 
 def is_sharded(param: Tensor) -> bool:
@@ -61,8 +61,7 @@ class DTensorShards:
         return tuple(param.shape)
 
     def spans(self, param: Tensor) -> Sequence[Span]:
-        rows, entries = param.shape[0] if param.ndim else 1, param.numel()
-        return even(rows, self._ranks, entries // max(rows, 1))
+        return rows_of(param.shape, self._ranks)
 
     def weight(self, param: Tensor) -> Tensor:
         return cast("DTensor", param.detach()).to_local().view(-1)

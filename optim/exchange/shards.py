@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -48,6 +49,12 @@ def even(size: int, ranks: int, unit: int = 1) -> list[Span]:
     each = -(-size // ranks)
     ends = [min(rank * each, size) * unit for rank in range(ranks + 1)]
     return [(start, stop) if stop > start else (0, 0) for start, stop in pairwise(ends)]
+
+
+def rows_of(shape: Sequence[int], ranks: int) -> list[Span]:
+    """Each rank's piece of a weight that is cut into rows: ⌈rows/n⌉ each, and the last ranks what is left, if any."""
+    rows = shape[0] if shape else 1
+    return even(rows, ranks, math.prod(shape) // max(rows, 1))
 
 
 def owners(spans: Sequence[Sequence[Span]], costs: Sequence[float]) -> list[int]:

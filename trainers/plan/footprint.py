@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from thinrank.optim import Routing
+from thinrank.trainers.plan.held import Around, Held
 from thinrank.trainers.plan.precision import CAST
-from thinrank.trainers.plan.strategies import Held, strategy_of
+from thinrank.trainers.plan.strategies import strategy_of
 from thinrank.trainers.plan.trace import Work, work
-from thinrank.trainers.plan.wire import Traffic
+from thinrank.trainers.plan.wire import WHENS, Traffic
 from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.strategies import World
 
@@ -48,9 +49,10 @@ class Footprint:
         """Bytes of payload a step, in the mean of the optimizer steps from `start` to before `end`."""
         if end <= start:
             return 0.0
-        renewing = sum(1 for step in range(start, end) if step % self.gap == 0 or step < self.searches)
-        between, renewal = self.traffic.payload("between"), self.traffic.payload("renewal")
-        return between + (renewal - between) * renewing / (end - start)
+        searching = max(0, min(end, self.searches) - start)
+        renewing = sum(1 for step in range(max(start, self.searches), end) if step % self.gap == 0)
+        between, renewal, first = (self.traffic.payload(when) for when in ("between", "renewal", "first"))
+        return between + ((renewal - between) * renewing + (first - between) * searching) / (end - start)
 
     def plain(self) -> dict[str, Any]:
         """The same as numbers by name, for JSON."""
@@ -60,14 +62,15 @@ class Footprint:
             found |= {f"{key}_bytes": value for key, value in asdict(self.work).items()} | {"peak_bytes": self.peak}
         if self.untraced:
             found["untraced"] = self.untraced
-        whens = ("between", "renewal", "averaged")
         found["wire"] = {
             "world": world,
             "gap": self.gap,
             "searches": self.searches,
-            "payload": {when: traffic.payload(when) for when in whens},
-            "leaving": {when: traffic.leaving(when, world) for when in whens},
-            "kinds": {each.kind: {when: getattr(each, when) for when in whens} for each in traffic.transfers},
+            "payload": {when: traffic.payload(when) for when in WHENS},
+            "leaving": {when: traffic.leaving(when, world) for when in WHENS},
+            "fullest": {when: traffic.fullest(when, world) for when in WHENS},
+            "kinds": traffic.kinds(),
+            "framework": {each.kind: each.leaving("averaged", world) for each in traffic.framework},
         }
         return found
 
@@ -94,12 +97,17 @@ def footprint(
     Raises:
         UserError: a strategy without a plan, or a batch that the processes cannot share.
     """
-    strategy, rows, choice = strategy_of(config.strategy, world.size), routing.rows, config.trainer
+    rows, choice, sizes = routing.rows, config.trainer, Plan.of(config, world)
+    around = Around(routing=routing, precision=choice.precision, accumulate=sizes.accumulate)
+    strategy = strategy_of(config.strategy, world.size, around)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    searches = max((row.searches for row in rows if row.sends_image), default=0)
+    traffic = strategy.sent(rows, world.size)
+    changing = traffic.payload("renewal") != traffic.payload("between")
+    turning = [row for row in rows if row.sends_image or (changing and row.gap > 1)]
+    searches = max((row.searches for row in turning), default=0)
+    searches = max(searches, int(traffic.payload("first") != traffic.payload("renewal")))
     found, why = known, ""
     if trace:
-        sizes = Plan.of(config, world)
         try:
             found = work(
                 model,
@@ -117,8 +125,8 @@ def footprint(
     return Footprint(
         world=world.size,
         held=strategy.held(rows, frozen, world.size, choice.in_backward),
-        traffic=strategy.sent(rows, world.size),
-        gap=max((row.gap for row in rows if row.sends_image), default=1),
+        traffic=traffic,
+        gap=max((row.gap for row in turning), default=1),
         searches=searches,
         work=found,
         untraced=why,

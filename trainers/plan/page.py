@@ -25,6 +25,10 @@ def page(plan: Footprint) -> str:
         ("  of which bases", mib(held.bases)),
         ("buffers of the exchange", mib(held.buffers)),
     ]
+    if held.masters:
+        rows.insert(1, ("float32 masters", mib(held.masters)))
+    if held.brought:
+        rows.append(("whole gradients and updates in a step", mib(held.brought)))
     if done is not None:
         rows += [
             ("for a step, between renewals", mib(done.between)),
@@ -37,14 +41,20 @@ def page(plan: Footprint) -> str:
     lines = [_aligned([("memory of each process", "MiB"), *rows])]
     if plan.untraced:
         lines.append(f"what a step needs for a while is not known, since it could not be traced: {plan.untraced}")
-    if not plan.traffic.transfers:
-        return "\n".join([*lines, "", "on the wire: nothing"])
-    wire = [("on the wire, a step", "MiB of payload", "leave a process")]
-    wire += [
-        (label, mib(plan.traffic.payload(when)), mib(plan.traffic.leaving(when, plan.world)))
-        for label, when in _whens(plan)
-    ]
-    lines += ["", _aligned(wire)]
+    if plan.traffic.transfers:
+        wire: list[Sequence[str]] = [("on the wire, a step", "MiB of payload", "leave a process")]
+        for label, when in _whens(plan):
+            wire.append((label, mib(plan.traffic.payload(when)), mib(plan.traffic.leaving(when, plan.world))))
+        if any(each.ranks for each in plan.traffic.transfers):
+            most = [plan.traffic.fullest(when, plan.world) for _, when in _whens(plan)]
+            own = ["leave the one that sends most", *map(mib, most)]
+            wire = [(*row, cell) for row, cell in zip(wire, own, strict=True)]
+        lines += ["", _aligned(wire)]
+    else:
+        lines += ["", "on the wire: nothing" + (" for the optimizer" if plan.traffic.framework else "")]
+    if plan.traffic.framework:
+        own = [(each.kind, mib(each.leaving("averaged", plan.world))) for each in plan.traffic.framework]
+        lines += ["", _aligned([("of the framework itself, a step", "MiB leave a process"), *own])]
     if plan.searches > 1:
         lines.append(f"the first {plan.searches} steps are as one that renews")
     return "\n".join(lines)

@@ -1,61 +1,25 @@
 """How a strategy divides weights, gradients and state among processes, and what travels for a step.
 
-A strategy is one small class; `STRATEGIES` has them by the names that configurations use.
+A strategy is one small class; `STRATEGIES` has them by the names that configurations use. Those that share out the
+optimizer's state are in `thinrank.trainers.plan.owners`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 
 from thinrank.optim.grouping import Row
 from thinrank.optim.replicated import BUCKET_BYTES
 from thinrank.trainers.errors import UserError
-from thinrank.trainers.plan.trace import Work
+from thinrank.trainers.plan.held import Around, Held, Strategy, images_left
+from thinrank.trainers.plan.owners import Owners, Pieces, Zero
 from thinrank.trainers.plan.wire import Traffic, averaged_gradients, averaged_images, gradient_bytes
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """Bytes that the fullest process holds.
-
-    Attributes:
-        weights: trained or not.
-        gradients: of the trained weights, complete, when the optimizer's step begins; where updates need no more, what
-            is left of them.
-        state: of the optimizer.
-        bases: the part of `state` that says where subspaces are.
-        buffers: for the exchange.
-        lasting: the part of `buffers` that is always there; the rest, when nearly all gradients are.
-        arriving: most of gradients, messages and what is made of them while processes meet, before the step; where no
-            such time is, the gradients.
-    """
-
-    weights: int
-    gradients: int
-    state: int
-    bases: int
-    buffers: int = 0
-    lasting: int = 0
-    arriving: int = 0
-
-    def peak(self, work: Work) -> int:
-        """Most bytes at one time: in the passes, when processes meet and renew by what has come, or in the step."""
-        met = self.arriving + max(work.renewal, self.buffers - self.lasting)
-        return self.weights + self.state + self.lasting + max(work.passes, met, self.gradients + work.step)
-
-
-class Strategy(Protocol):
-    """What a plan asks of a strategy. `rows` are `route`'s, `frozen` the bytes of weights that are not trained, and
-    `in_backward` is the trainer's."""
-
-    def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str) -> Held: ...
-
-    def sent(self, rows: Sequence[Row], world: int) -> Traffic: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +96,23 @@ class Replicas:
         return largest
 
 
-def images_left(rows: Sequence[Row]) -> int:
-    """Bytes of gradients where what updates need of them has taken their place."""
-    return sum(4 * sum(row.image.values()) if row.image else row.elements * row.itemsize for row in rows)
+def _zero(stage: int, config: Any, world: int, around: Around) -> Strategy:
+    return Zero.of(around, world, stage=stage)
 
 
-def _replicas(config: Any) -> Strategy:
-    return Replicas(config.messages, MESSAGE_DTYPES[config.dtype])
-
-
-STRATEGIES: Mapping[str, Callable[[Any], Strategy]] = {
-    "ddp": lambda config: Averaged(),
-    "thinrank_ddp": _replicas,
+STRATEGIES: dict[str, Callable[[Any, int, Around], Strategy]] = {
+    "ddp": lambda config, world, around: Averaged(),
+    "thinrank_ddp": lambda config, world, around: Replicas(config.messages, MESSAGE_DTYPES[config.dtype]),
+    "thinrank_owned": lambda config, world, around: Owners.of(
+        around, world, messages=config.messages, dtype=MESSAGE_DTYPES[config.dtype]
+    ),
+    "thinrank_fsdp2": lambda config, world, around: Pieces.of_rows(
+        around, world, replicas=config.replicas, reshard=config.reshard_after_forward
+    ),
+    **{f"thinrank_zero{stage}": partial(_zero, stage) for stage in (1, 2, 3)},
 }
-"""From a strategy's configuration to what it holds and sends, by `name`; `auto` stands for one of them."""
+"""From a strategy's configuration, the number of processes and what is around it to what it holds and sends, by `name`;
+`auto` stands for one of them."""
 
 
 def is_planned(config: Any) -> bool:
@@ -153,7 +120,7 @@ def is_planned(config: Any) -> bool:
     return config.name == "auto" or config.name in STRATEGIES
 
 
-def strategy_of(config: Any, world: int) -> Strategy:
+def strategy_of(config: Any, world: int, around: Around | None = None) -> Strategy:
     """What `config` holds and sends on `world` processes.
 
     Raises:
@@ -166,4 +133,4 @@ def strategy_of(config: Any, world: int) -> Strategy:
             f"there is no plan for strategy={config.name} yet: choose one of auto, {', '.join(STRATEGIES)}, or run it "
             "without a plan"
         )
-    return STRATEGIES[config.name](config)
+    return STRATEGIES[config.name](config, world, around or Around())

@@ -13,6 +13,9 @@ FLOAT = 4
 """Bytes of a coordinate, of an entry, and of the flag that says whether a parameter had a gradient."""
 
 
+WHENS = ("between", "renewal", "averaged")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
     """What travels in one collective pattern, in bytes of the tensors themselves.
@@ -25,28 +28,72 @@ class Transfer:
         passes: how often it leaves a process, but for its own share, on the way round all processes: 2 for a sum that
             everybody gets (all-reduce), 1 for one of which everybody gets a part (reduce-scatter), for parts that
             everybody gets (all-gather), and for what goes to one owner or comes from it.
+        first: in the first steps, which search for a subspace; None: as in a renewal.
+        ranks: the same of each process, where they send unlike much, each byte to one other: then the figures above are
+            means over them, and all of it leaves.
     """
 
     kind: str
-    between: int
-    renewal: int
+    between: float
+    renewal: float
     averaged: float
     passes: int = 2
+    first: float | None = None
+    ranks: tuple[Transfer, ...] = ()
+
+    def size(self, when: str) -> float:
+        """Bytes `between` renewals, in a `renewal`, in a `first` step, or `averaged`."""
+        found = getattr(self, when)
+        return self.renewal if found is None else found
+
+    def leaving(self, when: str, world: int, rank: int | None = None) -> float:
+        """Bytes that leave a process of `world`: of the one that is number `rank`, or in the mean."""
+        if self.ranks:
+            return self.size(when) if rank is None else self.ranks[rank].size(when)
+        return self.passes * self.size(when) * (world - 1) / world
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """All that travels for a step; sums over its transfers."""
+    """All that travels for a step.
+
+    Attributes:
+        transfers: what the optimizer sends, or DDP in its place; all sums are over these.
+        framework: what a framework that keeps weights in pieces sends by itself, for passes and gradients.
+    """
 
     transfers: tuple[Transfer, ...] = ()
+    framework: tuple[Transfer, ...] = ()
 
-    def payload(self, when: str) -> float:
-        """Bytes of the tensors `between` renewals, in a `renewal`, or `averaged`."""
-        return sum(getattr(each, when) for each in self.transfers)
+    def payload(self, when: str, rank: int | None = None) -> float:
+        """Bytes of the tensors `between` renewals, in a `renewal`, in a `first` step, or `averaged`; of the process
+        that is number `rank`, or in the mean."""
+        return sum(
+            each.ranks[rank].size(when) if each.ranks and rank is not None else each.size(when)
+            for each in self.transfers
+        )
 
-    def leaving(self, when: str, world: int) -> float:
-        """Bytes that leave each of `world` processes, in a ring: passes · (world − 1) / world of the payload."""
-        return sum(each.passes * getattr(each, when) for each in self.transfers) * (world - 1) / world
+    def leaving(self, when: str, world: int, rank: int | None = None) -> float:
+        """Bytes that leave each of `world` processes, in a ring: passes · (world − 1) / world of the payload, and all
+        of what goes to one other; of the process that is number `rank`, or in the mean."""
+        return sum(each.leaving(when, world, rank) for each in self.transfers)
+
+    def fullest(self, when: str, world: int) -> float:
+        """Bytes that leave the process that sends most."""
+        return max(self.leaving(when, world, rank) for rank in range(world))
+
+    def by_framework(self, world: int) -> float:
+        """Bytes that leave each process for the framework, in every step."""
+        return sum(each.leaving("averaged", world) for each in self.framework)
+
+    def kinds(self) -> dict[str, dict[str, float]]:
+        """Payload by kind, and when."""
+        found: dict[str, dict[str, float]] = {}
+        for each in self.transfers:
+            own = found.setdefault(each.kind, dict.fromkeys(WHENS, 0))
+            for when in WHENS:
+                own[when] += each.size(when)
+        return found
 
 
 def gradient_bytes(rows: Sequence[Row]) -> int:
