@@ -25,7 +25,7 @@ $(STAMP)-finetune: pyproject.toml
 
 $(STAMP)-dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[train,finetune,dev,compare,study]"
+	$(BIN)/pip install --quiet --editable ".[train,finetune,deepspeed,dev,compare,study]"
 	@touch $@ $(STAMP)-train $(STAMP)-finetune $(STAMP)-study
 
 $(STAMP)-study: pyproject.toml

@@ -117,6 +117,7 @@ class MatrixOptimizer(Owned):
         self._rules: dict[tuple[Any, ...], tuple[MatrixRule | None, ElementwiseAdamW]] = {}
         self._clamped = False
         self.measure = False
+        self._probe: Probe | None = None  # of the part of a step that is done
         self.measured: dict[str, dict[str, float]] = {}
         self._skipped = Skipped()
         self.axis: Axis = WHOLE
@@ -269,13 +270,14 @@ class MatrixOptimizer(Owned):
             return
         self._meet()
         self._allocate_if_due("gradient")
-        probe = Probe() if self.measure else None
+        probe = (self._probe or Probe()) if self.measure else None
         self._in_chunks(only, probe)
         self._images.clear()
         self._stepped()
-        if probe is not None:
+        if probe is not None and last:
             self._tell(self._together(probe))
-            self.measure = not last
+            self.measure, probe = False, None
+        self._probe = probe
         self._allocate_if_due("weight")  # at the end, since coordinates that backward left are in the old subspaces
 
     def _step_layouts(self, probe: Probe | None) -> None:

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
     from thinrank.trainers.run import RunConfig
     from thinrank.trainers.schedule import ScheduleConfig
-    from thinrank.trainers.strategies import FSDP2Config, OwnedConfig, ReplicatedConfig, StrategyConfig
+    from thinrank.trainers.strategies import FSDP2Config, OwnedConfig, ReplicatedConfig, StrategyConfig, ZeroConfig
     from thinrank.trainers.strategies.fsdp2 import FSDP2Strategy
     from thinrank.trainers.strategies.replicated import OwnedStrategy, ReplicatedStrategy
+    from thinrank.trainers.strategies.zero import ZeroStrategy
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -58,6 +59,8 @@ __all__ = [
     "TrainerConfig",
     "TrainingMetrics",
     "UserError",
+    "ZeroConfig",
+    "ZeroStrategy",
 ]
 
 _HOMES = {
@@ -74,9 +77,10 @@ _HOMES = {
     "pretrain": ("PretrainConfig", "TrainerConfig"),
     "run": ("RunConfig",),
     "schedule": ("ScheduleConfig",),
-    "strategies": ("FSDP2Config", "OwnedConfig", "ReplicatedConfig", "StrategyConfig"),
+    "strategies": ("FSDP2Config", "OwnedConfig", "ReplicatedConfig", "StrategyConfig", "ZeroConfig"),
     "strategies.fsdp2": ("FSDP2Strategy",),
     "strategies.replicated": ("OwnedStrategy", "ReplicatedStrategy"),
+    "strategies.zero": ("ZeroStrategy",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -361,6 +361,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings(
             "ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning
         )
+        # and DeepSpeed 0.19 torch 2.13 for collectives by their old names
+        warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
         for logger in loggers:
             logger.setLevel(logging.WARNING)
         try:

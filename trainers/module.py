@@ -175,10 +175,17 @@ class CausalLM(pl.LightningModule):
     def _own_optimizer(self) -> optim.MatrixOptimizer | None:
         """The optimizer, where it knows more of gradients than `p.grad` says: it takes or exchanges them, or has only
         pieces of them here."""
+        if self._strategy_norm is not None:
+            return None
         found = self.optimizers(use_pl_optimizer=False)
         if not isinstance(found, optim.MatrixOptimizer) or (self.in_backward == "off" and found.wire is None):
             return None
         return found
+
+    @property
+    def _strategy_norm(self) -> Callable[[], Tensor] | None:
+        """The norm of gradients that are in the strategy's keeping, which also clips them; None where they are here."""
+        return getattr(getattr(self._trainer, "strategy", None), "gradient_norm", None)
 
     def on_fit_start(self) -> None:
         if self.clip_norm is not None and self.trainer.gradient_clip_val is not None:
@@ -224,7 +231,9 @@ class CausalLM(pl.LightningModule):
         To be called between the last backward of a step and the step itself: the guard, the clipping and the metrics
         share it.
         """
-        own = self._own_optimizer
+        own, elsewhere = self._own_optimizer, self._strategy_norm
+        if self._norm is None and elsewhere is not None:
+            self._norm = elsewhere()
         if self._norm is None and own is not None:
             self._norm = own.gradient_norm()
         if self._norm is None:
@@ -238,6 +247,8 @@ class CausalLM(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the shared norm; without `clip_norm`, do what the Trainer was told."""
+        if self._strategy_norm is not None:
+            return  # it has been told the norm
         own = self._own_optimizer
         if own is not None and self.clip_norm is not None:
             own.clip_grad_norm_(self.clip_norm)  # nothing is left to clip where backward has stepped
@@ -305,7 +316,8 @@ class CausalLM(pl.LightningModule):
             metrics[f"{stage}/bits_per_byte"] = loss / math.log(2) / ratio
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         # The values are equal on all ranks already; the mean over them only satisfies Lightning's rule.
-        self.log_dict(metrics, logger=False if fitting else None, sync_dist=self.trainer.world_size > 1)
+        connected = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.log_dict(metrics, logger=False if fitting else None, sync_dist=connected)
         if fitting and not self.trainer.sanity_checking:
             # To the loggers directly: Lightning would count a validation inside of training to the step before.
             for logger in self.trainer.loggers:

@@ -18,7 +18,7 @@ from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.run import RunConfig
 from thinrank.trainers.schedule import ScheduleConfig
-from thinrank.trainers.strategies import FSDP2Config, ReplicatedConfig, StrategyConfig, World
+from thinrank.trainers.strategies import FSDP2Config, ReplicatedConfig, StrategyConfig, World, ZeroConfig
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
@@ -175,6 +175,8 @@ class TrainingConfig:
                     f"strategy={name} frees gradients before a loss scaler could look at them: use "
                     "trainer.precision=bf16-mixed or 32-true instead of 16-mixed"
                 )
+        if isinstance(self.strategy, ZeroConfig):
+            self._check_zero(self.strategy.name)
         if self.trainer.in_backward != "off" and getattr(self.optimizer, "rank_allocation", None) == "gradient":
             raise ValueError(
                 f"trainer.in_backward={self.trainer.in_backward} keeps no whole gradients until the step, by which "
@@ -199,6 +201,24 @@ class TrainingConfig:
             raise ValueError(
                 f"strategy={strategy.name} computes in {', '.join(strategy.PRECISIONS)}, got "
                 f"trainer.precision={self.trainer.precision}: use one of them"
+            )
+
+    def _check_zero(self, name: str) -> None:
+        if self.trainer.in_backward != "off":
+            raise ValueError(
+                f"trainer.in_backward={self.trainer.in_backward} takes gradients before strategy={name} has averaged "
+                "them: leave in_backward out"
+            )
+        allocation = getattr(self.optimizer, "rank_allocation", "uniform")
+        if allocation == "gradient" or getattr(self.optimizer, "rank_allocation_every", None) is not None:
+            raise ValueError(
+                f"strategy={name} leaves no rank with all that ranks would be shared out by during a run: use "
+                "optimizer.rank_allocation=weight without rank_allocation_every"
+            )
+        if self.trainer.precision not in ("32-true", "bf16-mixed", "bf16-true"):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} has not been tried with strategy={name}: use bf16-mixed, "
+                "bf16-true or 32-true"
             )
 
 

@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,9 @@ DESCRIPTIONS = {
     "thinrank_ddp": "whole model on every process; coordinates travel, and gradients only where a step chooses by them",
     "thinrank_owned": "as thinrank_ddp, with the optimizer's state and work shared out; directions travel back",
     "thinrank_fsdp2": "rows of every weight on every process; matrices are stepped by rows, or whole by one process",
+    "thinrank_zero1": "DeepSpeed ZeRO-1: state and float32 masters in pieces, matrices stepped whole by their owners",
+    "thinrank_zero2": "DeepSpeed ZeRO-2: gradients in pieces as well",
+    "thinrank_zero3": "DeepSpeed ZeRO-3: weights in pieces as well",
 }
 
 REGISTRIES = ("lightning.pytorch.strategies", "pytorch_lightning.strategies")
@@ -31,7 +35,12 @@ def register_strategies() -> None:
 
 def _register(module: Any) -> None:
     """In the registry of `lightning`; for that of `pytorch_lightning`, whose classes are others, a refusal."""
-    ours = {"thinrank_ddp": thinrank_ddp, "thinrank_owned": thinrank_owned, "thinrank_fsdp2": thinrank_fsdp2}
+    ours: dict[str, Callable[..., Any]] = {
+        "thinrank_ddp": thinrank_ddp,
+        "thinrank_owned": thinrank_owned,
+        "thinrank_fsdp2": thinrank_fsdp2,
+    }
+    ours |= {f"thinrank_zero{stage}": partial(thinrank_zero, stage) for stage in (1, 2, 3)}
     for name, description in DESCRIPTIONS.items():
         build = ours[name] if module.__name__.startswith("lightning.") else _refuse
         module.StrategyRegistry.register(name, build, description=description, override=True)
@@ -56,6 +65,13 @@ def thinrank_fsdp2(**options: Any) -> Any:
     from thinrank.trainers.strategies.fsdp2 import FSDP2Strategy
 
     return FSDP2Strategy(**options)
+
+
+def thinrank_zero(stage: int, **options: Any) -> Any:
+    """A `ZeroStrategy`."""
+    from thinrank.trainers.strategies.zero import ZeroStrategy
+
+    return ZeroStrategy(stage, **options)
 
 
 def _refuse(**options: Any) -> Any:

@@ -16,8 +16,9 @@ _log = logging.getLogger(__name__)
 
 
 def gradient_norm(module: pl.LightningModule) -> Tensor:
-    """Norm of all gradients (scalar): the one that the module keeps for this step, or else computed here."""
-    shared = getattr(module, "gradient_norm", None)
+    """Norm of all gradients (scalar): that of the module, which keeps it for this step, or of a strategy that keeps the
+    gradients to itself, or else computed here."""
+    shared = getattr(module, "gradient_norm", None) or getattr(module.trainer.strategy, "gradient_norm", None)
     if shared is not None:
         return shared()
     return total_norm(module.parameters())
@@ -64,6 +65,9 @@ class NonFiniteGuard(pl.Callback):
         for parameter in pl_module.parameters():
             parameter.grad = None
         optimizer.zero_grad()  # what it keeps of gradients that backward handed to it
+        skip_step = getattr(trainer.strategy, "skip_step", None)
+        if skip_step is not None:  # gradients are elsewhere
+            skip_step()
         self.skipped += 1
         if not _searching_scale(trainer):
             self.consecutive += 1

@@ -1,6 +1,12 @@
 """How a run is spread over processes: which processes there are, how they talk, and Lightning's strategy for them."""
 
-from thinrank.trainers.strategies.config import FSDP2Config, OwnedConfig, ReplicatedConfig, StrategyConfig
+from thinrank.trainers.strategies.config import (
+    FSDP2Config,
+    OwnedConfig,
+    ReplicatedConfig,
+    StrategyConfig,
+    ZeroConfig,
+)
 from thinrank.trainers.strategies.lightning import build_strategy
 from thinrank.trainers.strategies.world import World, process_group, together
 
@@ -10,6 +16,7 @@ __all__ = [
     "ReplicatedConfig",
     "StrategyConfig",
     "World",
+    "ZeroConfig",
     "build_strategy",
     "process_group",
     "together",

@@ -129,3 +129,27 @@ class FSDP2Config(StrategyConfig):
 
     def shards(self, ranks: int) -> int:
         return ranks // self.replicas
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig(StrategyConfig):
+    """DeepSpeed's ZeRO: weights, gradients and state in pieces, each matrix stepped whole by one process."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("thinrank_zero1", "thinrank_zero2", "thinrank_zero3")
+
+    name: str = field(
+        default="thinrank_zero2",
+        metadata={"help": "state (thinrank_zero1), gradients too (thinrank_zero2), weights too (thinrank_zero3)"},
+    )
+    bucket: int = field(default=2**25, metadata={"help": "entries of gradients, or of weights, in a message"})
+    overlap: bool = field(default=True, metadata={"help": "messages leave while backward goes on, on a GPU"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bucket < 1:
+            raise ValueError(f"bucket must be at least 1 entry, got {self.bucket}: leave it out for 2**25")
+
+    @property
+    def stage(self) -> int:
+        """How much is in pieces: 1, 2 or 3."""
+        return int(self.name[-1])

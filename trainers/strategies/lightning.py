@@ -5,7 +5,13 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from thinrank.trainers.strategies.config import FSDP2Config, OwnedConfig, ReplicatedConfig, StrategyConfig
+from thinrank.trainers.strategies.config import (
+    FSDP2Config,
+    OwnedConfig,
+    ReplicatedConfig,
+    StrategyConfig,
+    ZeroConfig,
+)
 from thinrank.trainers.strategies.world import World
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and configurations are read without it
@@ -53,6 +59,10 @@ def build_strategy(config: StrategyConfig, world: World) -> tuple[Strategy | str
 
         settings = {"replicas": config.replicas, "reshard_after_forward": config.reshard_after_forward}
         return FSDP2Strategy(**settings, **options), environment
+    if isinstance(config, ZeroConfig):
+        from thinrank.trainers.strategies.zero import ZeroStrategy
+
+        return ZeroStrategy(config.stage, bucket=config.bucket, overlap=config.overlap, **options), environment
     # Every parameter of a language model takes part in every step, so nothing has to be searched for unused ones, and
     # its buffers are constant.
     strategy = DDPStrategy(broadcast_buffers=False, **options)
