@@ -71,17 +71,13 @@ def quiet_deepspeed() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _local_rank() -> Iterator[None]:
-    """DeepSpeed insists on this variable, which launchers set; a process alone, or a forked one, has none."""
+def _name_local_rank() -> bool:
+    """DeepSpeed insists on this variable, when it starts and in ZeRO-3's passes; launchers set it, and a process alone,
+    or a forked one, has none. True when it was set here."""
     if "LOCAL_RANK" in os.environ:
-        yield
-        return
-    os.environ["LOCAL_RANK"] = "0"
-    try:
-        yield
-    finally:
-        del os.environ["LOCAL_RANK"]
+        return False
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return True
 
 
 def _refuse_stale_lock() -> None:
@@ -117,9 +113,10 @@ def initialize(model: nn.Module, optimizer: MatrixOptimizer, config: Mapping[str
         raise RuntimeError("ZeRO needs a process group: call torch.distributed.init_process_group before")
     deepspeed = load_deepspeed()
     before = _Before(model)
+    before.named_local_rank = _name_local_rank()
     try:
         front = ZeroFront(optimizer)
-        with quiet_deepspeed(), _local_rank():
+        with quiet_deepspeed():
             engine, *_ = deepspeed.initialize(
                 model=model,
                 model_parameters=[param for param in model.parameters() if param.requires_grad],
@@ -220,6 +217,8 @@ class ZeroRun:
         shards.remove()
         self.engine.destroy()
         self._before.restore(module)
+        if self._before.named_local_rank:
+            os.environ.pop("LOCAL_RANK", None)
         for param, value in whole.items():
             param.data = value
             param.grad = None
@@ -237,6 +236,8 @@ class _Before:
         "_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks",
         "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called",
     )  # fmt: skip
+
+    named_local_rank = False
 
     def __init__(self, model: nn.Module) -> None:
         self.dtypes = {param: param.dtype for param in model.parameters()}

@@ -26,7 +26,6 @@ def ran(configs, stage):
     # how DeepSpeed calls torch: not ours to repair
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.* is deprecated", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())  # launchers set it, and ZeRO-3 reads it in its passes
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed compiles a function of Muon's: half a minute of imports
     zero.load_deepspeed().utils.logging.logger.setLevel("ERROR")
     found = {}
@@ -46,7 +45,6 @@ def ran(configs, stage):
         masters = sum(run.front.shards.weight(param).numel() for param in model.parameters())
         found[name] = optimizer.state_bytes(), masters, steps
         run.release()
-    del os.environ["LOCAL_RANK"]
     return found
 
 
