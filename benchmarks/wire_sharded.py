@@ -7,16 +7,16 @@ Weights of the preset's shapes and gradients drawn at random (what is counted do
 bfloat16; a first step, which chooses subspaces, and a second one. What leaves a rank is the mean over the ranks. FSDP2
 itself gathers weights before forward and before backward and scatters gradients: 3 × 2 bytes a weight × (N−1)/N.
 
-The formula: under FSDP2 a matrix that is cut along its long side sends nothing between renewals, and one that is cut
-along the other, or whose method needs it whole, sends (N−1)/N of a gradient to its owner and as much of an update back;
-owned, a matrix's coordinates go to its owner and directions come back (of methods whose update is as large as the
-weight, gradients and weights), and what is stepped element by element is scattered and gathered.
+The formula is a plan's (`thinrank.trainers.plan.owners`), which knows shapes alone: under FSDP2 a matrix that is cut
+along its long side sends nothing between renewals but its method's small sums, and one that is cut along the other, or
+whose method needs it whole, sends (N−1)/N of a gradient to its owner and as much of an update back; owned, a matrix's
+coordinates go to its owner and directions come back (of methods whose update is as large as the weight, gradients and
+weights), and what is stepped element by element is scattered and gathered.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from wire import configured
 
-from thinrank.optim import METHODS, LowRankConfig, build, route
-from thinrank.optim.backward import whole_because
+from thinrank.optim import METHODS, LowRankConfig, MethodConfig, build, route
 from thinrank.trainers.models import PRESETS, build_model
-
-BY_ROWS = ("galore", "fira", "apollo", "dct_adamw")
-"""Methods that step a matrix by rows, with sums over ranks in steps that choose a subspace alone."""
-
-SUMS = ("dion", "trion", "dion2", "ldadam")
-"""Methods that have small sums in every step, for which no formula is given."""
+from thinrank.trainers.plan.held import Around
+from thinrank.trainers.plan.owners import Owners, Pieces
 
 
 def sharded(preset: str, vocabulary: int, ranks: int) -> torch.nn.Module:
@@ -51,27 +46,12 @@ def sharded(preset: str, vocabulary: int, ranks: int) -> torch.nn.Module:
     return model.to_empty(device="cpu")
 
 
-def formula(name: str, rank: int, gap: int, model: torch.nn.Module, ranks: int, strategy: str) -> float:
-    """Bytes that leave a rank, in the mean, in a step between renewals."""
-    config = configured(name, rank, gap, "dense")
-    linear, total = whole_because(config.matrix_rule()) is None, 0.0
-    share = (ranks - 1) / ranks
-    for row in route(model, config).rows:
-        size = math.prod(row.shape)
-        matrix = row.role == "matrix"
-        long_first = row.shape[0] >= (row.shape[1] if len(row.shape) > 1 else 0)
-        if strategy == "fsdp2":
-            travels = matrix and not (long_first and name in BY_ROWS)
-            total += 2 * 2 * size / ranks * share if travels else 0.0
-        elif matrix and row.rank:
-            long, short = max(row.shape), min(row.shape)
-            up = long * row.rank if linear else size
-            full = name in ("fira", "apollo", "subspace_adamw")
-            down = size if full else long * row.rank + (0 if linear else short * row.rank)
-            total += 2 * (up + down) * share
-        else:
-            total += 2 * 2 * size * share
-    return total
+def formula(config: MethodConfig, model: torch.nn.Module, ranks: int, strategy: str) -> float:
+    """Bytes that leave a rank, in the mean, in a step between renewals, as a plan says it."""
+    routing = route(model, config)
+    around = Around(routing=routing)
+    plan = Pieces.of_rows(around, ranks) if strategy == "fsdp2" else Owners.of(around, ranks, dtype=torch.bfloat16)
+    return plan.sent(routing.rows, ranks).leaving("between", ranks)
 
 
 def rank_of(place: int, ranks: int, folder: str, args: argparse.Namespace, answers: Any) -> None:
@@ -153,12 +133,11 @@ def main() -> None:
         mp.spawn(rank_of, args=(args.ranks, folder, args, answers), nprocs=args.ranks)
         for _ in args.methods:
             name, (first, between, _, state) = answers.get()
-            given = args.strategy == "owned" or name not in SUMS
-            expected = formula(name, args.rank, args.gap, shapes, args.ranks, args.strategy) if given else 0.0
+            config = configured(name, args.rank, args.gap, "dense")
+            expected = formula(config, shapes, args.ranks, args.strategy)
             gap = args.gap if isinstance(METHODS[name](), LowRankConfig) else 1
             averaged = between + (first - between) / gap
             sizes = [f"{size / 2**20:,.1f}" for size in (between, expected, first, averaged)]
-            sizes[1] = sizes[1] if given else "—"
             ratio = f"{between / expected:.4f}" if expected else "—"
             cells = [name, sizes[0], sizes[1], ratio, sizes[2], sizes[3], f"{averaged / engine:.4f}"]
             lines.append("| " + " | ".join([*cells, f"{state / 2**20:,.1f}"]) + " |")

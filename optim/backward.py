@@ -249,7 +249,11 @@ class InBackward(torch.optim.Optimizer):
     def gradient_bytes(self) -> int:
         """Bytes of the gradients that are held: whole ones or pieces, and coordinates (and entries) in the place of
         others."""
-        return sum(each.numel() * each.element_size() for each in (*self._gradients(), *self._images.tensors()))
+        return sum(each.numel() * each.element_size() for each in (*self._lying_here(), *self._images.tensors()))
+
+    def _lying_here(self) -> list[Tensor]:
+        """Gradients in the memory of this rank; a framework may have more of its own."""
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:

@@ -305,6 +305,10 @@ class Owned(Islands):
 
     # --- norms, state -------------------------------------------------------------------------------------------------
 
+    def _lying_here(self) -> list[Tensor]:
+        found = super()._lying_here()
+        return [*found, *(grad for grad, _ in self._brought.values())] if self._owning else found
+
     def _gradients(self) -> list[Tensor]:
         if not self._owning:
             return super()._gradients()

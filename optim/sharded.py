@@ -6,10 +6,11 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from thinrank.optim.allocation import Allocation
 from thinrank.optim.axis import Axis
@@ -351,6 +352,10 @@ class Sharded(OwnRanks):
     def _once(self) -> list[Tensor]:
         """Gradients that lie here and that no other rank counts in the norm of all."""
         return self._gradients()
+
+    def _lying_here(self) -> list[Tensor]:
+        found = super()._lying_here()
+        return [cast("DTensor", grad).to_local() if is_sharded(grad) else grad for grad in found]
 
     def _gradients(self) -> list[Tensor]:
         if self._shards is None:

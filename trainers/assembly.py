@@ -38,6 +38,7 @@ from thinrank.trainers.ending import (
     communication,
     conclude,
     final_validation,
+    measured_on_all,
     optimizer_state,
     record_failure,
     sample_and_export,
@@ -268,7 +269,7 @@ def _train(parts: Parts) -> dict[str, Any]:
     optimizer = trainer.optimizers[0]
     if isinstance(optimizer, MatrixOptimizer) and (ranks := optimizer.ranks()):
         parts.routing, parts.ranks = parts.job.route(parts.model, ranks), ranks
-    state, sent_a_step = optimizer_state(parts), communication(parts)
+    state, sent_a_step, measured = optimizer_state(parts), communication(parts), measured_on_all(parts)
     metrics, sample, artifacts = before, {}, {}
     if not preempted:
         metrics = {**before, **final_validation(parts)}
@@ -277,7 +278,9 @@ def _train(parts: Parts) -> dict[str, Any]:
     if parts.checkpointing.best_step >= 0:
         metrics["val/best_loss"] = parts.checkpointing.best_value
         metrics["val/best_step"] = parts.checkpointing.best_step
-    return from_rank_zero(world, lambda: conclude(parts, facts, state, sent_a_step, metrics, sample, artifacts))
+    return from_rank_zero(
+        world, lambda: conclude(parts, facts, state, sent_a_step, measured, metrics, sample, artifacts)
+    )
 
 
 def _introduce(parts: Parts) -> None:

@@ -71,15 +71,29 @@ def communication(parts: Parts) -> dict[str, float]:
     }
 
 
-def planned_and_measured(
-    parts: Parts, state: Mapping[str, int], sent_a_step: Mapping[str, float], peak_mib: float | None
-) -> dict[str, Any]:
-    """What was to be expected of memory and wire beside what was found, in bytes of this rank; {} without a plan.
+def measured_on_all(parts: Parts) -> dict[str, float | None]:
+    """What a plan says of a process, as it was: bytes of the one that has most of it, and bytes sent for a step in the
+    mean over all; None where nothing was measured. All ranks call it."""
+    optimizer, steps = parts.trainer.optimizers[0], parts.trainer.global_step - parts.start
+    found = sent(optimizer)
+    here = {
+        "weights_bytes": parts.held.weights,
+        "gradients_bytes": parts.held.gradients if parts.held.weights else 0,
+        "state_bytes": int(optimizer.state_bytes()),  # pyright: ignore[reportAttributeAccessIssue]
+    }
+    payload = found.total() - found["messages"] if found else None
+    each = gathered((here, payload))
+    most: dict[str, float | None] = {key: max(own[key] for own, _ in each) or None for key in here}
+    sums = [size for _, size in each if size is not None]
+    return most | {"sent_bytes": sum(sums) / len(each) / steps if sums and steps else None}
+
+
+def planned_and_measured(parts: Parts, measured: Mapping[str, float | None], peak_mib: float | None) -> dict[str, Any]:
+    """What was to be expected of memory and wire beside what was found, in bytes of a process; {} without a plan.
 
     Args:
-        state: of `optimizer_state`.
-        sent_a_step: of `communication`.
-        peak_mib: of the CUDA allocator; None without a GPU, and then no step is traced either.
+        measured: of `measured_on_all`.
+        peak_mib: of the CUDA allocator of this rank; None without a GPU, and then no step is traced either.
     """
     config, start, steps = parts.config, parts.start, parts.trainer.global_step
     if not is_planned(config.strategy):
@@ -88,14 +102,8 @@ def planned_and_measured(
     if peak_mib is not None:
         model = as_trained(parts.job.build(parts.data.vocab_size, meta=True), config.trainer.precision)
     plan = footprint(config, model, parts.routing, parts.world, trace=peak_mib is not None, ranks=parts.ranks)
-    measured: dict[str, float | None] = {
-        "weights_bytes": parts.held.weights or None,
-        "gradients_bytes": parts.held.gradients if parts.held.weights else None,
-        "state_bytes": state["measured_bytes"],
-        "peak_bytes": None if peak_mib is None else peak_mib * 2**20,
-        "sent_bytes": sent_a_step.get("payload"),
-    }
-    return {"planned": {**plan.plain(), "sent_bytes": plan.sent(start, steps)}, "measured": measured}
+    found = {**measured, "peak_bytes": None if peak_mib is None else peak_mib * 2**20}
+    return {"planned": {**plan.plain(), "sent_bytes": plan.sent(start, steps)}, "measured": found}
 
 
 def start_metrics(parts: Parts) -> dict[str, float]:
@@ -162,6 +170,7 @@ def conclude(
     facts: dict[str, Any],
     state: dict[str, int],
     sent_a_step: dict[str, float],
+    measured: dict[str, float | None],
     metrics: dict[str, float],
     sample: dict[str, str],
     artifacts: dict[str, str],
@@ -192,7 +201,7 @@ def conclude(
         routing=[dataclasses.asdict(row) for row in parts.routing.rows],
         routing_table=parts.routing.table(),
         optimizer_state=state,
-        plan=planned_and_measured(parts, state, sent_a_step, report.memory().get("peak_cuda_mib")),
+        plan=planned_and_measured(parts, measured, report.memory().get("peak_cuda_mib")),
         training={
             "steps": step,
             "tokens": tokens,

@@ -10,7 +10,7 @@ from tiny_pretrain import config
 
 from thinrank.optim import AdamWConfig, DCTAdamWConfig, FiraConfig, GaLoreConfig, GaLorePlusConfig
 from thinrank.trainers.pretrain import pretrain
-from thinrank.trainers.strategies import ReplicatedConfig, StrategyConfig
+from thinrank.trainers.strategies import FSDP2Config, OwnedConfig, ReplicatedConfig, StrategyConfig
 
 METHODS = {
     "adamw": AdamWConfig(),
@@ -23,6 +23,8 @@ STRATEGIES = {
     "ddp": (StrategyConfig(name="ddp"), METHODS),
     "thinrank_ddp": (ReplicatedConfig(), METHODS),
     "bfloat16": (ReplicatedConfig(dtype="bfloat16"), ("galore", "galore_plus")),
+    "thinrank_owned": (OwnedConfig(), METHODS),
+    "thinrank_fsdp2": (FSDP2Config(), METHODS),
 }
 """By name, with the methods that run under it."""
 STEPS = 12
@@ -59,6 +61,7 @@ def main(base):
             os.environ.update(launched)  # Lightning takes WORLD_SIZE away after a run of one process
             name = f"{method}-{strategy}-{dist.get_world_size()}"
             settings = {"max_steps": STEPS, "batch_size": 4, "micro_batch_size": 1, "validate_every": 0}
+            settings["log_every"] = 10 * STEPS  # by rows, a step that is looked at sums up a few numbers more
             report = pretrain(
                 config(base, name, optimizer=METHODS[method], strategy=choice, model={"extra": {}}, **settings)
             )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 
 class HeldMemory(pl.Callback):
-    """Bytes of weights, and the most of gradients that an optimizer step has found.
+    """Bytes of weights on this rank, and the most of gradients that an optimizer step has found.
 
     To come after whoever asks for the gradient norm, since replicas exchange what they have then.
 
@@ -28,7 +30,13 @@ class HeldMemory(pl.Callback):
         if own is not None:
             found = own()
         else:
-            found = sum(p.grad.numel() * p.grad.element_size() for p in pl_module.parameters() if p.grad is not None)
+            found = sum(_here(p.grad) for p in pl_module.parameters() if p.grad is not None)
         self.gradients = max(self.gradients, found)
         if not self.weights:
-            self.weights = sum(p.numel() * p.element_size() for p in pl_module.parameters())
+            self.weights = sum(_here(p) for p in pl_module.parameters())
+
+
+def _here(tensor: Tensor) -> int:
+    """Bytes of a tensor, or of this rank's piece of it."""
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own.numel() * own.element_size()

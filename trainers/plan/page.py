@@ -35,7 +35,7 @@ def page(plan: Footprint) -> str:
             ("for a step that renews", mib(done.renewal)),
             ("for a step that is logged", mib(done.logged)),
             (f"{ESTIMATE} activations", mib(done.activations)),
-            (f"{ESTIMATE} forward and backward, with gradients", mib(done.passes)),
+            (f"{ESTIMATE} forward and backward, with gradients", mib(done.passes - held.spared)),
             (f"{ESTIMATE} peak", mib(plan.peak or 0)),
         ]
     lines = [_aligned([("memory of each process", "MiB"), *rows])]
@@ -68,7 +68,8 @@ def comparison(plans: Mapping[str, Footprint]) -> str:
     for name, plan in plans.items():
         held, done, sent = plan.held, plan.work, plan.traffic
         sizes = [mib(each) for each in (held.weights, held.gradients, held.state, held.bases, held.buffers)]
-        while_ = ["?"] * 3 if done is None else [mib(each) for each in (done.step, done.passes, plan.peak or 0)]
+        passes = 0 if done is None else done.passes - held.spared
+        while_ = ["?"] * 3 if done is None else [mib(each) for each in (done.step, passes, plan.peak or 0)]
         rows.append([name, *sizes, *while_, *(mib(sent.payload(when)) for when in ("between", "renewal", "averaged"))])
     lines = [_aligned(rows)]
     lines += [
@@ -78,6 +79,12 @@ def comparison(plans: Mapping[str, Footprint]) -> str:
     if several is not None:
         share = 2 * (several.world - 1) / several.world
         lines.append(f"sent: payload of a step between renewals, in one, and in the mean; {share:.2f} times it leaves")
+        apart = [name for name, plan in plans.items() if any(each.ranks for each in plan.traffic.transfers)]
+        if apart:
+            lines.append(f"where state is shared out, the mean over processes, all of which leaves: {', '.join(apart)}")
+        for name, plan in plans.items():
+            if plan.traffic.framework:
+                lines.append(f"{name}: beside it the framework sends {mib(plan.traffic.by_framework(plan.world))}")
     return "\n".join(lines)
 
 
