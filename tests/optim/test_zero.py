@@ -28,6 +28,7 @@ def engine(config, stage, *, model=None, start=0, **settings: Any) -> Any:
     # how DeepSpeed calls torch: not ours to repair
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.* is deprecated", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # as torchrun does
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed compiles a function of Muon's: half a minute of imports
     zero.load_deepspeed().utils.logging.logger.setLevel("ERROR")
     model = seeded_model(start, all_alike=True) if model is None else model
