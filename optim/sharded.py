@@ -6,16 +6,15 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from thinrank.optim.allocation import Allocation
 from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket
-from thinrank.optim.exchange.dtensors import DTensorShards, is_sharded
+from thinrank.optim.exchange.dtensors import DTensorShards, here, is_sharded
 from thinrank.optim.exchange.replicas import (
     Wire,
     anywhere,
@@ -354,8 +353,7 @@ class Sharded(OwnRanks):
         return self._gradients()
 
     def _lying_here(self) -> list[Tensor]:
-        found = super()._lying_here()
-        return [cast("DTensor", grad).to_local() if is_sharded(grad) else grad for grad in found]
+        return [here(grad) for grad in super()._lying_here()]
 
     def _gradients(self) -> list[Tensor]:
         if self._shards is None:

@@ -84,6 +84,8 @@ def measured_on_all(parts: Parts) -> dict[str, float | None]:
     payload = found.total() - found["messages"] if found else None
     each = gathered((here, payload))
     most: dict[str, float | None] = {key: max(own[key] for own, _ in each) or None for key in here}
+    if parts.config.trainer.in_backward == "step" and most["weights_bytes"]:
+        most["gradients_bytes"] = max(own["gradients_bytes"] for own, _ in each)  # none is left, which is measured
     sums = [size for _, size in each if size is not None]
     return most | {"sent_bytes": sum(sums) / len(each) / steps if sums and steps else None}
 

@@ -18,6 +18,11 @@ def is_sharded(param: Tensor) -> bool:
     return isinstance(param, DTensor)
 
 
+def here(tensor: Tensor) -> Tensor:
+    """What lies on this rank of a tensor that may be in pieces."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class DTensorShards:
     """Reads where the rows of parameters lie off themselves.
 

@@ -291,8 +291,7 @@ def _stage(zero: Any) -> str:
     missing = [name for name in (*_NEEDS[found], *_NEEDS_BOTH) if not hasattr(zero, name)]
     if missing:
         raise ValueError(
-            f"DeepSpeed {version} has no {missing[0]} in its {kind}, by which its layout is read: install "
-            f"{_span()}"
+            f"DeepSpeed {version} has no {missing[0]} in its {kind}, by which its layout is read: install {_span()}"
         )
     return found
 
