@@ -3,6 +3,8 @@
 `torchrun --standalone --nproc-per-node 2 examples/replicas.py`
 """
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -10,9 +12,8 @@ from torch import nn
 from thinrank.optim import GaLoreConfig, build, replicate
 
 
-def main() -> tuple[float, float]:
+def train() -> tuple[float, float]:
     """Fits a small network to a fixed random one; returns the last loss, and how much of DDP's bytes was sent."""
-    dist.init_process_group("gloo")
     torch.manual_seed(0)  # the same teacher everywhere; the model is made equal by `replicate`
     teacher = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
     model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
@@ -35,9 +36,12 @@ def main() -> tuple[float, float]:
     share = optimizer.wire.total() / gradients
     if dist.get_rank() == 0:
         print(f"sent {optimizer.wire.total():,} bytes of payload, {share:.2f} of what gradients would have been")
-    dist.destroy_process_group()
     return loss.item(), share
 
 
 if __name__ == "__main__":
-    main()
+    dist.init_process_group("gloo")
+    train()
+    gc.collect()  # what model and optimizer hold of the connection goes before it
+    dist.barrier()
+    dist.destroy_process_group()

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from thinrank.optim.exchange.replicas import Group
 from thinrank.optim.exchange.shards import Span, rows_of
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
 
 def is_sharded(param: Tensor) -> bool:
-    """True for a parameter of a model that went through `fully_shard`."""
-    return isinstance(param, DTensor)
+    """True for a parameter of a model that went through `fully_shard`.
+
+    Where nobody has imported DTensors there are none, and importing them takes a third of a second.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(param, module.DTensor)
 
 
 def here(tensor: Tensor) -> Tensor:
     """What lies on this rank of a tensor that may be in pieces."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
 
 
 class DTensorShards:
@@ -35,6 +42,8 @@ class DTensorShards:
     """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
         self._mesh: DeviceMesh | None = None
         self._dim = 0
         for name, param in named:
