@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ def process_group(world: World, config: StrategyConfig, *, cuda: bool) -> Iterat
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     yield
+    gc.collect()  # what optimizers and strategies, which lie in cycles, hold of the connection goes before it
     dist.destroy_process_group()  # not after an error: the others may still be waiting, and the launcher ends them all
 
 
