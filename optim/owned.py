@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange import local
-from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Part, Wire
+from thinrank.optim.exchange.replicas import Group, Part, Wire
 from thinrank.optim.exchange.shards import Carrier, Parcel, Span
 from thinrank.optim.islands import Islands
 from thinrank.optim.linalg.products import fast_products
@@ -46,12 +46,9 @@ class Owned(Islands):
         group: Group | None = None,
         *,
         messages: str = "auto",
-        embeddings: str = "dense",
         dtype: torch.dtype | None = None,
-        overlap: bool = True,
-        check_every: int | None = 100,
-        bucket_bytes: int = BUCKET_BYTES,
         even_from: int = EVEN_FROM,
+        **options: Any,
     ) -> None:
         """As `replicate`, with the state, and the work of a step, shared out among the ranks of `group`.
 
@@ -60,38 +57,39 @@ class Owned(Islands):
         them, as `clip_grad_norm_` and the others.
 
         Args:
-            group, messages, embeddings, overlap, check_every, bucket_bytes: as in `replicate`.
+            group, messages: as in `replicate`.
             dtype: of the messages; None: float32 for coordinates and each tensor's own for the rest.
             even_from: entries from which what is stepped element by element is cut into equal pieces.
+            options: the others of `replicate`.
 
         Raises:
-            RuntimeError, ValueError: as `replicate`, and when steps have been taken, or ranks are shared out later.
+            RuntimeError, ValueError: as `replicate`, and when steps have been taken, or ranks are shared out later;
+                nothing is changed then.
         """
         choice("messages", messages, MESSAGES)
         self._refuse_allocation(self._allocation)
+        self._refuse_stepped()
+        before = dict(self.state)
         self._told_dtype, self._owning, self._whole_messages = dtype, True, messages == "full"
         try:
             self._refuse_alone()
             device = next(param.device for _, param in self._named())
             self._carrier = Carrier(group, Wire(), device)
             self._share(even_from)
-            super().replicate(
-                group,
-                messages=messages,
-                embeddings=embeddings,
-                dtype=dtype,
-                overlap=overlap,
-                check_every=check_every,
-                bucket_bytes=bucket_bytes,
-            )
+            super().replicate(group, messages=messages, dtype=dtype, **options)
         except Exception:
-            self._owning = False
+            self._owning, self._layouts = False, None
+            self.state.update(before)
             raise
         assert self._meeting is not None
         self._carrier.wire = self._meeting.wire
 
     def replicate(self, *args: Any, **kwargs: Any) -> None:
-        self._owning = False
+        if self._owning:
+            raise ValueError(
+                "the ranks have shared out the state, and replicas need all of it: load full_state_dict() into a new "
+                "optimizer"
+            )
         super().replicate(*args, **kwargs)
 
     @property
@@ -103,8 +101,6 @@ class Owned(Islands):
     def _share(self, even_from: int) -> None:
         self._deal_out(even_from)
         for name, param, group, rank in self._members():
-            if float(self.state[param]["step"]) > 0.0:
-                raise ValueError(f"{name} has been stepped already: share the work out before the first step")
             self.state[param] = self._own_state(name, param, group, rank)
         self._layouts = None
 

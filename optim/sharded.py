@@ -59,8 +59,8 @@ class Sharded(OwnRanks):
         Nobody needs it for a model that went through `fully_shard`: its parameters say themselves that they are cut.
 
         Raises:
-            ValueError: with `replicate`, `in_backward`, ranks that are to be shared out later, and where shapes are not
-                those that the optimizer was built for.
+            ValueError: with `replicate`, `in_backward`, ranks that are to be shared out later, when steps have been
+                taken, and where shapes are not those that the optimizer was built for.
         """
         if self._meeting is not None or self._hooks is not None:
             raise ValueError(
@@ -68,6 +68,7 @@ class Sharded(OwnRanks):
                 "leave them out"
             )
         self._refuse_allocation(self._allocation)
+        self._refuse_stepped()
         self._shards = shards
         self._wire = Wire()
         self._carrier = Carrier(shards.group, self._wire, self._device())
@@ -376,6 +377,14 @@ class Sharded(OwnRanks):
             self._refuse_allocation(Allocation(spectra, every), now=True)
         super().allocate_ranks(spectra, every=every)
 
+    def _refuse_stepped(self) -> None:
+        for name, param, *_ in self._members():
+            if float(self.state[param]["step"] if not self.state[param]["step"].is_meta else 0.0) > 0.0:
+                raise ValueError(
+                    f"{name} has been stepped already, and its state would be lost: share state out before the first "
+                    "step, or load full_state_dict() into a new optimizer"
+                )
+
     def _refuse_allocation(self, allocation: Allocation | None, *, now: bool = False) -> None:
         if allocation is not None and (now or allocation.spectra == "gradient" or allocation.every is not None):
             raise ValueError(
@@ -384,6 +393,11 @@ class Sharded(OwnRanks):
             )
 
     # --- state --------------------------------------------------------------------------------------------------------
+
+    @property
+    def state_ranks(self) -> int:
+        """On how many ranks the state lies in parts; 1 where every rank has all of it."""
+        return self._carrier.ranks if self._apart else 1
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors as they are; of sharded weights, those that this rank holds."""

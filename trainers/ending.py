@@ -43,9 +43,10 @@ def optimizer_state(parts: Parts) -> dict[str, int]:
         "measured_bytes": here,
         "adamw_bytes": parts.job.adamw_bytes(parts.model),
     }
-    if isinstance(parts.trainer.strategy, OneFile):
+    ranks: int = optimizer.state_ranks  # pyright: ignore[reportAttributeAccessIssue]
+    if ranks > 1:
         held = gathered(here)
-        found["measured_bytes"] = sum(held) * parts.shards // len(held)
+        found["measured_bytes"] = sum(held) * ranks // len(held)
         found |= {"least_on_a_rank_bytes": min(held), "most_on_a_rank_bytes": max(held)}
     return found
 
@@ -57,7 +58,7 @@ def communication(parts: Parts) -> dict[str, float]:
     found = sent(optimizer)
     if not found or not steps:
         return {}
-    if isinstance(parts.trainer.strategy, OneFile):
+    if optimizer.state_ranks > 1:  # pyright: ignore[reportAttributeAccessIssue]
         ranks = gathered(dict(found))
         kinds = sorted({kind for each in ranks for kind in each})
         found = {kind: sum(each.get(kind, 0) for each in ranks) / len(ranks) for kind in kinds}
@@ -136,7 +137,7 @@ def final_validation(parts: Parts) -> dict[str, float]:
 def whole_weights(parts: Parts) -> dict[str, Any] | None:
     """On rank 0, by name, the weights of a model that lies in pieces; None of one that does not. All ranks call it."""
     strategy, choice = parts.trainer.strategy, parts.config.trainer
-    if not isinstance(strategy, OneFile) or not (choice.sample_tokens or choice.export):
+    if not isinstance(strategy, OneFile) or not strategy.in_pieces or not (choice.sample_tokens or choice.export):
         return None
     return {name.removeprefix("model."): value for name, value in strategy.whole_weights().items()}
 

@@ -196,13 +196,32 @@ def refusals():
     return [
         refused(lambda: own(model, optimizer)),
         refused(lambda: own(seeded_model(), shared)),
+        refused(lambda: fresh.replicate()),
         refused(lambda: fresh.in_backward("step")),
         refused(lambda: fresh.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 2))]})),
     ]
 
 
+def keeps_what_it_had(taken):
+    """Bad values, and a step that was taken before: the optimizer goes on alone as if nobody had asked."""
+    model, alike = seeded_model(), seeded_model()
+    optimizer, other = build(model, CONFIGS["galore/power"]), build(alike, CONFIGS["galore/power"])
+    for each, its in ((model, optimizer), (alike, other)):
+        run(each, its, shares(1), steps=range(taken))
+    said = refused(lambda: own(model, optimizer, even_from=64, embeddings="some"))
+    found, expected = (run(m, o, shares(1), steps=range(taken, 4)) for m, o in ((model, optimizer), (alike, other)))
+    return said, all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize(("taken", "word"), [(0, "embeddings must be"), (2, "before the first step")])
+def test_a_refusal_loses_nothing(ranks, taken, word):
+    for said, same in ranks(2).run(keeps_what_it_had, taken):
+        assert word in said
+        assert same
+
+
 def test_what_cannot_be_is_refused_in_one_sentence(ranks):
-    words = ("before the first step", "give the result as ranks", "'off'", "at construction")
+    words = ("before the first", "give the result as ranks", "into a new optimizer", "'off'", "at construction")
     for sentence, word in zip(ranks(2).run(refusals)[0], words, strict=True):
         assert word in sentence
         assert "\n" not in sentence

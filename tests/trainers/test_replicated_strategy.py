@@ -79,6 +79,9 @@ def test_owners_have_the_losses_of_replicas_and_tell_directions(base):
     sent = json.loads((base / "owned" / "report.json").read_text())["training"]["communication"]
     assert sent["updates"] > 0
     assert sent["bases"] > 0
+    held = json.loads((base / "owned" / "report.json").read_text())["optimizer_state"]
+    assert held["measured_bytes"] >= held["predicted_bytes"]  # of all ranks, bases and small weights' on each
+    assert held["most_on_a_rank_bytes"] < held["predicted_bytes"]  # embeddings as small as these are on both
     state = torch.load(base / "owned" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
     alike = torch.load(base / "galore" / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
     assert {i: sorted(own) for i, own in state[0]["state"].items()} == {

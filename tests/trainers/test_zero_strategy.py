@@ -48,8 +48,10 @@ def test_two_ranks_have_the_losses_of_one_process(base):
             assert two == {step: pytest.approx(value, rel=bound) for step, value in one.items()}, (stage, tag)
         one, two = (json.loads((base / n / "report.json").read_text()) for n in ("alone", f"galore {stage}"))
         assert two["metrics"] == {key: pytest.approx(value, rel=1e-5) for key, value in one["metrics"].items()}
-        held, predicted = two["optimizer_state"]["measured_bytes"], one["optimizer_state"]["predicted_bytes"]
-        assert 0.4 * predicted < held < 0.6 * predicted
+        held, predicted = two["optimizer_state"], one["optimizer_state"]["predicted_bytes"]
+        counts = 4 * len(two["routing"])  # of steps, on both ranks
+        assert predicted <= held["measured_bytes"] <= predicted + counts
+        assert held["most_on_a_rank_bytes"] < 0.6 * predicted
         assert final(base / f"galore {stage}").keys() == final(base / "alone").keys()
     norms = losses(base / "alone", "grad_norm")
     assert max(norms.values()) > 0.5  # it did clip

@@ -19,6 +19,11 @@ class OneFile(Strategy, ABC):
     is loaded every rank reads the file and keeps its pieces.
     """
 
+    @property
+    def in_pieces(self) -> bool:
+        """False where the module has its whole weights just now."""
+        return True
+
     @abstractmethod
     def whole_weights(self) -> dict[str, Any]:
         """The module's `state_dict` as in one process, on rank 0 in CPU memory; {} elsewhere. All ranks call it."""
@@ -51,11 +56,11 @@ class OneFile(Strategy, ABC):
         self.load_whole_weights(checkpoint["state_dict"], strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return self.whole_state(_own(optimizer))
+        return self.whole_state(unwrapped(optimizer))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            self.load_whole_state(_own(optimizer), state)
+            self.load_whole_state(unwrapped(optimizer), state)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
@@ -65,5 +70,6 @@ class OneFile(Strategy, ABC):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
 
-def _own(optimizer: Optimizer) -> Optimizer:
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside of Lightning's wrapper."""
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

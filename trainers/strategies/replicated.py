@@ -14,6 +14,7 @@ from thinrank.optim import MatrixOptimizer
 from thinrank.optim.replicated import BUCKET_BYTES, EMBEDDINGS, MESSAGES, equalise
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
+from thinrank.trainers.strategies.one_file import unwrapped
 
 
 class ReplicatedStrategy(DDPStrategy):
@@ -90,7 +91,7 @@ class ReplicatedStrategy(DDPStrategy):
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """What a checkpoint keeps: what one process would, whoever holds it."""
-        found = getattr(optimizer, "_optimizer", optimizer)  # inside of Lightning's wrapper
+        found = unwrapped(optimizer)
         assert isinstance(found, MatrixOptimizer)  # setup_optimizers has looked
         return found.full_state_dict()
 
@@ -130,7 +131,7 @@ class OwnedStrategy(ReplicatedStrategy):
 
 
 def _clip_by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
-    found = getattr(optimizer, "_optimizer", optimizer)  # inside of Lightning's wrapper
+    found = unwrapped(optimizer)
     assert isinstance(found, MatrixOptimizer)  # setup_optimizers has looked
     found.clip_grad_norm_(clip_val)
 

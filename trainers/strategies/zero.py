@@ -23,11 +23,12 @@ from thinrank.optim import MatrixOptimizer
 from thinrank.trainers import zero
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.module import CausalLM
+from thinrank.trainers.strategies.one_file import OneFile
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(OneFile, DeepSpeedStrategy):
     """DeepSpeed's engine trains, and the module's optimizer steps whole matrices that the engine keeps in pieces.
 
     `Trainer(strategy="thinrank_zero1")`, `"thinrank_zero2"` or `"thinrank_zero3"` after `import thinrank.trainers`, or
@@ -212,35 +213,27 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights, on the first rank."""
-        return super().lightning_module_state_dict() if self._run is None else self._run.weights()
-
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """What one process would have, on the first rank."""
-        found = getattr(optimizer, "_optimizer", optimizer)  # inside of Lightning's wrapper
-        assert isinstance(found, MatrixOptimizer)
-        return found.full_state_dict()
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        super(DeepSpeedStrategy, self).save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return super(DeepSpeedStrategy, self).load_checkpoint(checkpoint_path, weights_only)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if self._run is None:
-            super(DeepSpeedStrategy, self).load_model_state_dict(checkpoint, strict)
-        else:
-            self._run.load_weights(checkpoint["state_dict"], strict=strict)
-
     @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
+    def in_pieces(self) -> bool:
+        return self._run is not None
 
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)  # each rank takes its part
+    def whole_weights(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict() if self._run is None else self._run.weights()
+
+    def load_whole_weights(self, weights: Mapping[str, Any], strict: bool) -> None:
+        assert self.lightning_module is not None
+        if self._run is None:
+            self.lightning_module.load_state_dict(weights, strict=strict)
+        else:
+            self._run.load_weights(weights, strict=strict)
+
+    def whole_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        assert isinstance(optimizer, MatrixOptimizer)  # _begin has looked
+        return optimizer.full_state_dict()
+
+    def load_whole_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        optimizer.load_state_dict(state)
 
 
 assert issubclass(DeepSpeedStrategy, DDPStrategy)  # whose methods are meant by `super(DeepSpeedStrategy, self)`
