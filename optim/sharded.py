@@ -379,7 +379,8 @@ class Sharded(OwnRanks):
 
     def _refuse_stepped(self) -> None:
         for name, param, *_ in self._members():
-            if float(self.state[param]["step"] if not self.state[param]["step"].is_meta else 0.0) > 0.0:
+            count = self.state[param].get("step")  # none of what another rank steps already
+            if count is None or (not count.is_meta and float(count) > 0.0):
                 raise ValueError(
                     f"{name} has been stepped already, and its state would be lost: share state out before the first "
                     "step, or load full_state_dict() into a new optimizer"
