@@ -50,7 +50,8 @@ def test_two_ranks_have_the_losses_of_one_process(base):
         assert two["metrics"] == {key: pytest.approx(value, rel=1e-5) for key, value in one["metrics"].items()}
         held, predicted = two["optimizer_state"], one["optimizer_state"]["predicted_bytes"]
         counts = 4 * len(two["routing"])  # of steps, on both ranks
-        assert predicted <= held["measured_bytes"] <= predicted + counts
+        bases = sum(row["bases_bytes"] for row in two["routing"]) if stage == 3 else 0  # whole where rows are cut
+        assert predicted <= held["measured_bytes"] <= predicted + counts + bases
         assert held["most_on_a_rank_bytes"] < 0.6 * predicted
         assert final(base / f"galore {stage}").keys() == final(base / "alone").keys()
     norms = losses(base / "alone", "grad_norm")
