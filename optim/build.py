@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, cast
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from thinrank.optim.grouping import Routing, Row, group_parameters, unstepped
 from thinrank.optim.heads import HeadLayout
+from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import MethodConfig, RankedConfig
 from thinrank.optim.optimizer import MatrixOptimizer
@@ -95,16 +97,23 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _exchanged(matrices: Sequence[tuple[MatrixRule, tuple[int, int, int]]]) -> dict[str, Any]:
     """The fields of a `Row` that say what of a gradient an update needs, and when it needs all of it."""
     image: Counter[str] = Counter()
+    remainder: Counter[str] = Counter()
+    leaves = bool(matrices)
     for rule, shape in matrices:
         if not isinstance(rule, LowRank):
             return {}
         image.update({KINDS[key]: size for key, size in rule.image_sizes(shape).items()})
+        if leaves_remainder(rule):
+            remainder.update({"coordinates": math.prod(rule.subspace.small(shape)), "rows": shape[0] * shape[1]})
+        else:
+            leaves = False
     rules = [rule for rule, _ in matrices if isinstance(rule, LowRank)]
     return {
         "image": dict(image),
         "sends_image": bool(rules) and all(whole_messages_because(rule) is None for rule in rules),
         "gap": max((rule.subspace.every for rule in rules), default=1),
         "searches": max((rule.searches for rule in rules), default=0),
+        "remainder": dict(remainder) if leaves else {},
     }
 
 

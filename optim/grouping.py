@@ -127,6 +127,8 @@ class Row:
     """Updates between two renewals."""
     searches: int = 0
     """So many first updates choose by the gradient itself."""
+    remainder: dict[str, int] = field(default_factory=dict)
+    """Coordinates, and rows of the rest, of a gradient whose rest may travel in signs; {} where it may not."""
 
 
 @dataclass

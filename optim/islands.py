@@ -15,7 +15,7 @@ from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Part, 
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, whole_steps
-from thinrank.optim.replicated import MESSAGES
+from thinrank.optim.replicated import MESSAGES, refuse_signs
 from thinrank.optim.sharded import Sharded
 
 
@@ -82,6 +82,7 @@ class Islands(Sharded):
                 "where it is sharded over mesh['shard']"
             )
         choice("messages", messages, MESSAGES)
+        refuse_signs(messages, "replicas of sharded models")
         if check_every is not None:
             whole_steps("check_every", check_every)
         self._whole_messages = messages == "full"

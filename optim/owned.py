@@ -19,7 +19,7 @@ from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice
 from thinrank.optim.places import EVEN_FROM, at, of_replicas
-from thinrank.optim.replicated import MESSAGES, ROWS, equalise, refuse_wrapped
+from thinrank.optim.replicated import MESSAGES, ROWS, equalise, refuse_signs, refuse_wrapped
 from thinrank.optim.rule import MatrixRule, Probe, State, Step, Tells
 from thinrank.optim.update import Update
 
@@ -67,6 +67,7 @@ class Owned(Islands):
                 nothing is changed then.
         """
         choice("messages", messages, MESSAGES)
+        refuse_signs(messages, "owners")
         self._refuse_allocation(self._allocation)
         self._refuse_stepped()
         before = dict(self.state)

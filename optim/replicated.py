@@ -14,6 +14,7 @@ from thinrank.optim.axis import WHOLE
 from thinrank.optim.backward import Hooks, InBackward, whole_because
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange import local
+from thinrank.optim.exchange.bits import digits
 from thinrank.optim.exchange.replicas import (
     BUCKET_BYTES,
     Group,
@@ -27,16 +28,19 @@ from thinrank.optim.exchange.replicas import (
     rows_anywhere,
 )
 from thinrank.optim.linalg.products import fast_products
+from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, whole_steps
 from thinrank.optim.rule import MatrixRule
 
 _log = logging.getLogger(__name__)
 
-MESSAGES = ("auto", "full")
+MESSAGES = ("auto", "full", "signs")
 EMBEDDINGS = ("dense", "rows")
 ROWS = ("rows",)
 """The place of a part that holds some rows of an embedding's gradient."""
+REST = "rest"
+"""And of one that is what coordinates do not show of a gradient."""
 
 KINDS = {"low": "coordinates", "at_entries": "entries"}
 """What the parts of an image are called in the count of bytes."""
@@ -62,12 +66,14 @@ class Replicated(InBackward):
         wire: what this rank has sent, by kind: `coordinates` and `entries` of matrices, `renewals` (gradients of
             matrices by which a step chooses), `gradients` (of matrices of which nothing less is enough), `rows` (of
             embeddings, those that were touched), `dense` (of everything else), `present` (which parameters, and rows,
-            had a gradient); None without replicas.
+            had a gradient); where the rest of gradients travels in signs, `signs` on the way up, `votes` down, and
+            `sizes`; None without replicas.
     """
 
     _meeting: Meeting | None = None
     _meeting_hooks: Hooks | None = None
     _whole_messages = False
+    _signs = False
 
     @abstractmethod
     def names(self, index: int) -> list[str]: ...
@@ -92,6 +98,11 @@ class Replicated(InBackward):
         one process with all the data. Everything else (embeddings, head and vectors; every matrix of a method that
         needs whole gradients) sends its gradient, as DDP does. Every rank steps all weights and keeps all state.
 
+        With `messages="signs"` that is another method for matrices whose update is as large as the gradient (Fira, a
+        residual): between renewals coordinates travel as they are, and of the rest a bit an entry and a size a row, of
+        which all ranks make `mean(sizes) ∘ mean(signs)`; the update is that of the gradient so put together. In steps
+        that choose a subspace whole gradients travel. Ours: the published methods exchange gradients.
+
         Parameters are made equal to the first rank's, here and now.
 
         A gradient is freed once it is sent: between `backward` and `step` look at `gradient_norm()`, clip with
@@ -101,7 +112,8 @@ class Replicated(InBackward):
 
         Args:
             group: the replicas; None: all processes.
-            messages: `auto`, or `full`: whole gradients every step, as DDP sends them.
+            messages: `auto`; `full`: whole gradients every step, as DDP sends them; `signs`: as `auto`, and signs of
+                what is outside of the subspace where a method needs whole gradients (above).
             embeddings: how gradients of embeddings (groups of that role) travel that are stepped element by element:
                 `dense`, or `rows`: those that any rank's data has touched, after one byte a row has told which; the
                 rest are zeros anyway, so that nothing else changes. A tied head touches all.
@@ -112,8 +124,9 @@ class Replicated(InBackward):
 
         Raises:
             RuntimeError: without a process group.
-            ValueError: for bad values, ranks whose parameters differ in names, shapes or dtypes, and with
-                `in_backward` or ranks shared out by gradients, which need what is not there any more.
+            ValueError: for bad values, ranks whose parameters differ in names, shapes or dtypes, with `in_backward` or
+                ranks shared out by gradients, which need what is not there any more, and for signs where no matrix
+                has a use for them.
         """
         choice("messages", messages, MESSAGES)
         choice("embeddings", embeddings, EMBEDDINGS)
@@ -129,12 +142,17 @@ class Replicated(InBackward):
                 "ranks are shared out by whole gradients, which replicas do not keep until step: use "
                 "rank_allocation='weight'"
             )
+        if messages == "signs" and not any(leaves_remainder(self.rules(own)[0]) for own in self.param_groups):
+            raise ValueError(
+                f"messages='signs' is for what a subspace misses of gradients, and {type(self).__name__} with these "
+                "settings has no use for it, or no subspace that stays for some steps: use messages='auto'"
+            )
         params = dict(self._named())
         _refuse_other_models(params, group)
         broadcast((param.data for param in params.values()), group)
         if self._meeting_hooks is not None:
             self._meeting_hooks.remove()
-        self._whole_messages = messages == "full"
+        self._whole_messages, self._signs = messages == "full", messages == "signs"
         groups = [group_ for group_ in self.param_groups if embeddings == "rows" and group_["role"] == "embedding"]
         self._by_touched_rows = {p for own in groups for p in own["params"] if p.ndim == 2}
         self._touched: dict[Tensor, Tensor] = {}
@@ -171,8 +189,9 @@ class Replicated(InBackward):
 
     def _say_what_travels(self) -> None:
         for group in self.param_groups:
-            cause = whole_messages_because(self.rules(group)[0])
-            if cause is not None and not self._whole_messages:
+            rule, _ = self.rules(group)
+            cause = whole_messages_because(rule)
+            if cause is not None and not self._whole_messages and not (self._signs and leaves_remainder(rule)):
                 _log.info("replicas exchange whole gradients of %s every step, because %s", group["label"], cause)
 
     # --- one gradient -------------------------------------------------------------------------------------------------
@@ -206,10 +225,24 @@ class Replicated(InBackward):
             found.append((rule, group, bucket, i))
         return found
 
+    def _apart_homes(self, param: Tensor) -> list[tuple[LowRank, dict[str, Any], Bucket, int]]:
+        """Where the matrices of a parameter are stepped whose gradients travel as coordinates and signs of the rest; []
+        for one whose do not."""
+        found = []
+        for group, bucket, i in self._homes.get(param, []) if self._signs else []:
+            rule, _ = self.rules(group, bucket.section, bucket.rank)
+            if not leaves_remainder(rule):
+                return []
+            assert isinstance(rule, LowRank)
+            found.append((rule, group, bucket, i))
+        return found
+
     def _pack(self, param: torch.nn.Parameter) -> list[Part]:
         assert param.grad is not None
         if param.grad.is_sparse:
             raise RuntimeError("replicas exchange dense gradients, and an embedding has a sparse one: use sparse=False")
+        if apart_homes := self._apart_homes(param):
+            return self._pack_apart(param.grad, apart_homes)
         homes = self._met_homes(param)
         if not homes and param in self._by_touched_rows and param not in self._homes:
             assert self._meeting is not None
@@ -228,6 +261,26 @@ class Replicated(InBackward):
                 parts += [Part(KINDS[key], value, (bucket.prefix, key)) for key, value in image.items()]
         return parts
 
+    def _pack_apart(self, grad: Tensor, homes: list[tuple[LowRank, dict[str, Any], Bucket, int]]) -> list[Part]:
+        parts = []
+        with fast_products(grad.device):
+            for rule, group, bucket, i in homes:
+                state = bucket.state([i])
+                if rule.chooses(state, bucket.step([i], group, WHOLE, None)):
+                    return [Part("renewals", grad)]
+                low, rest = apart(local.bring([grad], bucket.view), rule.subspace, state)
+                parts += [Part("coordinates", low, (bucket.prefix, "low")), Part("", rest, (REST,), signs=True)]
+        return parts
+
+    def _unpack_apart(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
+        grad = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+        pairs = zip(self._apart_homes(param), parts[::2], parts[1::2], strict=True)
+        with fast_products(grad.device):
+            for (rule, _, bucket, i), low, rest in pairs:
+                found = together(low.value, rest.value, rule.subspace, bucket.state([i]))
+                bucket.view.of(grad).copy_(found)
+        param.grad = grad
+
     def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
         if parts[0].place == ROWS:
             param.grad = torch.zeros_like(param)
@@ -235,8 +288,11 @@ class Replicated(InBackward):
             return
         if not parts[0].place:
             param.grad = parts[0].value
-            if parts[0].kind == "renewals":
+            if parts[0].kind == "renewals" and self._met_homes(param):
                 self._take_image(param)
+            return
+        if parts[-1].place == (REST,):
+            self._unpack_apart(param, parts)
             return
         images: dict[str, dict[str, Tensor]] = {}
         for part in parts:
@@ -246,6 +302,8 @@ class Replicated(InBackward):
             self._images.add(param, prefix, image)
 
     def _usual_bytes(self, param: torch.nn.Parameter) -> int:
+        if self._apart_homes(param):
+            return param.numel() // 8
         homes = self._met_homes(param)
         if not homes:
             return param.numel() * param.element_size()
@@ -310,6 +368,20 @@ class Replicated(InBackward):
         super().zero_grad(set_to_none)
         if self._meeting is not None:
             self._meeting.begin()
+
+
+def sign_bytes(ranks: int) -> dict[str, float]:
+    """Bytes that an entry of what travels in signs costs on its way up and down, by kind; `sizes` cost 4 a row and
+    rank."""
+    return {"signs": 1 / 8, "votes": 1 / digits(ranks)}
+
+
+def refuse_signs(messages: str, who: str) -> None:
+    if messages == "signs":
+        raise ValueError(
+            f"messages='signs' is for replicas that all step everything, and {who} do not: use messages='auto', or "
+            "thinrank_ddp"
+        )
 
 
 def _elements(shape: tuple[int, int, int]) -> int:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from thinrank.optim.exchange.signs import Signs
+
 Group = dist.ProcessGroup
 Span = tuple[int, int]
 """Entries `start` to `stop` of a tensor, flattened row by row; (0, 0) where there is nothing."""
@@ -42,12 +44,13 @@ class Wire:
     messages: int = 0
     egress: float = 0.0
 
-    def note(self, parts: Iterable[tuple[str, int]], ranks: int) -> None:
-        """Counts one message, of parts with a name and a number of bytes, that `ranks` ranks sum up."""
+    def note(self, parts: Iterable[tuple[str, int]], ranks: int, passes: int = 2) -> None:
+        """Counts one message, of parts with a name and a number of bytes, that `ranks` ranks sum up, or with one pass
+        instead of two, of which each has a share, or ends up with one."""
         self.messages += 1
         for name, size in parts:
             self.payload[name] += size
-            self.egress += size * 2 * (ranks - 1) / ranks
+            self.egress += size * passes * (ranks - 1) / ranks
 
     def sent(self, parts: Iterable[tuple[str, int]]) -> None:
         """Counts one message of parts that leave this rank, each for one other."""
@@ -70,12 +73,14 @@ class Part:
         value: of any shape.
         place: what its sender will know it by.
         spans: which of its entries each rank is to have the mean of, as a piece in one dimension; None: all have all.
+        signs: all have the mean of signs times the mean of sizes (`Signs`) in place of the mean.
     """
 
     kind: str
     value: Tensor
     place: tuple[str, ...] = ()
     spans: Sequence[Span] | None = None
+    signs: bool = False
 
 
 class Letter:
@@ -91,9 +96,11 @@ class Letter:
         self._like = [(part.value.shape, part.value.dtype) for part in parts]
         self._pieces = [None if part.spans is None else part.spans[dist.get_rank(group)] for part in parts]
         places: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
-        for i, part in enumerate(parts):
-            places.setdefault((dtype or part.value.dtype, part.value.device, part.spans is None), []).append(i)
         self._sent: list[tuple[list[int], _Sum]] = []
+        signed = [i for i, part in enumerate(parts) if part.signs]
+        for i, part in enumerate(parts):
+            if not part.signs:
+                places.setdefault((dtype or part.value.dtype, part.value.device, part.spans is None), []).append(i)
         for (own, _, shared), which in places.items():
             if not shared:
                 self._sent.append((which, _Scattered([parts[i] for i in which], own, group, wire)))
@@ -101,6 +108,11 @@ class Letter:
             flat = torch.cat([parts[i].value.reshape(-1).to(own) for i in which])
             wire.note(((parts[i].kind, parts[i].value.numel() * flat.element_size()) for i in which), self._ranks)
             self._sent.append((which, _sum(flat, group, self._ranks)))
+        if signed:
+            signs = Signs([parts[i].value for i in signed], group)
+            for kind, size in signs.bytes.items():
+                wire.note([(kind, size)], self._ranks, passes=1)
+            self._sent.append((signed, signs))
 
     def turn(self) -> None:
         """Begins the second hop, where there is one; waits for the first."""

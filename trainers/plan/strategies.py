@@ -58,7 +58,7 @@ class Replicas:
     """`MatrixOptimizer.replicate`: everything everywhere; gradients are freed once they are sent.
 
     Attributes:
-        messages: `auto` or `full`.
+        messages: `auto`, `full` or `signs`.
         dtype: of the messages.
     """
 
@@ -67,7 +67,7 @@ class Replicas:
 
     def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
         alone = Alone().held(rows, frozen, world)
-        sends = [row for row in rows if row.sends_image and self.messages == "auto"]
+        sends = [row for row in rows if row.sends_image and self.messages != "full"]
         left = images_left(sends) + gradient_bytes([row for row in rows if row not in sends])
         letters = self._whole(rows)
         if self.dtype is None:  # gradients are views of what came
@@ -77,7 +77,7 @@ class Replicas:
         return replace(alone, gradients=left, buffers=self._largest_letter(rows), arriving=arriving)
 
     def sent(self, rows: Sequence[Row], world: int) -> Traffic:
-        return averaged_images(rows, dtype=self.dtype, messages=self.messages)
+        return averaged_images(rows, dtype=self.dtype, messages=self.messages, world=world)
 
     def _whole(self, rows: Sequence[Row]) -> int:
         """Bytes of the messages in a step that renews."""
@@ -89,8 +89,12 @@ class Replicas:
         for row in reversed(rows):
             if usual >= BUCKET_BYTES:
                 letter = usual = 0
-            small = row.sends_image and self.messages == "auto"
-            usual += 4 * row.image["coordinates"] if small else row.elements * row.itemsize
+            if self.messages == "signs" and row.remainder:
+                usual += row.elements // 8
+            elif row.sends_image and self.messages != "full":
+                usual += 4 * row.image["coordinates"]
+            else:
+                usual += row.elements * row.itemsize
             letter += self._whole([row])
             largest = max(largest, letter)
         return largest

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from thinrank.optim.grouping import Row
+from thinrank.optim.replicated import sign_bytes
 
 FLOAT = 4
 """Bytes of a coordinate, of an entry, and of the flag that says whether a parameter had a gradient."""
@@ -111,17 +112,21 @@ def averaged_gradients(rows: Sequence[Row]) -> Traffic:
     return Traffic((steady("gradients", gradient_bytes(rows)),))
 
 
-def averaged_images(rows: Sequence[Row], *, dtype: torch.dtype | None = None, messages: str = "auto") -> Traffic:
+def averaged_images(
+    rows: Sequence[Row], *, dtype: torch.dtype | None = None, messages: str = "auto", world: int = 1
+) -> Traffic:
     """What `MatrixOptimizer.replicate` sends: coordinates of matrices (and entries), their gradients when a step
     chooses by them, and the gradients of everything else.
 
     Args:
         rows: of `route`.
         dtype: of the messages; None: float32 for coordinates and entries, a gradient's own for gradients.
-        messages: `auto`, or `full` for whole gradients.
+        messages: `auto`, `full` for whole gradients, or `signs` for signs of what subspaces miss of them.
+        world: the processes, which what is counted, or gathered, of signs depends on.
     """
     # by kind: between renewals, in one, and in the mean
     sums: dict[str, list[float]] = {}
+    signed = sign_bytes(world)
 
     def add(kind: str, between: int, renewal: int, averaged: float) -> None:
         found = sums.setdefault(kind, [0, 0, 0.0])
@@ -131,7 +136,14 @@ def averaged_images(rows: Sequence[Row], *, dtype: torch.dtype | None = None, me
     own = None if dtype is None else dtype.itemsize
     for row in rows:
         whole = row.elements * (own or row.itemsize)
-        if row.sends_image and messages == "auto":
+        if messages == "signs" and row.remainder:
+            add("renewals", 0, whole, whole / row.gap)
+            sizes = {kind: int(row.elements * each) for kind, each in signed.items()}
+            sizes |= {"coordinates": row.remainder["coordinates"] * (own or FLOAT)}
+            sizes |= {"sizes": row.remainder["rows"] * FLOAT * world}
+            for kind, size in sizes.items():
+                add(kind, size, 0, size * (1 - 1 / row.gap))
+        elif row.sends_image and messages != "full":
             add("renewals", 0, whole, whole / row.gap)
             for kind, numbers in row.image.items():
                 size = numbers * (own or FLOAT)
@@ -142,7 +154,13 @@ def averaged_images(rows: Sequence[Row], *, dtype: torch.dtype | None = None, me
     add("present", flags, flags, float(flags))
     return Traffic(
         tuple(
-            Transfer(kind=kind, between=int(between), renewal=int(renewal), averaged=mean)
+            Transfer(
+                kind=kind,
+                between=int(between),
+                renewal=int(renewal),
+                averaged=mean,
+                passes=1 if kind in ("sizes", *signed) else 2,
+            )
             for kind, (between, renewal, mean) in sums.items()
         )
     )

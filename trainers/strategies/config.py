@@ -58,7 +58,10 @@ class ReplicatedConfig(StrategyConfig):
 
     name: str = field(default="thinrank_ddp", metadata={"help": "coordinates of gradients are averaged (thinrank_ddp)"})
     messages: str = field(
-        default="auto", metadata={"help": "auto: coordinates where a method needs no more; full: gradients, as DDP"}
+        default="auto",
+        metadata={
+            "help": "auto: coordinates where these are enough; full: gradients; signs: of what subspaces miss (Fira)"
+        },
     )
     dtype: str = field(
         default="auto",

@@ -1,0 +1,37 @@
+"""A gradient as its coordinates and the rest, of which replicas may say less."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from thinrank.optim.lowrank.feedback import NoFeedback
+from thinrank.optim.lowrank.rule import LowRank
+from thinrank.optim.lowrank.subspace import Subspace
+from thinrank.optim.rule import MatrixRule, State
+
+
+def leaves_remainder(rule: MatrixRule | None) -> bool:
+    """True for a rule that needs whole gradients, and whose subspace is orthonormal and stays for some steps: what is
+    outside of it may then be told apart, and coarser."""
+    return (
+        isinstance(rule, LowRank)
+        and not rule.linear
+        and isinstance(rule.feedback, NoFeedback)
+        and rule.subspace.orthonormal
+        and (rule.subspace.every > 1 or rule.renewals.lazy is not None)
+    )
+
+
+def apart(grad: Tensor, subspace: Subspace, state: State) -> tuple[Tensor, Tensor]:
+    """Coordinates (batch, long, r) of `grad` (batch, long, short), and what they do not show of it, float32."""
+    low = subspace.down(grad, state)
+    return low, grad.float() - subspace.up(low, state, grad.shape[-1]).materialise().float()
+
+
+def together(low: Tensor, rest: Tensor, subspace: Subspace, state: State) -> Tensor:
+    """The matrix nearest to `rest` (batch, long, short) that has the coordinates `low`: `rest + up(low − down(rest))`.
+
+    Whatever has become of the rest on its way, what is in the subspace is exact.
+    """
+    found = subspace.up(low - subspace.down(rest, state), state, rest.shape[-1]).materialise()
+    return rest + found
