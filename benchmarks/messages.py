@@ -5,8 +5,9 @@
 
 Every run is `torchrun launch/pretrain.py strategy=thinrank_ddp`, the job of a study's file with the best setting that
 this study found for one process. `full` sends gradients, as DDP does, so that a residual's signs are those of the mean;
-`signs` sends coordinates and signs, so that they are a mean of signs. The step that chooses a subspace sends gradients
-in both. Bytes are what leaves a process for a step, all kinds together; bits per byte are of held-out text.
+`signs` sends coordinates and signs, so that they are a mean of signs; with `majority` the sign that most processes have
+comes back. A step that chooses a subspace always sends gradients. Bytes are what leaves a process for a step, all kinds
+together; bits per byte are of held-out text.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=HERE / "studies" / "pysource-2m.yaml", help="whose job it is")
     parser.add_argument("--methods", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--messages", nargs="+", default=["full", "signs"], choices=["auto", "full", "signs"])
+    parser.add_argument(
+        "--messages", nargs="+", default=["full", "signs", "majority"], choices=["full", "signs", "majority"]
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=Path("runs/messages"), help="folder of the runs")

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from thinrank.optim import MatrixOptimizer
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import leaves_remainder
-from thinrank.optim.replicated import whole_messages_because
+from thinrank.optim.replicated import COARSE, whole_messages_because
 from thinrank.trainers import report
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
@@ -326,7 +326,7 @@ def _exchange(parts: Parts) -> str | None:
         return None
     if rule is None:
         return "whole gradients: this method has no subspace"
-    if strategy.messages == "signs" and leaves_remainder(rule):
+    if strategy.messages in COARSE and leaves_remainder(rule):
         return "coordinates and signs of matrices between renewals; gradients at renewals, and of everything else"
     cause = "strategy.messages=full asks for it" if strategy.messages == "full" else whole_messages_because(rule)
     if cause is not None:

@@ -73,14 +73,15 @@ class Part:
         value: of any shape.
         place: what its sender will know it by.
         spans: which of its entries each rank is to have the mean of, as a piece in one dimension; None: all have all.
-        signs: all have the mean of signs times the mean of sizes (`Signs`) in place of the mean.
+        signs: `signs` or `majority`: all have the mean of signs, or the sign most have, times the mean of sizes
+            (`Signs`) in place of the mean; of all parts of a letter alike.
     """
 
     kind: str
     value: Tensor
     place: tuple[str, ...] = ()
     spans: Sequence[Span] | None = None
-    signs: bool = False
+    signs: str | None = None
 
 
 class Letter:
@@ -109,7 +110,8 @@ class Letter:
             wire.note(((parts[i].kind, parts[i].value.numel() * flat.element_size()) for i in which), self._ranks)
             self._sent.append((which, _sum(flat, group, self._ranks)))
         if signed:
-            signs = Signs([parts[i].value for i in signed], group)
+            majority = parts[signed[0]].signs == "majority"
+            signs = Signs([parts[i].value for i in signed], group, majority=majority)
             for kind, size in signs.bytes.items():
                 wire.note([(kind, size)], self._ranks, passes=1)
             self._sent.append((signed, signs))

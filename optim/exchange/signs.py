@@ -1,4 +1,4 @@
-"""A mean over ranks that costs a bit an entry on the way up: mean of signs, times mean of sizes, row by row."""
+"""A mean over ranks that costs a bit an entry on the way up: of signs and of sizes, the latter row by row."""
 
 from __future__ import annotations
 
@@ -13,26 +13,31 @@ from thinrank.optim.exchange.bits import MOST, digits, pack_bits, pack_counts, u
 
 
 class Signs:
-    """Matrices on their way to `mean(a) ∘ mean(sign)`, `a` being each rank's mean magnitude of a row.
+    """Matrices on their way to `mean(a) ∘ mean(sign)`, `a` being each rank's mean magnitude of a row; or to
+    `mean(a) ∘ sign(mean(sign))`, the majority, which costs the same with any number of ranks.
 
-    Every rank is sent one piece of all others' signs, counts the positive ones, and sends the counts to all, as many to
-    a byte as fit; sizes go to all. A row of zeros has no vote. What comes out is the same on every rank to the bit, and
-    not finite where any rank's row is not.
+    Every rank is sent one piece of all others' signs, counts the positive ones, and sends to all the counts, or which
+    sign has more, as many to a byte as fit; sizes go to all. A row of zeros has no vote, and zeros in other rows are
+    for and against in turn. What comes out is the same on every rank to the bit, and not finite where any rank's row
+    is not.
 
     Args:
         values: (..., short) of equal shapes on every rank; not kept.
         group: of at most `MOST` ranks.
+        majority: what comes down is the sign that more ranks have, or a zero.
     """
 
-    def __init__(self, values: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    def __init__(self, values: Sequence[Tensor], group: dist.ProcessGroup | None, *, majority: bool = False) -> None:
         self._group, self._ranks = group, dist.get_world_size(group)
         if self._ranks > MOST:
             raise ValueError(f"signs are counted in a byte, and there are {self._ranks} ranks: use at most {MOST}")
         self._shapes = [(value.numel() // value.shape[-1], value.shape[-1]) for value in values]
         sizes = torch.cat([value.float().abs().mean(-1).flatten() for value in values])
         entries = sum(value.numel() for value in values)
-        unit = math.lcm(8, digits(self._ranks))
-        piece = -(-entries // (self._ranks * unit)) * unit
+        self._majority = majority
+        self._most = 2 if majority else self._ranks
+        unit = math.lcm(8, digits(self._most))
+        self._piece = piece = -(-entries // (self._ranks * unit)) * unit
         flags = torch.zeros(self._ranks * piece, dtype=torch.bool, device=sizes.device)
         turn, start = dist.get_rank(group), 0
         for value in values:
@@ -42,7 +47,7 @@ class Signs:
             start += value.numel()
         self._bits = pack_bits(flags)
         self._sizes = sizes.new_empty(self._ranks * sizes.numel())
-        self._counts = self._bits.new_empty(self._ranks * piece // digits(self._ranks))
+        self._counts = self._bits.new_empty(self._ranks * piece // digits(self._most))
         self._arrived = torch.empty_like(self._bits)
         self._own = sizes  # until it has left
         self._work = [
@@ -62,25 +67,48 @@ class Signs:
             return
         self._wait()
         votes = unpack_bits(self._arrived.view(self._ranks, -1)).sum(0, dtype=torch.uint8)
-        self._piece = pack_counts(votes, self._ranks)
-        self._work = [self._gather(self._counts, self._piece)]
+        if self._majority:
+            lead = 2 * votes.short() - self._voters_of_my_piece()
+            votes = (lead.sign() + 1).to(torch.uint8)
+        self._packed = pack_counts(votes, self._most)
+        self._work = [self._gather(self._counts, self._packed)]
         self._turned = True
 
     def mean(self) -> Tensor:
         """All matrices, flat, float32."""
         self._wait()
-        votes = unpack_counts(self._counts, self._ranks)
-        total, voters = torch.zeros_like(self._own), torch.zeros_like(self._own)
+        votes = unpack_counts(self._counts, self._most)
+        total = torch.zeros_like(self._own)
         for sizes in self._sizes.view(self._ranks, -1):  # one after the other: torch may add up in another order
             total.add_(sizes)
-            voters.add_(sizes != 0)
-        scale, found, row, start = total / (self._ranks * voters.clamp(min=1.0)), [], 0, 0
+        scale, voters = (total / self._ranks).unsqueeze(-1), self._voters().unsqueeze(-1)
+        found, row, start = [], 0, 0
         for rows, short in self._shapes:
             counts = votes[start : start + rows * short].view(rows, short).float()
             own = slice(row, row + rows)
-            found.append(((2.0 * counts - voters[own, None]) * scale[own, None]).view(-1))
+            share = counts - 1.0 if self._majority else (2.0 * counts - voters[own]) / voters[own].clamp(min=1.0)
+            found.append((share * scale[own]).view(-1))
             row, start = row + rows, start + rows * short
         return torch.cat(found)
+
+    def _voters(self) -> Tensor:
+        """How many ranks have a row that is not all zeros, for every row; float32."""
+        return (self._sizes.view(self._ranks, -1) != 0).sum(0).float()
+
+    def _voters_of_my_piece(self) -> Tensor:
+        """The same for every entry of which this rank counts the votes, int16; 0 behind the last."""
+        first = dist.get_rank(self._group) * self._piece
+        voters, found = self._voters().short(), self._sizes.new_zeros(self._piece, dtype=torch.int16)
+        row = start = 0
+        for rows, short in self._shapes:
+            begin, end = max(start, first), min(start + rows * short, first + self._piece)
+            if begin < end:
+                some = slice((begin - start) // short, -(-(end - start) // short))
+                skipped = begin - start - some.start * short
+                of_rows = voters[row : row + rows][some].unsqueeze(-1).expand(-1, short).flatten()
+                found[begin - first : end - first] = of_rows[skipped : skipped + end - begin]
+            row, start = row + rows, start + rows * short
+        return found
 
     def _gather(self, into: Tensor, own: Tensor) -> dist.Work | None:
         return dist.all_gather(list(into.view(self._ranks, -1).unbind()), own, group=self._group, async_op=True)

@@ -55,16 +55,17 @@ def matrices(rank, kind=torch.float32):
     return [first.to(kind), second.to(kind)]
 
 
-def mean_of_signs(values):
+def mean_of_signs(values, how="signs"):
     """By the definition, in float64."""
     stacked = torch.stack([value.double() for value in values])
     sizes = stacked.abs().mean(-1, keepdim=True)
     voters = (sizes != 0).sum(0).clamp(min=1)
-    return sizes.mean(0) * stacked.sign().sum(0) / voters
+    votes = stacked.sign().sum(0)
+    return sizes.mean(0) * (votes.sign() if how == "majority" else votes / voters)
 
 
-def exchanged(kind):
-    return turned(Signs(matrices(dist.get_rank(), kind), None))
+def exchanged(kind, how):
+    return turned(Signs(matrices(dist.get_rank(), kind), None, majority=how == "majority"))
 
 
 def turned(signs):
@@ -74,10 +75,11 @@ def turned(signs):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_the_mean_is_of_signs_and_of_sizes(ranks, size, kind):
-    answers = ranks(size).run(exchanged, kind)
+@pytest.mark.parametrize("how", ["signs", "majority"])
+def test_the_mean_is_of_signs_and_of_sizes(ranks, size, kind, how):
+    answers = ranks(size).run(exchanged, kind, how)
     everyone = [matrices(rank, kind) for rank in range(size)]
-    expected = torch.cat([mean_of_signs([own[i] for own in everyone]).flatten() for i in (0, 1)])
+    expected = torch.cat([mean_of_signs([own[i] for own in everyone], how).flatten() for i in (0, 1)])
     torch.testing.assert_close(answers[0].double(), expected, rtol=1e-6, atol=1e-7)
     assert all(torch.equal(found, answers[0]) for found in answers)
 
@@ -124,7 +126,7 @@ def test_methods_that_leave_a_rest():
     assert not leaves_remainder(None)
 
 
-def slow(config, n):
+def slow(config, n, how):
     """In one process: the gradient of each share by itself, and what `replicate` is said to make of them."""
     model = seeded_model()
     optimizer = build(model, config)
@@ -136,12 +138,12 @@ def slow(config, n):
             found.append({p: p.grad.clone() for p in model.parameters() if p.grad is not None})
         for param in {p for own in found for p in own}:
             grads = [own.get(param, torch.zeros_like(param)) for own in found]
-            param.grad = mean_by_parts(optimizer, param, grads)
+            param.grad = mean_by_parts(optimizer, param, grads, how)
         optimizer.step()
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def mean_by_parts(optimizer, param, grads):
+def mean_by_parts(optimizer, param, grads, how):
     mean = torch.stack(grads).mean(0)
     homes = optimizer._homes.get(param, [])
     for group, bucket, i in homes:
@@ -151,28 +153,29 @@ def mean_by_parts(optimizer, param, grads):
             continue
         basis = (state["basis"] if "basis" in state else rule.subspace.atoms(state, bucket.view.shape[1])).double()
         views = [bucket.view.of(grad).double() for grad in grads]
-        rest = mean_of_signs([view - view @ basis @ basis.mT for view in views])
+        rest = mean_of_signs([view - view @ basis @ basis.mT for view in views], how)
         low = torch.stack([view @ basis for view in views]).mean(0)
         bucket.view.of(mean).copy_(rest + (low - rest @ basis) @ basis.mT)
     return mean
 
 
-def together_by_signs(names):
+def together_by_signs(names, how):
     found = {}
     for name in names:
         model = seeded_model(dist.get_rank())
         optimizer = build(model, config_of(name))
-        replicate(model, optimizer, messages="signs", check_every=5)
+        replicate(model, optimizer, messages=how, check_every=5)
         found[name] = run(model, optimizer, mine())
     return found
 
 
+@pytest.mark.parametrize("how", ["signs", "majority"])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_train_as_the_definition_does(ranks, size):
+def test_ranks_train_as_the_definition_does(ranks, size, how):
     """Twenty steps with renewals; less than 1e-6 apart here, where rounding decides no sign."""
-    answers = ranks(size).run(together_by_signs, METHODS_WITH_REST, timeout=120)
+    answers = ranks(size).run(together_by_signs, METHODS_WITH_REST, how, timeout=120)
     for name in METHODS_WITH_REST:
-        expected, exact = slow(config_of(name), size), run_alone(config_of(name), size)
+        expected, exact = slow(config_of(name), size, how), run_alone(config_of(name), size)
         for key, value in expected.items():
             gap = float((answers[0][name][key] - value).norm() / value.norm().clamp(min=1e-30))
             assert gap <= 1e-5, (name, key)
@@ -220,11 +223,11 @@ def in_messages(how):
     return run(model, optimizer, mine(), clip=0.5)
 
 
-def counted(size):
+def counted(how):
     torch.manual_seed(0)
     model = torch.nn.Linear(64, 96, bias=False)
     optimizer = build(model, small("fira", svd="power", rank=4, update_proj_gap=3))
-    replicate(model, optimizer, messages="signs")
+    replicate(model, optimizer, messages=how)
     for _ in range(2):
         optimizer.zero_grad()
         model(torch.randn(3, 64)).square().sum().backward()
@@ -234,9 +237,11 @@ def counted(size):
     return dict(wire.payload), wire.egress
 
 
-@pytest.mark.parametrize(("size", "to_a_byte"), [(1, 8), (2, 5), (4, 3)])
-def test_what_travels_is_what_is_said_to(ranks, size, to_a_byte):
-    (payload, egress), *_ = ranks(size).run(counted, size)
+@pytest.mark.parametrize(
+    ("size", "how", "to_a_byte"), [(1, "signs", 8), (2, "signs", 5), (4, "signs", 3), (4, "majority", 5)]
+)
+def test_what_travels_is_what_is_said_to(ranks, size, how, to_a_byte):
+    (payload, egress), *_ = ranks(size).run(counted, how)
     entries = 64 * 96
     assert payload["renewals"] == 4 * entries
     assert payload["coordinates"] == 4 * 96 * 4

@@ -65,6 +65,21 @@ def test_what_travels_is_said_logged_and_reported(base):
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
+def test_signs_of_what_the_subspace_misses_train_and_are_counted(base):
+    """Nearly as gradients do; the bytes are those of the plan."""
+    assert "exchange    coordinates and signs of matrices between renewals" in (base / "stdout").read_text()
+    exact, found = losses(base / "fira"), losses(base / "signs")
+    assert found == pytest.approx(exact, abs=0.05)
+    assert found != pytest.approx(exact, abs=1e-4)
+    report = json.loads((base / "signs" / "report.json").read_text())
+    sent = report["training"]["communication"]
+    assert 0 < sent["signs"] < sent["votes"] < sent["coordinates"]
+    plan = report["plan"]
+    assert plan["measured"]["sent_bytes"] == pytest.approx(plan["planned"]["sent_bytes"], rel=0.01)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_preempted_run_goes_on_to_the_bit(base):
     first, second, _ = json.loads((base / "result.json").read_text())
     assert (first["state"], second["state"], second["resumed_from"]) == ("preempted", "finished", 7)

@@ -78,6 +78,8 @@ def main(base):
     model = {"extra": {}}  # no dropout: ranks draw otherwise than one process
     pretrain(config(base, "galore", optimizer=GALORE, strategy=replicas, model=model, **PARTS))
     pretrain(config(base, "fira", optimizer=FiraConfig(rank=4, svd="power"), strategy=replicas, model=model, **PARTS))
+    signs = ReplicatedConfig(check_every=2, messages="signs")
+    pretrain(config(base, "signs", optimizer=FiraConfig(rank=4, svd="power"), strategy=signs, model=model, **PARTS))
     owned = OwnedConfig(check_every=2)
     pretrain(config(base, "owned", optimizer=GALORE, strategy=owned, model=model, **PARTS))
     length = {"max_steps": 12, "checkpoint_every": 5, "optimizer": DCTAdamWConfig(rank=4, update_proj_gap=4)}

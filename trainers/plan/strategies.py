@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from thinrank.optim.grouping import Row
-from thinrank.optim.replicated import BUCKET_BYTES
+from thinrank.optim.replicated import BUCKET_BYTES, COARSE
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.plan.held import Around, Held, Strategy, images_left
 from thinrank.trainers.plan.owners import Owners, Pieces, Zero
@@ -58,7 +58,7 @@ class Replicas:
     """`MatrixOptimizer.replicate`: everything everywhere; gradients are freed once they are sent.
 
     Attributes:
-        messages: `auto`, `full` or `signs`.
+        messages: `auto`, `full`, `signs` or `majority`.
         dtype: of the messages.
     """
 
@@ -89,7 +89,7 @@ class Replicas:
         for row in reversed(rows):
             if usual >= BUCKET_BYTES:
                 letter = usual = 0
-            if self.messages == "signs" and row.remainder:
+            if self.messages in COARSE and row.remainder:
                 usual += row.elements // 8
             elif row.sends_image and self.messages != "full":
                 usual += 4 * row.image["coordinates"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from thinrank.optim.grouping import Row
-from thinrank.optim.replicated import sign_bytes
+from thinrank.optim.replicated import COARSE, sign_bytes
 
 FLOAT = 4
 """Bytes of a coordinate, of an entry, and of the flag that says whether a parameter had a gradient."""
@@ -121,12 +121,12 @@ def averaged_images(
     Args:
         rows: of `route`.
         dtype: of the messages; None: float32 for coordinates and entries, a gradient's own for gradients.
-        messages: `auto`, `full` for whole gradients, or `signs` for signs of what subspaces miss of them.
+        messages: `auto`, `full` for whole gradients, `signs` or `majority` for signs of what subspaces miss of them.
         world: the processes, which what is counted, or gathered, of signs depends on.
     """
     # by kind: between renewals, in one, and in the mean
     sums: dict[str, list[float]] = {}
-    signed = sign_bytes(world)
+    signed = sign_bytes(messages, world)
 
     def add(kind: str, between: int, renewal: int, averaged: float) -> None:
         found = sums.setdefault(kind, [0, 0, 0.0])
@@ -136,7 +136,7 @@ def averaged_images(
     own = None if dtype is None else dtype.itemsize
     for row in rows:
         whole = row.elements * (own or row.itemsize)
-        if messages == "signs" and row.remainder:
+        if messages in COARSE and row.remainder:
             add("renewals", 0, whole, whole / row.gap)
             sizes = {kind: int(row.elements * each) for kind, each in signed.items()}
             sizes |= {"coordinates": row.remainder["coordinates"] * (own or FLOAT)}

@@ -60,7 +60,7 @@ class ReplicatedConfig(StrategyConfig):
     messages: str = field(
         default="auto",
         metadata={
-            "help": "auto: coordinates where these are enough; full: gradients; signs: of what subspaces miss (Fira)"
+            "help": "auto: coordinates where enough; full: gradients; signs, majority: of what subspaces miss (Fira)"
         },
     )
     dtype: str = field(

@@ -27,8 +27,8 @@ class ReplicatedStrategy(DDPStrategy):
     None after backward.
 
     Args:
-        messages: `auto` (coordinates where they are enough), `full` (gradients), or `signs` (coordinates, and where a
-            method needs more, signs of the rest).
+        messages: `auto` (coordinates where they are enough), `full` (gradients), `signs` or `majority` (coordinates,
+            and where a method needs more, signs of the rest, or the sign that most ranks have).
         embeddings: how their gradients travel: `dense`, or `rows` (those that any rank touched).
         dtype: of the messages: `auto` (float32 for coordinates, a gradient's own), `float32`, `bfloat16`.
         overlap: messages leave while backward goes on.

@@ -52,6 +52,27 @@ def test_messages_in_another_type_and_weights_of_16_bits():
     assert averaged_images(rows(GALORE), messages="full").payload("between") == 4 * ALL + 12
 
 
+@pytest.mark.parametrize(("messages", "to_a_byte"), [("signs", 3), ("majority", 5)])
+def test_what_a_subspace_misses_travels_in_signs(messages, to_a_byte):
+    """On four processes, whose counts from 0 to 4 are three to a byte, and signs and ties five."""
+    traffic = averaged_images(rows(FiraConfig(rank=3, svd="power", update_proj_gap=5)), messages=messages, world=4)
+    found = kinds(traffic, "between")
+    assert found == {
+        "renewals": 0,
+        "signs": MATRIX // 8,
+        "votes": MATRIX // to_a_byte,
+        "coordinates": 4 * 24 * 3,
+        "sizes": 4 * 24 * 4,
+        "dense": 4 * (TABLE + VECTOR),
+        "present": 12,
+    }
+    once = found["signs"] + found["votes"] + found["sizes"]
+    assert traffic.leaving("between", 4) == 3 / 4 * (2 * traffic.payload("between") - once)
+    assert kinds(traffic, "renewal")["renewals"] == 4 * MATRIX
+    linear = averaged_images(rows(GALORE), messages=messages, world=4)
+    assert linear == averaged_images(rows(GALORE))
+
+
 def test_entries_travel_with_coordinates_and_a_search_is_counted_in_steps():
     config = GaLorePlusConfig(rank=3, density=0.1, warmup=4, update_proj_gap=5, cross_heads=[])
     found = rows(config)
