@@ -1,12 +1,14 @@
 """Bytes that replicas send for a step, counted on the wire, beside the formula and beside DDP.
 
     python benchmarks/wire.py                                  # 1b, rank 128, as in GaLore's comparison with 8 ranks
+    python benchmarks/wire.py --methods fira --messages majority
     python benchmarks/wire.py --preset 9m --rank 32 --methods galore fira --out benchmarks/results/wire-9m.md
 
 Weights of the preset's shapes and gradients drawn at random (what is counted does not depend on their values), a step
-that chooses subspaces and one that does not, in a process group of one: a payload is the same on any number of ranks.
-What leaves a rank in a ring of N is 2 (N−1)/N of the payload, for every method alike, so that ratios are the wire's.
-The formula is `thinrank.trainers.plan.wire`, which plans use. DDP's payload is the gradients in bfloat16.
+that chooses subspaces and one that does not, in a process group of one: a payload is the same on any number of ranks,
+but for signs (`--messages signs`), whose counts take more bits with more ranks. The formula is
+`thinrank.trainers.plan.wire`, which plans use. Ratios are of what leaves one of `--ranks` by that formula: 2 (N−1)/N of
+the payload of a sum that all get, (N−1)/N of signs on their way up or down. DDP's payload is the gradients in bfloat16.
 
 `projected` has embeddings and head stepped in a subspace as well (`optimizer.targets`); `dense` leaves them to AdamW,
 and their gradients travel whole. GaLore+ chooses its entries in the first step here.
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from machine import command_line, describe, save
 
 from thinrank.optim import METHODS, LowRankConfig, MethodConfig, build, route
+from thinrank.optim.replicated import MESSAGES
 from thinrank.trainers.models import PRESETS, build_model
 from thinrank.trainers.plan.wire import averaged_images
 
@@ -39,10 +42,10 @@ def configured(name: str, rank: int, gap: int, embeddings: str) -> MethodConfig:
     return replace(config, **{key: value for key, value in values.items() if key in known})
 
 
-def counted(config: MethodConfig, model: torch.nn.Module, dtype: torch.dtype) -> tuple[int, int]:
+def counted(config: MethodConfig, model: torch.nn.Module, dtype: torch.dtype, messages: str) -> tuple[int, int]:
     """The same, counted: payload bytes of a second and of a first step."""
     optimizer = build(model, config)
-    optimizer.replicate(dtype=dtype, overlap=False, check_every=None)
+    optimizer.replicate(messages=messages, dtype=dtype, overlap=False, check_every=None)
     assert optimizer.wire is not None
     sums, generator = [0], torch.Generator().manual_seed(0)
     for _ in range(2):
@@ -64,6 +67,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["galore", "galore_plus", "fira"], choices=sorted(METHODS))
     parser.add_argument("--embeddings", nargs="+", default=list(EMBEDDINGS), choices=list(EMBEDDINGS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the messages")
+    parser.add_argument("--messages", default="auto", choices=MESSAGES)
+    parser.add_argument("--ranks", type=int, default=8, help="of which what leaves one is compared with DDP")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -81,7 +86,7 @@ def main() -> None:
             command_line() + "\n",
             *(f"- {line}" for line in describe(torch.device("cpu"))),
             f"- {args.preset}: {ddp // 2:,} weights, bfloat16; rank {args.rank}, a renewal every {args.gap} steps; "
-            f"messages in {args.dtype}; MiB of payload a step",
+            f"messages {args.messages}, in {args.dtype}; MiB of payload a step; ratios for {args.ranks} ranks",
             f"- DDP in bfloat16: {ddp / 2**20:,.1f} MiB\n",
             "| " + " | ".join(head) + " |",
             "| --- | --- |" + " ---: |" * (len(head) - 2),
@@ -90,13 +95,18 @@ def main() -> None:
         for name in args.methods:
             for embeddings in args.embeddings:
                 config = configured(name, args.rank, args.gap, embeddings)
-                expected = averaged_images(route(model, config).rows, dtype=dtype).payload("between")
-                between, renewing = counted(config, model, dtype)
+                how = {"dtype": dtype, "messages": args.messages}
+                rows = route(model, config).rows
+                expected = averaged_images(rows, **how).payload("between")
+                between, renewing = counted(config, model, **how)
+                leaving = averaged_images(rows, world=args.ranks, **how)
+                by_ddp = 2 * (args.ranks - 1) / args.ranks * ddp
                 gap = config.update_proj_gap if isinstance(config, LowRankConfig) else 1
                 averaged = between + (renewing - between) / gap
                 sizes = [f"{size / 2**20:,.1f}" for size in (between, expected, renewing, averaged)]
                 sizes.insert(2, f"{between / expected:.4f}")
-                cells = [name, embeddings, *sizes, f"{ddp / between:.1f}", f"{ddp / averaged:.1f}"]
+                ratios = [f"{by_ddp / leaving.leaving(when, args.ranks):.1f}" for when in ("between", "averaged")]
+                cells = [name, embeddings, *sizes, *ratios]
                 lines.append("| " + " | ".join(cells) + " |")
                 print(lines[-1], flush=True)
         save([*lines, ""], args.out)
