@@ -59,6 +59,21 @@ def test_clipping_is_by_what_is_left_of_all_gradients(ranks):
         assert apart(alone(config, 2), expected) > 1e-3  # it did clip
 
 
+def norm_where_one_rank_has_nothing():
+    model = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    optimizer = build(model, CONFIGS["muon"])
+    own(model, optimizer)
+    model(torch.ones(2, 8, dtype=torch.bfloat16)).square().sum().backward()
+    return optimizer.gradient_norm()
+
+
+def test_the_norm_of_16_bit_gradients_is_that_of_all_ranks(ranks):
+    first, second = ranks(2).run(norm_where_one_rank_has_nothing)
+    assert first.dtype is torch.float32
+    assert torch.equal(first, second)
+    assert first > 0
+
+
 def test_bfloat16_weights_messages_and_autocast(ranks):
     half = ranks(2).run(owned, HALF, dtype=torch.bfloat16)
     cast = ranks(2).run(owned, TINY, cast=True)[0]

@@ -20,7 +20,7 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+@pytest.fixture(scope="module", params=[1, 2, 4], ids=["one rank", "two ranks", "four ranks"])
 def runs(base, request):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
     done = subprocess.run(
@@ -37,7 +37,8 @@ HELD = ("weights_bytes", "gradients_bytes", "state_bytes")
 @pytest.mark.slow
 def test_what_ranks_hold_and_send_is_what_was_planned(runs):
     """To the byte, which is more than the tenth that a plan promises."""
-    assert len(runs) == sum(len(methods) for _, methods in tiny_plan.STRATEGIES.values())
+    strategies = tiny_plan.STRATEGIES if "galore-ddp" in runs else tiny_plan.HYBRID
+    assert len(runs) == sum(len(methods) for _, methods in strategies.values())
     for name, found in runs.items():
         planned, measured = found["planned"], found["measured"]
         for key in HELD:
@@ -47,9 +48,11 @@ def test_what_ranks_hold_and_send_is_what_was_planned(runs):
             assert measured["sent_bytes"] is None
         else:
             assert found["buckets"] == 0, name
-            # the first step is looked at, and where rows are apart that sums up a few numbers more
-            off = 5e-3 if name.endswith("-thinrank_fsdp2") else 1e-9
+            # the first step is looked at, and where rows are apart that sums up a few numbers more; signs fill bytes
+            off = 5e-3 if name.endswith(("thinrank_fsdp2", "signs", "majority")) else 1e-9
             assert planned["sent_bytes"] == pytest.approx(measured["sent_bytes"] or 0.0, rel=off), name
+    if strategies is tiny_plan.HYBRID:
+        return
     less, whole = (runs[f"galore-{strategy}"]["measured"] for strategy in ("thinrank_ddp", "ddp"))
     assert less["gradients_bytes"] < whole["gradients_bytes"]
 

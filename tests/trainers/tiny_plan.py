@@ -1,4 +1,4 @@
-"""A program for one rank or two: short runs of several methods under both strategies, for what they held and sent."""
+"""A program for one, two or four ranks: short runs of several methods and strategies, for what they held and sent."""
 
 import json
 import os
@@ -23,10 +23,17 @@ STRATEGIES = {
     "ddp": (StrategyConfig(name="ddp"), METHODS),
     "thinrank_ddp": (ReplicatedConfig(), METHODS),
     "bfloat16": (ReplicatedConfig(dtype="bfloat16"), ("galore", "galore_plus")),
+    "signs": (ReplicatedConfig(messages="signs"), ("fira",)),
+    "majority": (ReplicatedConfig(messages="majority"), ("fira",)),
     "thinrank_owned": (OwnedConfig(), METHODS),
     "thinrank_fsdp2": (FSDP2Config(), METHODS),
+    "half thinrank_ddp": (ReplicatedConfig(), ("adamw", "galore", "fira")),
+    "half thinrank_owned": (OwnedConfig(), ("adamw", "galore", "fira")),
+    "half thinrank_fsdp2": (FSDP2Config(), ("adamw", "galore", "fira")),
 }
-"""By name, with the methods that run under it."""
+"""By name, with the methods that run under it; with 16-bit weights where the name says `half`."""
+HYBRID = {"hybrid thinrank_fsdp2": (FSDP2Config(replicas=2), ("adamw", "galore", "fira"))}
+"""On four ranks."""
 STEPS = 12
 
 
@@ -55,12 +62,13 @@ def main(base):
 
     dist.init_process_group("gloo")  # once, for all runs of this program
     buckets, result, launched = counted_by_ddp(), {}, dict(os.environ)
-    for strategy, (choice, methods) in STRATEGIES.items():
+    for strategy, (choice, methods) in (HYBRID if dist.get_world_size() == 4 else STRATEGIES).items():
         for method in methods:
             buckets.clear()
             os.environ.update(launched)  # Lightning takes WORLD_SIZE away after a run of one process
             name = f"{method}-{strategy}-{dist.get_world_size()}"
             settings = {"max_steps": STEPS, "batch_size": 4, "micro_batch_size": 1, "validate_every": 0}
+            settings["precision"] = "bf16-true" if strategy.startswith("half ") else "32-true"
             settings["log_every"] = 10 * STEPS  # by rows, a step that is looked at sums up a few numbers more
             report = pretrain(
                 config(base, name, optimizer=METHODS[method], strategy=choice, model={"extra": {}}, **settings)
