@@ -8,7 +8,7 @@ import torch.distributed as dist
 from cases import CONFIGS, small
 from test_replicated import STEPS, Language, loss, mine, run, seeded_model, shares
 
-from thinrank.optim import METHODS, build
+from thinrank.optim import METHODS, Fira, build
 from thinrank.optim.exchange.bits import digits, pack_bits, pack_counts, unpack_bits, unpack_counts
 from thinrank.optim.exchange.signs import Signs
 from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together
@@ -288,3 +288,69 @@ def skips(bad):
 def test_a_gradient_that_is_no_number_on_one_rank_is_none_anywhere(ranks):
     assert ranks(2).run(skips, True) == [False, False]
     assert ranks(2).run(skips, False) == [True, True]
+
+
+class Fused(torch.nn.Module):
+    """A convolution in channels-last memory, and a weight of three parts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.conv = torch.nn.Conv2d(4, 12, 3, bias=False).to(memory_format=torch.channels_last)
+        self.parts = torch.nn.Linear(12, 24, bias=False)
+
+
+def fused(model):
+    groups = [{"params": [model.conv.weight]}, {"params": [model.parts.weight], "sections": (12, 6, 6)}]
+    return Fira(groups, lr=0.02, rank=2, update_proj_gap=3, svd="power")
+
+
+def fused_gradients(model, step, rank):
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    for param in (model.conv.weight, model.parts.weight):
+        param.grad = torch.randn(param.shape, generator=generator)
+        param.grad = param.grad.contiguous(memory_format=torch.channels_last) if param.ndim == 4 else param.grad
+
+
+def fused_by_signs():
+    model = Fused()
+    optimizer = fused(model)
+    replicate(model, optimizer, messages="signs", overlap=False)
+    for step in range(7):
+        fused_gradients(model, step, dist.get_rank())
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_convolutions_and_fused_weights(ranks):
+    model = Fused()
+    optimizer = fused(model)
+    for step in range(7):
+        found = []
+        for rank in (0, 1):
+            fused_gradients(model, step, rank)
+            found.append([p.grad.contiguous() for p in model.parameters()])
+        for param, grads in zip(model.parameters(), zip(*found, strict=True), strict=True):
+            param.grad = mean_by_parts(optimizer, param, list(grads), "signs")
+        optimizer.step()
+    for answer in ranks(2).run(fused_by_signs):
+        for expected, value in zip(model.parameters(), answer, strict=True):
+            torch.testing.assert_close(value, expected.detach(), rtol=0, atol=1e-5)
+
+
+def in_half(dtype, message):
+    model = seeded_model(dist.get_rank()).to(dtype)
+    optimizer = build(model, config_of("fira/power"))
+    replicate(model, optimizer, messages="signs", dtype=message, check_every=5)
+    return run(model, optimizer, mine(2), clip=0.5)
+
+
+@pytest.mark.parametrize(("dtype", "message"), [(torch.bfloat16, None), (torch.float32, torch.bfloat16)])
+def test_16_bit_weights_and_messages(ranks, dtype, message):
+    """Accumulated and clipped; as near to float32 as rounding lets them be, and equal on all ranks to the bit."""
+    exact, _ = ranks(2).run(in_half, torch.float32, None)
+    found, other = ranks(2).run(in_half, dtype, message)
+    for name, value in exact.items():
+        assert torch.equal(found[name], other[name])
+        assert float((found[name].float() - value).norm()) <= 0.05 * float(value.norm()) + 1e-6, name
+    assert any(not torch.equal(found[name].float(), value) for name, value in exact.items())
