@@ -61,11 +61,10 @@ def main(base):
     import torch.distributed as dist
 
     dist.init_process_group("gloo")  # once, for all runs of this program
-    buckets, result, launched = counted_by_ddp(), {}, dict(os.environ)
+    buckets, result = counted_by_ddp(), {}
     for strategy, (choice, methods) in (HYBRID if dist.get_world_size() == 4 else STRATEGIES).items():
         for method in methods:
             buckets.clear()
-            os.environ.update(launched)  # Lightning takes WORLD_SIZE away after a run of one process
             name = f"{method}-{strategy}-{dist.get_world_size()}"
             settings = {"max_steps": STEPS, "batch_size": 4, "micro_batch_size": 1, "validate_every": 0}
             settings["precision"] = "bf16-true" if strategy.startswith("half ") else "32-true"

@@ -34,14 +34,16 @@ def build_strategy(config: StrategyConfig, world: World) -> tuple[Strategy | str
     """
     from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
+    # torchrun may have started a single process, too, whose WORLD_SIZE the other environment would delete at the end
+    launched = world.size > 1 or TorchElasticEnvironment.detect()
+    environment = TorchElasticEnvironment() if launched else LightningEnvironment()
     if world.size == 1 and config.name == "auto":
-        return "auto", LightningEnvironment()
+        return "auto", environment
     from lightning.pytorch.strategies import DDPStrategy
 
     options: dict[str, Any] = {"timeout": timedelta(seconds=config.timeout)}
     if config.backend != "auto":
         options["process_group_backend"] = config.backend
-    environment = TorchElasticEnvironment() if world.size > 1 else LightningEnvironment()
     if isinstance(config, ReplicatedConfig):
         from thinrank.trainers.strategies.replicated import OwnedStrategy, ReplicatedStrategy
 
