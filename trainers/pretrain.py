@@ -13,6 +13,8 @@ from typing import Any, cast
 
 from thinrank.optim import MethodConfig, SubspaceAdamWConfig
 from thinrank.optim.backward import MODES, whole_because
+from thinrank.optim.lowrank.remainder import leaves_remainder
+from thinrank.optim.replicated import COARSE
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig
@@ -163,6 +165,12 @@ class TrainingConfig:
                 raise ValueError(
                     f"trainer.in_backward={self.trainer.in_backward} is for one process; strategy={name} frees "
                     "gradients in backward by itself: leave in_backward out"
+                )
+            if self.strategy.messages in COARSE and not leaves_remainder(rule):
+                raise ValueError(
+                    f"strategy.messages={self.strategy.messages} is for what a subspace misses of gradients, and "
+                    f"optimizer={self.optimizer.name} with these settings has no use for it, or no subspace that stays "
+                    "for some steps: use strategy.messages=auto, or a method such as fira"
                 )
             if getattr(self.optimizer, "rank_allocation", None) == "gradient":
                 raise ValueError(

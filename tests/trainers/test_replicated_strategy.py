@@ -149,6 +149,8 @@ def test_what_it_cannot_do_is_refused(base):
     [
         (["trainer.in_backward=project", "optimizer=galore"], "leave in_backward out"),
         (["optimizer=galore", "optimizer.rank_allocation=gradient"], "use optimizer.rank_allocation=weight"),
+        (["optimizer=galore", "strategy.messages=signs"], "use strategy.messages=auto, or a method such as fira"),
+        (["optimizer=adamw", "strategy.messages=majority"], "use strategy.messages=auto, or a method such as fira"),
         (["trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed or 32-true"),
         (["strategy.messages=small"], "messages must be one of auto, full"),
         (["strategy.dtype=float16"], "dtype must be one of auto, float32, bfloat16"),

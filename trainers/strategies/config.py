@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from thinrank.optim.replicated import EMBEDDINGS, MESSAGES
+from thinrank.optim.replicated import COARSE, EMBEDDINGS, MESSAGES
 
 MESSAGE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """What messages are sent in, by the name that a configuration uses."""
@@ -97,6 +97,14 @@ class OwnedConfig(ReplicatedConfig):
     name: str = field(
         default="thinrank_owned", metadata={"help": "each matrix is stepped by one process, its owner (thinrank_owned)"}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.messages in COARSE:
+            raise ValueError(
+                f"messages={self.messages} is for processes that all step everything, and owners do not: use "
+                "messages=auto, or strategy=thinrank_ddp"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
