@@ -39,14 +39,14 @@ SETTINGS = {
 
 
 def trained(name: str, messages: str, seed: int, ranks: int, base: list[str], folder: Path) -> dict:
-    """The report of one run, which is not made again where it is finished."""
+    """The report of one run, which is not made again where it is finished, and goes on where it was interrupted."""
     place = folder / f"{name}-{messages}-{seed}-{ranks}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(HERE.parent / "launch" / "pretrain.py"), *base, *SETTINGS[name], "optimizer.rank=0.25"]
     command += ["strategy=thinrank_ddp", f"strategy.messages={messages}", f"run.dir={place}"]
     command += [f"{key}={seed}" for key in ("trainer.seed", "data.seed", "trainer.projection_seed")]
     report = place / "report.json"
-    if not report.exists():
+    if not report.exists() or json.loads(report.read_text())["run"]["state"] != "finished":
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (folder / f"{place.name}.log").open("w") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
