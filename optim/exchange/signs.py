@@ -32,7 +32,8 @@ class Signs:
         if self._ranks > MOST:
             raise ValueError(f"signs are counted in a byte, and there are {self._ranks} ranks: use at most {MOST}")
         self._shapes = [(value.numel() // value.shape[-1], value.shape[-1]) for value in values]
-        sizes = torch.cat([value.float().abs().mean(-1).flatten() for value in values])
+        of_rows = [value.float().abs().mean(-1, keepdim=True) for value in values]
+        sizes = torch.cat([own.flatten() for own in of_rows])
         entries = sum(value.numel() for value in values)
         self._majority = majority
         self._most = 2 if majority else self._ranks
@@ -40,10 +41,10 @@ class Signs:
         self._piece = piece = -(-entries // (self._ranks * unit)) * unit
         flags = torch.zeros(self._ranks * piece, dtype=torch.bool, device=sizes.device)
         turn, start = dist.get_rank(group), 0
-        for value in values:
+        for value, size in zip(values, of_rows, strict=True):
             own = flags[start : start + value.numel()].view(value.shape)
             own.view(-1)[(start + turn) & 1 :: 2] = True  # zeros: for and against, no two neighbouring ranks alike
-            own.logical_and_((value == 0) & value.any(-1, keepdim=True)).logical_or_(value > 0)
+            own.logical_and_(value == 0).logical_or_(value > 0).logical_and_(size != 0)
             start += value.numel()
         self._bits = pack_bits(flags)
         self._sizes = sizes.new_empty(self._ranks * sizes.numel())

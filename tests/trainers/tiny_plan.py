@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
 from tiny_pretrain import config
@@ -66,7 +67,7 @@ def main(base):
         for method in methods:
             buckets.clear()
             name = f"{method}-{strategy}-{dist.get_world_size()}"
-            settings = {"max_steps": STEPS, "batch_size": 4, "micro_batch_size": 1, "validate_every": 0}
+            settings: dict[str, Any] = {"max_steps": STEPS, "batch_size": 4, "micro_batch_size": 1, "validate_every": 0}
             settings["precision"] = "bf16-true" if strategy.startswith("half ") else "32-true"
             settings["log_every"] = 10 * STEPS  # by rows, a step that is looked at sums up a few numbers more
             report = pretrain(
