@@ -32,6 +32,22 @@ def command_line() -> str:
     return f"`python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`"
 
 
+def page(title: str, facts: Sequence[str], head: Sequence[str], names: int = 1) -> list[str]:
+    """The lines of a page on the CPU's figures as far as its table's head: its command, its machine, and `facts`.
+
+    Args:
+        names: so many columns, from the first, are text; the others are figures.
+    """
+    return [
+        f"# {title}\n",
+        command_line() + "\n",
+        *(f"- {line}" for line in (*describe(torch.device("cpu")), *facts)),
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + " --- |" * names + " ---: |" * (len(head) - names),
+    ]
+
+
 def save(lines: Sequence[str], out: Path | None) -> None:
     """Writes a page to the file `out`, if there is one, in a folder that need not exist yet."""
     if out is not None:

@@ -1,7 +1,7 @@
 """How runs of several processes train, by what these tell each other of gradients.
 
     python benchmarks/messages.py                                              # Fira, and signs of a residual
-    python benchmarks/messages.py --ranks 4 --seeds 1 --out benchmarks/results/messages-2m.md
+    python benchmarks/messages.py --ranks 4 --methods fira --seeds 1 2 --out benchmarks/results/messages-2m-4.md
 
 Every run is `torchrun launch/pretrain.py strategy=thinrank_ddp`, the job of a study's file with the best setting that
 this study found for one process. `full` sends gradients, as DDP does, so that a residual's signs are those of the mean;
@@ -20,9 +20,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from machine import command_line, describe, save
+from machine import page, save
 from study_file import load_study
+
+from thinrank.optim.replicated import COARSE, ONE_WAY
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = {
@@ -55,7 +56,7 @@ def trained(name: str, messages: str, seed: int, ranks: int, base: list[str], fo
 
 def leaving(sent: dict[str, float], ranks: int) -> float:
     """Bytes that leave a process for a step, from those of its tensors by kind."""
-    once = sum(sent.get(kind, 0.0) for kind in ("signs", "votes", "sizes"))  # the rest are sums that all get
+    once = sum(sent.get(kind, 0.0) for kind in ONE_WAY)  # the rest are sums that all get
     return (2 * (sent["payload"] - once) + once) * (ranks - 1) / ranks
 
 
@@ -63,9 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=HERE / "studies" / "pysource-2m.yaml", help="whose job it is")
     parser.add_argument("--methods", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument(
-        "--messages", nargs="+", default=["full", "signs", "majority"], choices=["full", "signs", "majority"]
-    )
+    parser.add_argument("--messages", nargs="+", default=["full", *COARSE], choices=["full", *COARSE])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=Path("runs/messages"), help="folder of the runs")
@@ -75,15 +74,8 @@ def main() -> None:
     base = [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in study.base.items()]
     args.runs.mkdir(parents=True, exist_ok=True)
     head = ("method", "messages", *(f"seed {seed}" for seed in args.seeds), "mean", "÷ full", "MiB a step", "÷ full")
-    lines = [
-        "# What replicas tell each other, and how runs train\n",
-        command_line() + "\n",
-        *(f"- {line}" for line in describe(torch.device("cpu"))),
-        f"- {args.ranks} processes; {study.about}",
-        f"- `{' '.join(base)}`\n",
-        "| " + " | ".join(head) + " |",
-        "| --- | --- |" + " ---: |" * (len(head) - 2),
-    ]
+    facts = [f"{args.ranks} processes; {study.about}", f"`{' '.join(base)}`"]
+    lines = page("What replicas tell each other, and how runs train", facts, head, names=2)
     print("\n".join(lines), flush=True)
     for name in args.methods:
         whole: tuple[float, float] | None = None

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from machine import command_line, describe, save
+from machine import page, save
 
 from thinrank.optim import METHODS, LowRankConfig, MethodConfig, build, route
 from thinrank.optim.replicated import MESSAGES
@@ -81,16 +81,12 @@ def main() -> None:
         ddp = 2 * sum(param.numel() for param in model.parameters())
         head = ("method", "embeddings", "between renewals", "formula", "counted ÷ formula", "renewal", "averaged")
         head = (*head, "DDP ÷ between", "DDP ÷ averaged")
-        lines = [
-            "# Bytes on the wire\n",
-            command_line() + "\n",
-            *(f"- {line}" for line in describe(torch.device("cpu"))),
-            f"- {args.preset}: {ddp // 2:,} weights, bfloat16; rank {args.rank}, a renewal every {args.gap} steps; "
+        facts = [
+            f"{args.preset}: {ddp // 2:,} weights, bfloat16; rank {args.rank}, a renewal every {args.gap} steps; "
             f"messages {args.messages}, in {args.dtype}; MiB of payload a step; ratios for {args.ranks} ranks",
-            f"- DDP in bfloat16: {ddp / 2**20:,.1f} MiB\n",
-            "| " + " | ".join(head) + " |",
-            "| --- | --- |" + " ---: |" * (len(head) - 2),
+            f"DDP in bfloat16: {ddp / 2**20:,.1f} MiB",
         ]
+        lines = page("Bytes on the wire", facts, head, names=2)
         print("\n".join(lines), flush=True)
         for name in args.methods:
             for embeddings in args.embeddings:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from machine import command_line, describe, save
+from machine import page, save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -117,16 +117,12 @@ def main() -> None:
     what = {"fsdp2": "FSDP2 itself", "owned": "DDP in bfloat16"}[args.strategy]
     head = ("method", "between renewals", "formula", "counted ÷ formula", "renewal", "averaged")
     head = (*head, f"averaged ÷ {what}", "state a rank")
-    lines = [
-        f"# What optimizers send: {args.strategy}\n",
-        command_line() + "\n",
-        *(f"- {line}" for line in describe(torch.device("cpu"))),
-        f"- {args.preset}: {weights:,} weights, bfloat16, {args.ranks} ranks; rank {args.rank}, a renewal every "
+    facts = [
+        f"{args.preset}: {weights:,} weights, bfloat16, {args.ranks} ranks; rank {args.rank}, a renewal every "
         f"{args.gap} steps; MiB that leave a rank in a step, in the mean over ranks; state: the most that a rank has",
-        f"- {what}: {engine / 2**20:,.1f} MiB\n",
-        "| " + " | ".join(head) + " |",
-        "| --- |" + " ---: |" * (len(head) - 1),
+        f"{what}: {engine / 2**20:,.1f} MiB",
     ]
+    lines = page(f"What optimizers send: {args.strategy}", facts, head)
     print("\n".join(lines), flush=True)
     answers = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:

@@ -27,6 +27,8 @@ from thinrank.optim.exchange.replicas import (
     gathered,
     rows_anywhere,
 )
+from thinrank.optim.exchange.signs import ONE_WAY as ONE_WAY  # for who counts bytes
+from thinrank.optim.exchange.signs import TALLIES
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together
 from thinrank.optim.lowrank.rule import LowRank
@@ -35,14 +37,14 @@ from thinrank.optim.rule import MatrixRule
 
 _log = logging.getLogger(__name__)
 
-MESSAGES = ("auto", "full", "signs", "majority")
-COARSE = ("signs", "majority")
+MESSAGES = ("auto", "full", *TALLIES)
+COARSE = tuple(TALLIES)
 """Of these, those by which what a subspace misses of gradients travels in signs."""
 EMBEDDINGS = ("dense", "rows")
 ROWS = ("rows",)
 """The place of a part that holds some rows of an embedding's gradient."""
-REST = "rest"
-"""And of one that is what coordinates do not show of a gradient."""
+REST = ("rest",)
+"""And of coordinates, and of what they do not show of a gradient, by turns."""
 
 KINDS = {"low": "coordinates", "at_entries": "entries"}
 """What the parts of an image are called in the count of bytes."""
@@ -75,7 +77,7 @@ class Replicated(InBackward):
     _meeting: Meeting | None = None
     _meeting_hooks: Hooks | None = None
     _whole_messages = False
-    _signs: str | None = None
+    _tally: str | None = None
 
     @abstractmethod
     def names(self, index: int) -> list[str]: ...
@@ -155,7 +157,7 @@ class Replicated(InBackward):
         broadcast((param.data for param in params.values()), group)
         if self._meeting_hooks is not None:
             self._meeting_hooks.remove()
-        self._whole_messages, self._signs = messages == "full", messages if messages in COARSE else None
+        self._whole_messages, self._tally = messages == "full", messages if messages in TALLIES else None
         groups = [group_ for group_ in self.param_groups if embeddings == "rows" and group_["role"] == "embedding"]
         self._by_touched_rows = {p for own in groups for p in own["params"] if p.ndim == 2}
         self._touched: dict[Tensor, Tensor] = {}
@@ -190,11 +192,15 @@ class Replicated(InBackward):
     def _sends_coordinates(self, rule: MatrixRule | None) -> bool:
         return not self._whole_messages and rule is not None and whole_messages_because(rule) is None
 
+    def _sends_rest(self, rule: MatrixRule | None) -> bool:
+        """True where what a subspace misses of a gradient travels in signs beside its coordinates."""
+        return self._tally is not None and leaves_remainder(rule)
+
     def _say_what_travels(self) -> None:
         for group in self.param_groups:
             rule, _ = self.rules(group)
             cause = whole_messages_because(rule)
-            if cause is not None and not self._whole_messages and not (self._signs and leaves_remainder(rule)):
+            if cause is not None and not self._whole_messages and not self._sends_rest(rule):
                 _log.info("replicas exchange whole gradients of %s every step, because %s", group["label"], cause)
 
     # --- one gradient -------------------------------------------------------------------------------------------------
@@ -218,23 +224,12 @@ class Replicated(InBackward):
         self._meeting.finish()
 
     def _met_homes(self, param: Tensor) -> list[tuple[LowRank, dict[str, Any], Bucket, int]]:
-        """Where the matrices of a parameter that sends coordinates are stepped; [] for one that sends gradients."""
+        """Where the matrices of a parameter that sends coordinates, alone or with signs of the rest, are stepped; []
+        for one that sends gradients."""
         found = []
         for group, bucket, i in self._homes.get(param, []):
             rule, _ = self.rules(group, bucket.section, bucket.rank)
-            if not self._sends_coordinates(rule):
-                return []
-            assert isinstance(rule, LowRank)
-            found.append((rule, group, bucket, i))
-        return found
-
-    def _apart_homes(self, param: Tensor) -> list[tuple[LowRank, dict[str, Any], Bucket, int]]:
-        """Where the matrices of a parameter are stepped whose gradients travel as coordinates and signs of the rest; []
-        for one whose do not."""
-        found = []
-        for group, bucket, i in self._homes.get(param, []) if self._signs else []:
-            rule, _ = self.rules(group, bucket.section, bucket.rank)
-            if not leaves_remainder(rule):
+            if not self._sends_coordinates(rule) and not self._sends_rest(rule):
                 return []
             assert isinstance(rule, LowRank)
             found.append((rule, group, bucket, i))
@@ -244,8 +239,6 @@ class Replicated(InBackward):
         assert param.grad is not None
         if param.grad.is_sparse:
             raise RuntimeError("replicas exchange dense gradients, and an embedding has a sparse one: use sparse=False")
-        if apart_homes := self._apart_homes(param):
-            return self._pack_apart(param.grad, apart_homes)
         homes = self._met_homes(param)
         if not homes and param in self._by_touched_rows and param not in self._homes:
             assert self._meeting is not None
@@ -260,24 +253,18 @@ class Replicated(InBackward):
                 step, state = bucket.step([i], group, WHOLE, None), bucket.state([i])
                 if rule.chooses(state, step):
                     return [Part("renewals", param.grad)]
-                image = rule.image(local.bring([param.grad], bucket.view), state, step, first=False)
-                parts += [Part(KINDS[key], value, (bucket.prefix, key)) for key, value in image.items()]
+                grad = local.bring([param.grad], bucket.view)
+                if self._sends_rest(rule):
+                    low, rest = apart(grad, rule.subspace, state)
+                    parts += [Part(KINDS["low"], low, REST), Part("", rest, REST, tally=self._tally)]
+                else:
+                    image = rule.image(grad, state, step, first=False)
+                    parts += [Part(KINDS[key], value, (bucket.prefix, key)) for key, value in image.items()]
         return parts
 
-    def _pack_apart(self, grad: Tensor, homes: list[tuple[LowRank, dict[str, Any], Bucket, int]]) -> list[Part]:
-        parts = []
-        with fast_products(grad.device):
-            for rule, group, bucket, i in homes:
-                state = bucket.state([i])
-                if rule.chooses(state, bucket.step([i], group, WHOLE, None)):
-                    return [Part("renewals", grad)]
-                low, rest = apart(local.bring([grad], bucket.view), rule.subspace, state)
-                parts += [Part("coordinates", low, (bucket.prefix, "low")), Part("", rest, (REST,), signs=self._signs)]
-        return parts
-
-    def _unpack_apart(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
+    def _put_together(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
         grad = torch.empty(param.shape, dtype=param.dtype, device=param.device)
-        pairs = zip(self._apart_homes(param), parts[::2], parts[1::2], strict=True)
+        pairs = zip(self._met_homes(param), parts[::2], parts[1::2], strict=True)
         with fast_products(grad.device):
             for (rule, _, bucket, i), low, rest in pairs:
                 found = together(low.value, rest.value, rule.subspace, bucket.state([i]))
@@ -291,11 +278,11 @@ class Replicated(InBackward):
             return
         if not parts[0].place:
             param.grad = parts[0].value
-            if parts[0].kind == "renewals" and self._met_homes(param):
+            if parts[0].kind == "renewals" and all(rule.linear for rule, *_ in self._met_homes(param)):
                 self._take_image(param)
             return
-        if parts[-1].place == (REST,):
-            self._unpack_apart(param, parts)
+        if parts[0].place == REST:
+            self._put_together(param, parts)
             return
         images: dict[str, dict[str, Tensor]] = {}
         for part in parts:
@@ -305,11 +292,11 @@ class Replicated(InBackward):
             self._images.add(param, prefix, image)
 
     def _usual_bytes(self, param: torch.nn.Parameter) -> int:
-        if self._apart_homes(param):
-            return param.numel() // 8
         homes = self._met_homes(param)
         if not homes:
             return param.numel() * param.element_size()
+        if self._sends_rest(homes[0][0]):
+            return param.numel() // 8
         batches = ((rule, (bucket.view.blocks, *bucket.view.shape)) for rule, _, bucket, _ in homes)
         return sum(4 * _elements(rule.subspace.small(shape)) for rule, shape in batches)
 
@@ -374,9 +361,9 @@ class Replicated(InBackward):
 
 
 def sign_bytes(messages: str, ranks: int) -> dict[str, float]:
-    """Bytes that an entry of what travels in signs costs on its way up and down, by kind; `sizes` cost 4 a row and
-    rank."""
-    return {"signs": 1 / 8, "votes": 1 / digits(2 if messages == "majority" else ranks)}
+    """Bytes that an entry of what travels in signs costs on its way up and down, by kind, with these messages (of
+    `COARSE`); `sizes` cost 4 a row and rank."""
+    return {"signs": 1 / 8, "votes": 1 / digits(TALLIES[messages].most(ranks))}
 
 
 def refuse_signs(messages: str, who: str) -> None:

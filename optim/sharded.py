@@ -347,8 +347,8 @@ class Sharded(OwnRanks):
             return super().gradient_norm()
         self._meet()
         norm = torch.nn.utils.get_total_norm([*self._once(), *self._visible()])
-        # a norm is as precise as what is here: on another rank that may be coordinates, or nothing
-        return summed(norm.to(self._carrier.device, torch.float32).square(), self._carrier.group).sqrt()
+        # of one type on all ranks: a norm is as precise as what is here, which elsewhere may be coordinates, or nothing
+        return summed(norm.to(self._carrier.device).double().square(), self._carrier.group).sqrt().float()
 
     def _once(self) -> list[Tensor]:
         """Gradients that lie here and that no other rank counts in the norm of all."""

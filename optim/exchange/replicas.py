@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinrank.optim.exchange.signs import Signs
+from thinrank.optim.exchange.signs import TALLIES, Signs
 
 Group = dist.ProcessGroup
 Span = tuple[int, int]
@@ -73,15 +73,15 @@ class Part:
         value: of any shape.
         place: what its sender will know it by.
         spans: which of its entries each rank is to have the mean of, as a piece in one dimension; None: all have all.
-        signs: `signs` or `majority`: all have the mean of signs, or the sign most have, times the mean of sizes
-            (`Signs`) in place of the mean; of all parts of a letter alike.
+        tally: a name in `TALLIES`: in place of the mean all have what it makes of signs, times the mean of sizes
+            (`Signs`); None: the mean. The same of all parts of a letter that have one.
     """
 
     kind: str
     value: Tensor
     place: tuple[str, ...] = ()
     spans: Sequence[Span] | None = None
-    signs: str | None = None
+    tally: str | None = None
 
 
 class Letter:
@@ -98,9 +98,9 @@ class Letter:
         self._pieces = [None if part.spans is None else part.spans[dist.get_rank(group)] for part in parts]
         places: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
         self._sent: list[tuple[list[int], _Sum]] = []
-        signed = [i for i, part in enumerate(parts) if part.signs]
+        signed = [i for i, part in enumerate(parts) if part.tally]
         for i, part in enumerate(parts):
-            if not part.signs:
+            if not part.tally:
                 places.setdefault((dtype or part.value.dtype, part.value.device, part.spans is None), []).append(i)
         for (own, _, shared), which in places.items():
             if not shared:
@@ -110,8 +110,7 @@ class Letter:
             wire.note(((parts[i].kind, parts[i].value.numel() * flat.element_size()) for i in which), self._ranks)
             self._sent.append((which, _sum(flat, group, self._ranks)))
         if signed:
-            majority = parts[signed[0]].signs == "majority"
-            signs = Signs([parts[i].value for i in signed], group, majority=majority)
+            signs = Signs([parts[i].value for i in signed], group, TALLIES[parts[signed[0]].tally or ""])
             for kind, size in signs.bytes.items():
                 wire.note([(kind, size)], self._ranks, passes=1)
             self._sent.append((signed, signs))

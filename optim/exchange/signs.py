@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,22 +13,68 @@ from torch import Tensor
 from thinrank.optim.exchange.bits import MOST, digits, pack_bits, pack_counts, unpack_bits, unpack_counts
 
 
-class Signs:
-    """Matrices on their way to `mean(a) ∘ mean(sign)`, `a` being each rank's mean magnitude of a row; or to
-    `mean(a) ∘ sign(mean(sign))`, the majority, which costs the same with any number of ranks.
+class Tally(Protocol):
+    """What comes back of the votes: one small count an entry."""
 
-    Every rank is sent one piece of all others' signs, counts the positive ones, and sends to all the counts, or which
-    sign has more, as many to a byte as fit; sizes go to all. A row of zeros has no vote, and zeros in other rows are
+    def most(self, ranks: int) -> int:
+        """The largest count."""
+        ...
+
+    def down(self, votes: Tensor, voters: Callable[[], Tensor]) -> Tensor:
+        """Counts (n,) uint8 from the votes in favour, (n,) uint8, of so many `voters` (int16, looked up when asked)."""
+        ...
+
+    def share(self, counts: Tensor, voters: Tensor) -> Tensor:
+        """From -1 to 1, by counts and voters, both float32."""
+        ...
+
+
+class MeanOfSigns:
+    """The votes themselves."""
+
+    def most(self, ranks: int) -> int:
+        return ranks
+
+    def down(self, votes: Tensor, voters: Callable[[], Tensor]) -> Tensor:
+        return votes
+
+    def share(self, counts: Tensor, voters: Tensor) -> Tensor:
+        return (2.0 * counts - voters) / voters.clamp(min=1.0)
+
+
+class Majority:
+    """The sign that more ranks have, or a zero: of the same size with any number of ranks."""
+
+    def most(self, ranks: int) -> int:
+        return 2
+
+    def down(self, votes: Tensor, voters: Callable[[], Tensor]) -> Tensor:
+        return ((2 * votes.short() - voters()).sign() + 1).to(torch.uint8)
+
+    def share(self, counts: Tensor, voters: Tensor) -> Tensor:
+        return counts - 1.0
+
+
+TALLIES: Mapping[str, Tally] = {"signs": MeanOfSigns(), "majority": Majority()}
+ONE_WAY = ("signs", "votes", "sizes")
+"""What is counted of `Signs`, each on one way, up, down and to all: half of what a sum of its size costs."""
+
+
+class Signs:
+    """Matrices on their way to `mean(a) ∘ share(votes)`, `a` being each rank's mean magnitude of a row.
+
+    Every rank is sent one piece of all others' signs, counts the positive ones, and sends to all what the tally makes
+    of the counts, as many to a byte as fit; sizes go to all. A row of zeros has no vote, and zeros in other rows are
     for and against in turn. What comes out is the same on every rank to the bit, and not finite where any rank's row
     is not.
 
     Args:
         values: (..., short) of equal shapes on every rank; not kept.
         group: of at most `MOST` ranks.
-        majority: what comes down is the sign that more ranks have, or a zero.
+        tally: what comes down.
     """
 
-    def __init__(self, values: Sequence[Tensor], group: dist.ProcessGroup | None, *, majority: bool = False) -> None:
+    def __init__(self, values: Sequence[Tensor], group: dist.ProcessGroup | None, tally: Tally) -> None:
         self._group, self._ranks = group, dist.get_world_size(group)
         if self._ranks > MOST:
             raise ValueError(f"signs are counted in a byte, and there are {self._ranks} ranks: use at most {MOST}")
@@ -35,8 +82,7 @@ class Signs:
         of_rows = [value.float().abs().mean(-1, keepdim=True) for value in values]
         sizes = torch.cat([own.flatten() for own in of_rows])
         entries = sum(value.numel() for value in values)
-        self._majority = majority
-        self._most = 2 if majority else self._ranks
+        self._tally, self._most = tally, tally.most(self._ranks)
         unit = math.lcm(8, digits(self._most))
         self._piece = piece = -(-entries // (self._ranks * unit)) * unit
         flags = torch.zeros(self._ranks * piece, dtype=torch.bool, device=sizes.device)
@@ -60,18 +106,15 @@ class Signs:
     @property
     def bytes(self) -> dict[str, int]:
         """What all ranks' pieces amount to, each of which leaves a rank but for its own share."""
-        tensors = {"signs": self._bits, "votes": self._counts, "sizes": self._sizes}
-        return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+        tensors = (self._bits, self._counts, self._sizes)
+        return {kind: tensor.numel() * tensor.element_size() for kind, tensor in zip(ONE_WAY, tensors, strict=True)}
 
     def turn(self) -> None:
         if self._turned:
             return
         self._wait()
         votes = unpack_bits(self._arrived.view(self._ranks, -1)).sum(0, dtype=torch.uint8)
-        if self._majority:
-            lead = 2 * votes.short() - self._voters_of_my_piece()
-            votes = (lead.sign() + 1).to(torch.uint8)
-        self._packed = pack_counts(votes, self._most)
+        self._packed = pack_counts(self._tally.down(votes, self._voters_of_my_piece), self._most)
         self._work = [self._gather(self._counts, self._packed)]
         self._turned = True
 
@@ -87,8 +130,7 @@ class Signs:
         for rows, short in self._shapes:
             counts = votes[start : start + rows * short].view(rows, short).float()
             own = slice(row, row + rows)
-            share = counts - 1.0 if self._majority else (2.0 * counts - voters[own]) / voters[own].clamp(min=1.0)
-            found.append((share * scale[own]).view(-1))
+            found.append((self._tally.share(counts, voters[own]) * scale[own]).view(-1))
             row, start = row + rows, start + rows * short
         return torch.cat(found)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from thinrank.optim.grouping import Row
-from thinrank.optim.replicated import COARSE, sign_bytes
+from thinrank.optim.replicated import COARSE, ONE_WAY, sign_bytes
 
 FLOAT = 4
 """Bytes of a coordinate, of an entry, and of the flag that says whether a parameter had a gradient."""
@@ -126,7 +126,7 @@ def averaged_images(
     """
     # by kind: between renewals, in one, and in the mean
     sums: dict[str, list[float]] = {}
-    signed = sign_bytes(messages, world)
+    signed = sign_bytes(messages, world) if messages in COARSE else {}
 
     def add(kind: str, between: int, renewal: int, averaged: float) -> None:
         found = sums.setdefault(kind, [0, 0, 0.0])
@@ -159,7 +159,7 @@ def averaged_images(
                 between=int(between),
                 renewal=int(renewal),
                 averaged=mean,
-                passes=1 if kind in ("sizes", *signed) else 2,
+                passes=1 if kind in ONE_WAY else 2,
             )
             for kind, (between, renewal, mean) in sums.items()
         )

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from thinrank.optim.replicated import COARSE, EMBEDDINGS, MESSAGES
+from thinrank.optim.replicated import EMBEDDINGS, MESSAGES, refuse_signs
 
 MESSAGE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """What messages are sent in, by the name that a configuration uses."""
@@ -100,11 +100,7 @@ class OwnedConfig(ReplicatedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.messages in COARSE:
-            raise ValueError(
-                f"messages={self.messages} is for processes that all step everything, and owners do not: use "
-                "messages=auto, or strategy=thinrank_ddp"
-            )
+        refuse_signs(self.messages, "owners")
 
 
 @dataclass(frozen=True, kw_only=True)
