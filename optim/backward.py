@@ -265,6 +265,10 @@ class InBackward(torch.optim.Optimizer):
         """
         return torch.nn.utils.get_total_norm([*self._gradients(), *self._visible()])
 
+    def _linear(self) -> list[Tensor]:
+        """All that scales with the gradients."""
+        return [*self._gradients(), *self._images.tensors()]
+
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
@@ -287,6 +291,6 @@ class InBackward(torch.optim.Optimizer):
         """
         norm = self.gradient_norm()  # where replicas have to meet, here
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for tensor in (*self._gradients(), *self._images.tensors()):
+        for tensor in self._linear():
             tensor.mul_(factor.to(tensor.device))
         return norm

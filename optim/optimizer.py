@@ -25,6 +25,7 @@ from thinrank.optim.own_ranks import ranks_of
 from thinrank.optim.owned import Owned
 from thinrank.optim.rule import Decay, MatrixRule, Probe, State, Step, key_of, seed_of
 from thinrank.optim.skipped import Skipped
+from thinrank.optim.update import Update
 
 BATCH_BYTES = 64 * 2**20
 """Largest float32 gradient batch that is stacked; the copy is transient memory, so it has a bound."""
@@ -296,6 +297,7 @@ class MatrixOptimizer(Owned):
             rest = [(p, key) for p, key in layout.rest if self._gradient(p) is not None]
             if rest:
                 self._step_rest(rest, element, group, probe)
+        self._step_together(probe)
 
     def _tell(self, probe: Probe) -> None:
         self.measured = {
@@ -332,11 +334,12 @@ class MatrixOptimizer(Owned):
         self, bucket: Bucket, active: list[int], rule: MatrixRule, group: dict[str, Any], probe: Probe | None
     ) -> None:
         """One update of the parameters at the places `active`, which all have a gradient or an image of one."""
+        if self._put_off(bucket, active, rule, group):
+            return
         view, params = bucket.view, [bucket.params[i] for i in active]
-        weights = [self._weight(p) for p in params]
         state = bucket.state(active)
         step = bucket.step(active, group, self.axis, {} if probe is not None else None)
-        with fast_products(weights[0].device):
+        with fast_products(params[0].device):
             if params[0] in self._images:
                 assert isinstance(rule, LowRank)  # no other rule lets gradients become images
                 image = self._images.stacked(params, bucket.prefix)
@@ -344,28 +347,44 @@ class MatrixOptimizer(Owned):
             else:
                 grads = [grad for p in params if (grad := self._gradient(p)) is not None]
                 update = rule.update(local.bring(grads, view), state, step)
-            bucket.advance(active)
-            bucket.keep(active, state)
-            self._hear(bucket, active, step)
-            if probe is not None:
-                probe.saw(group["label"], update.materialise())
-                for key, values in (step.record or {}).items():
-                    measured = values.reshape(len(active), view.blocks).mean(-1).tolist()
-                    names = [bucket.prefix + bucket.names[i] for i in active]
-                    probe.measured(key, dict(zip(names, measured, strict=True)))
-                probe.measured("subspace_overlap", bucket.overlaps())
-            if self._held_back(bucket, active, rule, update, state):
-                return
-            lr = float(group["lr"])
-            keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
-            half = HalfWeights(group["half_weights"])
-            rounded = half.apply(weights[0])
-            wide = [half.open(w, self.state[p]) for w, p in zip(weights, params, strict=True)] if rounded else weights
-            local.give_back(wide, view, update, keep=keep, step=lr * rule.scale * gain)
-            if rounded:
-                for i, (weight, own) in enumerate(zip(weights, wide, strict=True)):
-                    first = i * view.blocks
-                    half.close_(weight, own, seed_of(group["seed"], step.keys[first], step.count[first]))
+            self._apply(bucket, active, rule, group, probe, state, step, update)
+
+    def _apply(
+        self,
+        bucket: Bucket,
+        active: list[int],
+        rule: MatrixRule,
+        group: dict[str, Any],
+        probe: Probe | None,
+        state: State,
+        step: Step,
+        update: Update,
+    ) -> None:
+        """Ends what `_step_bucket` says: keeps the new `state`, tells what was measured, changes the weights."""
+        view, params = bucket.view, [bucket.params[i] for i in active]
+        bucket.advance(active)
+        bucket.keep(active, state)
+        self._hear(bucket, active, step)
+        if probe is not None:
+            probe.saw(group["label"], update.materialise())
+            for key, values in (step.record or {}).items():
+                measured = values.reshape(len(active), view.blocks).mean(-1).tolist()
+                names = [bucket.prefix + bucket.names[i] for i in active]
+                probe.measured(key, dict(zip(names, measured, strict=True)))
+            probe.measured("subspace_overlap", bucket.overlaps())
+        if self._held_back(bucket, active, rule, update, state):
+            return
+        lr = float(group["lr"])
+        keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
+        half = HalfWeights(group["half_weights"])
+        weights = [self._weight(p) for p in params]
+        rounded = half.apply(weights[0])
+        wide = [half.open(w, self.state[p]) for w, p in zip(weights, params, strict=True)] if rounded else weights
+        local.give_back(wide, view, update, keep=keep, step=lr * rule.scale * gain)
+        if rounded:
+            for i, (weight, own) in enumerate(zip(weights, wide, strict=True)):
+                first = i * view.blocks
+                half.close_(weight, own, seed_of(group["seed"], step.keys[first], step.count[first]))
 
     def _hear(self, bucket: Bucket, active: list[int], step: Step) -> None:
         """Takes what a rule has left in `step` about the parameters at `active`."""

@@ -14,14 +14,14 @@ from thinrank.optim.allocation import Allocation, Matrix, rank_spread, share_out
 from thinrank.optim.bucket import Layout
 from thinrank.optim.matrix import MatrixView
 from thinrank.optim.methods.config import ALLOCATIONS, MethodConfig, choice, whole_steps
-from thinrank.optim.replicated import Replicated
+from thinrank.optim.remembering import Remembering
 from thinrank.optim.resize import resized
 from thinrank.optim.rule import State
 
 _log = logging.getLogger(__name__)
 
 
-class OwnRanks(Replicated):
+class OwnRanks(Remembering):
     """What an optimizer of matrices does about ranks: they lie in a group's `ranks`, one for each of its parameters."""
 
     Config: ClassVar[type[MethodConfig]]

@@ -237,8 +237,7 @@ class Replicated(InBackward):
 
     def _pack(self, param: torch.nn.Parameter) -> list[Part]:
         assert param.grad is not None
-        if param.grad.is_sparse:
-            raise RuntimeError("replicas exchange dense gradients, and an embedding has a sparse one: use sparse=False")
+        self._refuse_sparse_one(param)
         homes = self._met_homes(param)
         if not homes and param in self._by_touched_rows and param not in self._homes:
             assert self._meeting is not None
@@ -261,6 +260,11 @@ class Replicated(InBackward):
                     image = rule.image(grad, state, step, first=False)
                     parts += [Part(KINDS[key], value, (bucket.prefix, key)) for key, value in image.items()]
         return parts
+
+    @staticmethod
+    def _refuse_sparse_one(param: torch.nn.Parameter) -> None:
+        if param.grad is not None and param.grad.is_sparse:
+            raise RuntimeError("replicas exchange dense gradients, and an embedding has a sparse one: use sparse=False")
 
     def _put_together(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
         grad = torch.empty(param.shape, dtype=param.dtype, device=param.device)

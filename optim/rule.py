@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from thinrank.optim.axis import WHOLE, Axis
+from thinrank.optim.axis import WHOLE, Asking, Axis
 from thinrank.optim.update import Update
 
 State = dict[str, Tensor]
@@ -154,6 +154,40 @@ class ByRows(Protocol):
 
     @property
     def by_rows(self) -> bool: ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A rule that keeps of gradients what its updates did not use, linearly, and asks of other replicas no more than
+    means of small products: with gradients of their own, replicas make the update of the mean gradient."""
+
+    @property
+    def remembers(self) -> bool:
+        """False where, with these settings, it is a rule like any other."""
+        ...
+
+    @property
+    def memory(self) -> tuple[str, ...]:
+        """Names of the state that is of a replica's own gradients; the rest of the state is the same on all."""
+        ...
+
+    def recall(self, state: State, short: int) -> Tensor:
+        """What is remembered, float32 (batch, long, short); its mean over the replicas is what one process would
+        remember."""
+        ...
+
+    def remember(self, value: Tensor, state: State) -> None:
+        """Puts `value` in the place of what `recall` gives."""
+        ...
+
+    def exchange(self, grad: Tensor, state: State, step: Step) -> Asking[Update]:
+        """`update` of the mean of the replicas' gradients, which are asked for what this yields."""
+        ...
+
+    def asks(self, shape: tuple[int, int, int], *, choosing: bool = False) -> int:
+        """How many numbers `exchange` yields for a batch of `shape` (batch, long, short); `choosing`: in a step that
+        chooses a subspace by whole gradients."""
+        ...
 
 
 Form = tuple[tuple[int, ...], torch.dtype]

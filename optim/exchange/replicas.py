@@ -269,7 +269,7 @@ class Meeting:
         overlap: bool = True,
         bucket_bytes: int = BUCKET_BYTES,
     ):
-        self.group, self.dtype, self.overlap = group, dtype, overlap
+        self.group, self.dtype, self.overlap, self.bucket_bytes = group, dtype, overlap, bucket_bytes
         self.wire = Wire()
         self._pack, self._unpack = pack, unpack
         self._letters: list[list[torch.nn.Parameter]] = [[]]

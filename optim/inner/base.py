@@ -42,4 +42,4 @@ class Whole:
         return self.inner.init(shape, device)
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
-        return Update(rest=self.inner.direction(step.axis.mean(grad.float()), state, step))
+        return Update(rest=self.inner.direction(grad.float(), state, step))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thinrank.optim.axis import WHOLE, Axis
+from thinrank.optim.axis import WHOLE, Asking, Axis
 from thinrank.optim.linalg.norms import peak, reciprocal_peak
 from thinrank.optim.linalg.orthogonal import householder_qr
 from thinrank.optim.linalg.products import product
@@ -101,11 +101,11 @@ def subspace_iteration(
     return basis * signs, (last @ (vectors * signs)).div_(unit)
 
 
-def momentum_iteration(x: Tensor, old: Tensor, momentum: Tensor, rho: float, *, axis: Axis = WHOLE) -> Tensor:
+def momentum_iteration(x: Tensor, old: Tensor, momentum: Tensor, rho: float, *, axis: Axis = WHOLE) -> Asking[Tensor]:
     """One block power iteration, warm from `old`, on `b = ρ · momentum oldᵀ + (1−ρ) x`: `qr(bᵀ b old)`.
 
-    (LDAdam, Robert et al. 2024, alg. 2.) `b` is never formed. Where replicas hold other data, their mean is met in the
-    two small products, so no gradient travels.
+    (LDAdam, Robert et al. 2024, alg. 2.) `b` is never formed. Replicas with other `x`, and the same momentum, meet
+    in the two small products.
 
     Args:
         x: (batch, long, short); its rows may be spread along `axis`.
@@ -116,9 +116,9 @@ def momentum_iteration(x: Tensor, old: Tensor, momentum: Tensor, rho: float, *, 
     Returns:
         (batch, short, r), orthonormal; `old` again where `b` is zero or no number.
     """
-    image = axis.mean(product(x, old)).mul_(1.0 - rho).add_(momentum, alpha=rho)  # b old: (batch, long, r)
+    image = (yield product(x, old)).mul_(1.0 - rho).add_(momentum, alpha=rho)  # b old: (batch, long, r)
     image = image * reciprocal_peak(image, axis)  # bᵀ b overflows float32 for entries of 1e19, and vanishes for 1e-19
-    back = axis.sum(torch.cat([axis.mean(product(x.mT, image)), product(momentum.mT, image)], -2))
+    back = axis.sum(torch.cat([(yield product(x.mT, image)), product(momentum.mT, image)], -2))
     short = x.shape[-1]
     turned = (1.0 - rho) * back[:, :short] + rho * old @ back[:, short:]
     size = peak(turned)

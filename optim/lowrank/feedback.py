@@ -28,6 +28,10 @@ class Feedback(Protocol):
         """What the subspace sees in place of `grad` (batch, long, short)."""
         ...
 
+    def error(self, state: State, short: int) -> Tensor:
+        """What is remembered, float32 (batch, long, short)."""
+        ...
+
     @property
     def listens(self) -> bool:
         """True when `sent` wants to know the image; computing it costs a product."""
@@ -50,6 +54,9 @@ class NoFeedback:
     def enter(self, grad: Tensor, state: State) -> Tensor:
         return grad
 
+    def error(self, state: State, short: int) -> Tensor:
+        raise LookupError("nothing is remembered without error feedback")
+
     def sent(self, entered: Tensor, image: Tensor, state: State) -> None:
         pass
 
@@ -69,6 +76,9 @@ class ErrorFeedback:
 
     def enter(self, grad: Tensor, state: State) -> Tensor:
         return state["error"] + grad
+
+    def error(self, state: State, short: int) -> Tensor:
+        return state["error"]
 
     def sent(self, entered: Tensor, image: Tensor, state: State) -> None:
         torch.sub(entered, image, out=state["error"])
@@ -98,9 +108,11 @@ class QuantisedFeedback:
         }
 
     def enter(self, grad: Tensor, state: State) -> Tensor:
+        return self.error(state, grad.shape[-1]).add_(grad)
+
+    def error(self, state: State, short: int) -> Tensor:
         codes, scale = state["error_codes"], state["error_scale"]
-        error = dequantise8(codes, scale) if self.bits == 8 else dequantise4(codes, scale, grad.shape[-1])
-        return error.add_(grad)
+        return dequantise8(codes, scale) if self.bits == 8 else dequantise4(codes, scale, short)
 
     def sent(self, entered: Tensor, image: Tensor, state: State) -> None:
         codes, scale = (quantise8 if self.bits == 8 else quantise4)(entered - image)

@@ -171,7 +171,6 @@ class Residual:
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
     ) -> Update:
         short = x.shape[-1]
-        x = step.axis.mean(x)  # the residual is as large as the gradient: replicas cannot meet in the subspace alone
         low_norm = row_norms(low)
         floored = low_norm.clamp(min=FLOOR) if self.betas is None else low_norm + FLOOR
         phi = row_norms(direction) / floored  # (batch, long, 1)
@@ -223,7 +222,6 @@ class ScaledGradient:
     def __call__(
         self, x: Tensor, low: Tensor, direction: Tensor, subspace: Subspace, state: State, step: Step
     ) -> Update:
-        x = step.axis.mean(x)  # the update is as large as the gradient: replicas cannot meet in the subspace
         if self.per == "channel":
             after, before = row_norms(direction), row_norms(low)
         else:

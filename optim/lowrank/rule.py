@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from thinrank.optim.axis import Asking, alone
 from thinrank.optim.inner.base import Inner
 from thinrank.optim.linalg.basis import captured_energy
 from thinrank.optim.linalg.norms import peak
@@ -56,20 +57,27 @@ class LowRank:
         }
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
+        return alone(self.exchange(grad, state, step))
+
+    def exchange(self, grad: Tensor, state: State, step: Step) -> Asking[Update]:
         x = self.feedback.enter(grad, state)
-        low = self.coordinates(x, state, step)
+        if self.chooses(state, step) or not isinstance(self.lift, Project):
+            shared = yield x
+            low = self.coordinates(shared, state, step)
+        else:
+            shared, low = x, (yield self.subspace.down(x, state))
         if self.feedback.listens:
             self.feedback.sent(x, self.subspace.up(low, state, x.shape[-1]).materialise(), state)
         if step.record is not None and self.subspace.orthonormal:
-            step.record["captured_energy"] = captured_energy(x, low, step.axis)
+            step.record["captured_energy"] = captured_energy(shared, low, step.axis)
         direction = self.inner.direction(low, state, step)
-        return self.lift(x, low, direction, self.subspace, state, step)
+        return self.lift(shared, low, direction, self.subspace, state, step)
 
     def coordinates(self, x: Tensor, state: State, step: Step) -> Tensor:
         """(batch, long, r) coordinates of `x`, after the subspaces that are due have been renewed from it."""
         due = self.renewals.due(state, step, self.subspace.every)
         low = self.renew(x, state, step, due) if due else None
-        return step.axis.mean(self.subspace.down(x, state)) if low is None else low  # where replicas meet
+        return self.subspace.down(x, state) if low is None else low
 
     @property
     def by_rows(self) -> bool:
@@ -117,7 +125,7 @@ class LowRank:
             first: for the first part of a gradient: renew, and choose, what is due, from this part.
         """
         assert isinstance(self.lift, LinearLift)
-        low = self.coordinates(grad, state, step) if first else step.axis.mean(self.subspace.down(grad, state))
+        low = self.coordinates(grad, state, step) if first else self.subspace.down(grad, state)
         return {"low": low, **self.lift.image(grad, low, self.subspace, state, step, first=first)}
 
     def visible(self, image: State, short: int, state: State, step: Step) -> list[Tensor]:
@@ -131,6 +139,30 @@ class LowRank:
         assert isinstance(self.lift, LinearLift)
         direction = self.inner.direction(image["low"], state, step)
         return self.lift.lift(image, direction, short, self.subspace, state, step)
+
+    # --- replicas that remember apart (`Remembers`) -------------------------------------------------------------------
+
+    @property
+    def remembers(self) -> bool:
+        return self.feedback.listens and isinstance(self.lift, Project) and self.stays
+
+    @property
+    def stays(self) -> bool:
+        """True when a subspace is there for some steps."""
+        return self.subspace.every > 1 or self.renewals.lazy is not None
+
+    @property
+    def memory(self) -> tuple[str, ...]:
+        return tuple(self.feedback.init((1, 1, 1), torch.device("meta")))
+
+    def recall(self, state: State, short: int) -> Tensor:
+        return self.feedback.error(state, short)
+
+    def remember(self, value: Tensor, state: State) -> None:
+        self.feedback.sent(value, torch.zeros_like(value), state)
+
+    def asks(self, shape: tuple[int, int, int], *, choosing: bool = False) -> int:
+        return math.prod(shape if choosing else self.subspace.small(shape))
 
     # --- an update in few numbers (`Tells`) ---------------------------------------------------------------------------
 
@@ -170,7 +202,7 @@ class LowRank:
 
         Returns the coordinates of all of `x` where the renewal computed them.
         """
-        shared = step.axis.mean(x.float())
+        shared = x.float()
         if self.subspace.factorises:
             finite = torch.isfinite(peak(shared, step.axis)).flatten().tolist()  # a maximum passes on what is no number
             for i in due:
@@ -216,7 +248,7 @@ class LowRank:
         if sum(len(which) for which, _ in found) == len(step.count):
             low = found[0][1].new_empty((x.shape[0], *found[0][1].shape[1:]))
         else:
-            low = step.axis.mean(self.subspace.down(x, state))
+            low = self.subspace.down(x, state)
         for which, part_low in found:  # a matrix is given the same numbers, whoever else is due
             low[which] = part_low
         return low

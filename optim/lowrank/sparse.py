@@ -99,10 +99,10 @@ class SparseResidual:
             self._choose(x, low, subspace, state, step)
         active = self._active(step)
         if len(active) == len(step.count):
-            return {"at_entries": step.axis.mean(take_entries(x, state["entries"]).float())}
+            return {"at_entries": take_entries(x, state["entries"]).float()}
         taken = torch.zeros(state["entries"].shape, dtype=torch.float32, device=x.device)
         if active:
-            taken[active] = step.axis.mean(take_entries(x[active], state["entries"][active]).float())
+            taken[active] = take_entries(x[active], state["entries"][active]).float()
         return {"at_entries": taken}
 
     def lift(self, image: State, direction: Tensor, short: int, subspace: Subspace, state: State, step: Step) -> Update:
@@ -154,7 +154,7 @@ class SparseResidual:
         # in place, and in one order: a processor takes five times longer to subtract a matrix that lies transposed than
         # to turn it round
         missed = subspace.up(low, state, x.shape[-1]).materialise()
-        missed = missed.sub_(step.axis.mean(x.float()).contiguous()).abs_().flatten(1)
+        missed = missed.sub_(x.float().contiguous()).abs_().flatten(1)
         fine = missed.amax(-1, keepdim=True).isfinite()  # a gradient that is no number has no say
         if missed.device.type != "cpu" or not bool(fine.all()):  # a GPU is not waited for
             missed = torch.where(fine, missed, 0.0)

@@ -31,6 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from thinrank.optim.axis import Asking, alone
 from thinrank.optim.linalg.basis import captured_energy, random_columns
 from thinrank.optim.linalg.norms import all_finite, unit_columns
 from thinrank.optim.linalg.orthogonal import cholesky_qr, householder_qr, shape_scale
@@ -80,6 +81,9 @@ class DionRule(ToldFactors):
         return width(self.rank, shape), self.dtype
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
+        return alone(self.exchange(grad, state, step))
+
+    def exchange(self, grad: Tensor, state: State, step: Step) -> Asking[Update]:
         momentum, basis = state["momentum"], state["basis"]
         _, short, r = basis.shape
         for i, count in enumerate(step.count):
@@ -88,8 +92,8 @@ class DionRule(ToldFactors):
         fine = all_finite(grad, step.axis)  # (batch, 1, 1)
         step.hold(range(len(step.count)), ~fine.flatten())
         momentum.add_(torch.where(fine, grad, 0.0))
-        left = self.orthonormal(step)(step.axis.mean(self.product(momentum, basis)))  # (batch, long, r)
-        right = step.axis.mean(step.axis.sum(self.product(momentum.mT, left)))  # (batch, short, r)
+        left = self.orthonormal(step)((yield self.product(momentum, basis)))  # (batch, long, r)
+        right = yield step.axis.sum(self.product(momentum.mT, left))  # (batch, short, r)
         if step.record is not None:
             step.record["captured_energy"] = captured_energy(momentum, left @ right.mT, step.axis)
         momentum.baddbmm_(left, right.mT, alpha=self.momentum - 1.0)
@@ -97,6 +101,28 @@ class DionRule(ToldFactors):
         basis.copy_(torch.where(fine & unit.any(-2, keepdim=True), unit, basis))
         left.mul_(shape_scale(self.adjust_lr, *step.stored(momentum)))
         return Update(left.to(self.dtype), unit.to(self.dtype))
+
+    # --- replicas (`Remembers`) ---------------------------------------------------------------------------------------
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+    @property
+    def memory(self) -> tuple[str, ...]:
+        return ("momentum",)
+
+    def recall(self, state: State, short: int) -> Tensor:
+        return state["momentum"]
+
+    def remember(self, value: Tensor, state: State) -> None:
+        state["momentum"].copy_(value)
+
+    def asks(self, shape: tuple[int, int, int], *, choosing: bool = False) -> int:
+        batch, long, short = shape
+        return batch * (long + short) * width(self.rank, shape)
+
+    # --- products -----------------------------------------------------------------------------------------------------
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return product(a.to(self.dtype), b.to(self.dtype)).float()

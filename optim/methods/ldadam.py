@@ -33,6 +33,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from thinrank.optim.axis import Asking, alone
 from thinrank.optim.inner.adam import Adam
 from thinrank.optim.inner.moments import first_moment
 from thinrank.optim.linalg.basis import captured_energy, momentum_iteration, svd_basis
@@ -81,16 +82,19 @@ class LDAdamRule(ToldFactors):
         return self.subspace.small(shape)[-1], self.subspace.dtype
 
     def update(self, grad: Tensor, state: State, step: Step) -> Update:
+        return alone(self.exchange(grad, state, step))
+
+    def exchange(self, grad: Tensor, state: State, step: Step) -> Asking[Update]:
         fine = all_finite(grad, step.axis)  # (batch, 1, 1)
         x = self.feedback.enter(torch.where(fine, grad, 0.0).float(), state)
         old, momentum = state["basis"].clone(), first_moment(state).clone()
-        self.renew(x, state, step)
+        yield from self.renew(x, state, step)
         state["basis"].copy_(torch.where(fine, state["basis"], old))
         step.hold(range(len(step.count)), ~fine.flatten())
         turn = state["basis"].mT @ old
         change = Rotation(torch.where(fine, turn, torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)))
         self.transport.carry(state, change, step.count)
-        low = step.axis.mean(self.subspace.down(x, state))
+        low = yield self.subspace.down(x, state)
         if self.feedback.listens:
             factor = self.inner.betas[0] / (1.0 - self.inner.betas[0])
             image = torch.baddbmm(
@@ -103,7 +107,30 @@ class LDAdamRule(ToldFactors):
             step.record["subspace_overlap"] = change.overlap().masked_fill(first | ~fine.flatten(), math.nan)
         return self.subspace.up(self.inner.direction(low, state, step), state, x.shape[-1])
 
-    def renew(self, x: Tensor, state: State, step: Step) -> None:
+    # --- replicas (`Remembers`) ---------------------------------------------------------------------------------------
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+    @property
+    def memory(self) -> tuple[str, ...]:
+        return tuple(self.feedback.init((1, 1, 1), torch.device("meta")))
+
+    def recall(self, state: State, short: int) -> Tensor:
+        return self.feedback.error(state, short)
+
+    def remember(self, value: Tensor, state: State) -> None:
+        self.feedback.sent(value, torch.zeros_like(value), state)
+
+    def asks(self, shape: tuple[int, int, int], *, choosing: bool = False) -> int:
+        batch, long, short = shape
+        low = long * self.subspace.small(shape)[-1]
+        return batch * (low + (long * short if choosing else low + short * self.subspace.small(shape)[-1]))
+
+    # --- the subspace -------------------------------------------------------------------------------------------------
+
+    def renew(self, x: Tensor, state: State, step: Step) -> Asking[None]:
         """Writes the next basis to `state`: one warm power iteration or, for a first update, a factorisation.
 
         Where that does not converge, the matrices are taken one by one; subspace iteration takes the place of an exact
@@ -114,7 +141,7 @@ class LDAdamRule(ToldFactors):
         if len(first) < len(step.count):
             count = beside(step.count, x.device).float().clamp(min=1.0)[:, None, None]
             mean = first_moment(state) / (1.0 - self.inner.betas[0] ** count)
-            warm = momentum_iteration(x, basis, mean, self.rho, axis=step.axis)
+            warm = yield from momentum_iteration(x, basis, mean, self.rho, axis=step.axis)
             if not first:
                 basis.copy_(warm)
                 return
@@ -122,7 +149,7 @@ class LDAdamRule(ToldFactors):
             basis[later] = warm[later]
         if self.exact and not step.axis.whole:
             raise RuntimeError("an exact SVD needs whole matrices: use svd='power' where rows are sharded")
-        shared = step.axis.mean(x[first])
+        shared = yield x[first]
         self._begin(shared, basis, step, first)
 
     def _begin(self, x: Tensor, basis: Tensor, step: Step, which: list[int]) -> None:

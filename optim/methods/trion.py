@@ -16,11 +16,9 @@ a second pass over M:
 The memory is a full momentum and r integers: as Muon's, which orthogonalises all of it. H stays float32 with
 `state_bits=8`, for Dion's reason: what was not chosen does not decay, nor would the codes' errors in it.
 
-The paper's: everything above the last formula. Ours: the last, bases other than the DCT, columns by l2 norm. With
-replicas of other data only b and the columns' norms are averaged (r·m + n numbers) and every rank keeps its own H. The
-ranks agree on columns by the mean of their norms, which is not the norm of the mean: where gradients of single ranks
-are mostly noise, columns with much noise are chosen, too. For the same columns the weights are those of one rank that
-has all data. A gradient that is not finite counts as zero, since H would keep it for ever, and the columns stay.
+The paper's: everything above the last formula. Ours: the last, bases other than the DCT, columns by l2 norm. A gradient
+that is not finite counts as zero, since H would keep it for ever, and the columns stay. Replicas of other data need the
+mean of whole gradients: columns are chosen by norms, and a mean of the ranks' norms would choose those of much noise.
 """
 
 from __future__ import annotations
@@ -74,7 +72,7 @@ class TrionRule(ToldColumns):
         fine = all_finite(coordinates, step.axis).squeeze(-1)  # (batch, 1)
         step.hold(range(len(step.count)), ~fine.squeeze(-1))
         momentum.add_(torch.where(fine.unsqueeze(-1), coordinates, 0.0))
-        norms = step.axis.mean(column_norms(momentum, self.subspace.norm, step.axis))
+        norms = column_norms(momentum, self.subspace.norm, step.axis)
         columns, kept = select_columns(norms, state["columns"], state["columns"].shape[-1])
         columns = torch.where(fine, columns, state["columns"].long())
         state["columns"].copy_(columns)
@@ -86,7 +84,7 @@ class TrionRule(ToldColumns):
             overlap = Slots(kept, ~fine.squeeze(-1)).overlap()
             step.record["subspace_overlap"] = overlap.masked_fill(first, math.nan)
         momentum.scatter_(-1, index, self.momentum * own)
-        direction = newton_schulz(step.axis.mean(own), SETS[self.coefficients], axis=step.axis)
+        direction = newton_schulz(own, SETS[self.coefficients], axis=step.axis)
         direction.mul_(shape_scale(self.adjust_lr, *step.stored(momentum)))
         return self.subspace.up(direction, state, momentum.shape[-1])
 

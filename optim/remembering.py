@@ -1,0 +1,220 @@
+"""Replicas that remember apart: each keeps of its own gradients what an update did not use."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.axis import WHOLE
+from thinrank.optim.bucket import Bucket
+from thinrank.optim.exchange import local
+from thinrank.optim.exchange.asking import answered
+from thinrank.optim.exchange.replicas import Group, Letter, Part
+from thinrank.optim.linalg.norms import SKETCH, signed_sums
+from thinrank.optim.linalg.products import fast_products
+from thinrank.optim.methods.config import whole_steps
+from thinrank.optim.replicated import Replicated
+from thinrank.optim.rule import MatrixRule, Probe, Remembers, State, Step, seed_of
+from thinrank.optim.update import Update
+
+NORMS = ("norms",)
+"""The place of a part by which the norm of a mean gradient is known, and whether it is a number."""
+
+
+def remembers(rule: MatrixRule | None) -> bool:
+    """True where replicas with gradients of their own, and memories of their own, need but small products of each
+    other's."""
+    return isinstance(rule, Remembers) and rule.remembers
+
+
+class Remembering(Replicated):
+    """What replicas do about methods that remember as much as a gradient (Dion's momentum, error feedback).
+
+    No gradient of such a matrix travels. In `step` the replicas ask each other for the products that the update is made
+    of (`Remembers.exchange`), all matrices side by side. Each adds its own gradient to a memory of its own; the mean of
+    the memories is the memory of the mean, and the weights are those of one process, and the same on all ranks.
+
+    Before, in backward, goes a sketch of each gradient: sums of its entries with random signs, by whose mean all know
+    the norm of the mean gradient, nearly, and whether it is a number.
+    """
+
+    _memories_every: int | None = None
+
+    def _forget_gradients(self) -> None:
+        super()._forget_gradients()
+        self._own: dict[Tensor, Tensor] = {}
+        self._sketches: dict[Tensor, Tensor] = {}
+        self._later: list[tuple[Bucket, list[int], MatrixRule, dict[str, Any]]] = []
+
+    def replicate(self, group: Group | None = None, *, memories_every: int | None = 200, **options: Any) -> None:
+        if memories_every is not None:
+            whole_steps("memories_every", memories_every)
+        super().replicate(group, **options)
+        self._memories_every = memories_every
+
+    @property
+    def _apart(self) -> bool:
+        """True where ranks hold parts of the state."""
+        return False
+
+    def _remembers_apart(self, rule: MatrixRule | None) -> bool:
+        return self._meeting is not None and not self._whole_messages and not self._apart and remembers(rule)
+
+    def _own_homes(self, param: Tensor) -> list[tuple[Remembers, dict[str, Any], Bucket, int]]:
+        """Where the matrices of a parameter are stepped of which every rank keeps its own gradient; [] for others."""
+        found = []
+        for group, bucket, i in self._homes.get(param, []):
+            rule, _ = self.rules(group, bucket.section, bucket.rank)
+            if not self._remembers_apart(rule):
+                return []
+            assert isinstance(rule, Remembers)
+            found.append((rule, group, bucket, i))
+        return found
+
+    # --- before the step ----------------------------------------------------------------------------------------------
+
+    def _pack(self, param: torch.nn.Parameter) -> list[Part]:
+        homes = self._own_homes(param)
+        if not homes:
+            return super()._pack(param)
+        self._refuse_sparse_one(param)
+        assert param.grad is not None
+        self._own[param] = param.grad
+        (_, group, bucket, i), *_ = homes
+        seed = seed_of(group["seed"], bucket.keys[i * bucket.view.blocks], int(bucket.counts[i]))
+        return [Part("norms", signed_sums(param.grad, SKETCH, seed), NORMS)]
+
+    def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
+        if parts[0].place != NORMS:
+            super()._unpack(param, parts)
+            return
+        grad, sketch = self._own.pop(param), parts[0].value
+        fine = sketch.isfinite().all()
+        if grad.is_cuda or not bool(fine):  # what one rank cannot use, none does; a GPU is not waited for
+            grad.mul_(torch.where(fine, 1.0, torch.nan))
+        param.grad, self._sketches[param] = grad, sketch
+
+    def _usual_bytes(self, param: torch.nn.Parameter) -> int:
+        return 4 * min(SKETCH, param.numel()) if self._own_homes(param) else super()._usual_bytes(param)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        self._meet()
+        if not self._sketches:
+            return super().gradient_norm()
+        named = [param for _, param in self._named()]
+        whole = [p.grad for p in named if p.grad is not None and p not in self._sketches]
+        return torch.nn.utils.get_total_norm([*whole, *self._visible(), *self._sketches.values()])
+
+    def _linear(self) -> list[Tensor]:
+        return [*super()._linear(), *self._sketches.values()]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._own.clear()
+        self._sketches.clear()
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    def _put_off(self, bucket: Bucket, active: list[int], rule: MatrixRule, group: dict[str, Any]) -> bool:
+        """True for matrices that replicas step together (`_step_together`)."""
+        if not self._remembers_apart(rule):
+            return False
+        self._later.append((bucket, active, rule, group))
+        return True
+
+    @abstractmethod
+    def _apply(
+        self,
+        bucket: Bucket,
+        active: list[int],
+        rule: MatrixRule,
+        group: dict[str, Any],
+        probe: Probe | None,
+        state: State,
+        step: Step,
+        update: Update,
+    ) -> None: ...
+
+    def _step_together(self, probe: Probe | None) -> None:
+        """Steps what has been put off until all of it is known."""
+        later, self._later = self._later, []
+        if not later:
+            return
+        assert self._meeting is not None
+        meeting, begun, askings = self._meeting, [], []
+        for bucket, active, rule, group in later:
+            grads = [grad for i in active if (grad := bucket.params[i].grad) is not None]
+            state, step = bucket.state(active), bucket.step(active, group, WHOLE, None)
+            assert isinstance(rule, Remembers)
+            askings.append(rule.exchange(local.bring(grads, bucket.view), state, step))
+            begun.append((state, step))
+
+        def send(asked: list[Tensor]) -> Letter:
+            return Letter([Part("factors", x) for x in asked], meeting.group, meeting.dtype, meeting.wire)
+
+        with fast_products(later[0][0].params[0].device):
+            updates = answered(askings, send, meeting.bucket_bytes)
+            for (bucket, active, rule, group), (state, step), update in zip(later, begun, updates, strict=True):
+                self._apply(bucket, active, rule, group, probe, state, step, update)
+
+    def _stepped(self) -> None:
+        self._own.clear()
+        self._sketches.clear()
+        super()._stepped()
+        if self._memories_every is not None and self._steps and self._steps % self._memories_every == 0:
+            self.share_memories()
+
+    # --- memories -----------------------------------------------------------------------------------------------------
+
+    def _memories(self) -> Iterator[tuple[Remembers, Bucket]]:
+        for group, layout in zip(self.param_groups, self._assembled(), strict=True):
+            for bucket in layout.buckets:
+                rule, _ = self.rules(group, bucket.section, bucket.rank)
+                if self._remembers_apart(rule):
+                    assert isinstance(rule, Remembers)
+                    if rule.memory:
+                        yield rule, bucket
+
+    @torch.no_grad()
+    def share_memories(self) -> None:
+        """Gives all replicas the mean of what they remember of their own gradients; every rank must call it.
+
+        Updates depend on the mean alone, so that nothing changes but rounding. What memories differ in is noise of
+        gradients that adds up, as a random walk does.
+        """
+        some: list[tuple[Remembers, Bucket]] = []
+        held = 0
+        for rule, bucket in [*self._memories()]:
+            some.append((rule, bucket))
+            held += sum(p.numel() for p in bucket.params) * 4
+            if self._meeting is not None and held >= self._meeting.bucket_bytes:
+                self._mean_of(some)
+                some, held = [], 0
+        self._mean_of(some)
+
+    def _mean_of(self, some: list[tuple[Remembers, Bucket]]) -> None:
+        if not some:
+            return
+        assert self._meeting is not None
+        parts = [Part("memories", rule.recall(bucket.stacked, bucket.view.shape[1])) for rule, bucket in some]
+        means = Letter(parts, self._meeting.group, None, self._meeting.wire).open()
+        for (rule, bucket), mean in zip(some, means, strict=True):
+            rule.remember(mean, bucket.stacked)
+
+    def state_dict(self) -> dict[str, Any]:
+        self.share_memories()
+        return super().state_dict()
+
+    def _alike(self) -> dict[str, Tensor]:
+        apart = {
+            f"{bucket.prefix}{key} of {name}"
+            for rule, bucket in self._memories()
+            for key in rule.memory
+            for name in bucket.names
+        }
+        return {name: value for name, value in super()._alike().items() if name not in apart}
