@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.allocation import Allocation
-from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
@@ -90,7 +89,6 @@ class InBackward(torch.optim.Optimizer):
         dropped_gradients: how many gradients that were not finite were dropped in backward.
     """
 
-    axis: Axis
     _allocation: Allocation | None = None
 
     def _forget_gradients(self) -> None:
@@ -194,7 +192,7 @@ class InBackward(torch.optim.Optimizer):
             assert isinstance(rule, LowRank)  # in_backward has looked
             state = bucket.state([i])
             grad = local.bring([whole], bucket.view)
-            step = bucket.step([i], group, self.axis, None)
+            step = bucket.step([i], group)
             with fast_products(param.device):
                 image = rule.image(grad, state, step, first=first)
             self._images.add(param, bucket.prefix, image)
@@ -278,7 +276,7 @@ class InBackward(torch.optim.Optimizer):
             for group, bucket, i in self._homes[param]:
                 rule, _ = self.rules(group, bucket.section)
                 assert isinstance(rule, LowRank)  # no other rule lets gradients become images
-                image, step = self._images.of(param, bucket.prefix), bucket.step([i], group, self.axis, None)
+                image, step = self._images.of(param, bucket.prefix), bucket.step([i], group)
                 with fast_products(param.device):
                     found += rule.visible(image, bucket.view.shape[1], bucket.state([i]), step)
         return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinrank.optim.axis import Axis
+from thinrank.optim.axis import WHOLE, Axis
 from thinrank.optim.matrix import MatrixView
 from thinrank.optim.rule import State, Step, beside, key_of
 
@@ -104,7 +104,7 @@ class Bucket:
             for key, value in state.items():
                 self.stacked[key][rows] = value
 
-    def step(self, active: Sequence[int], group: dict[str, Any], axis: Axis, record: dict[str, Tensor] | None) -> Step:
+    def step(self, active: Sequence[int], group: dict[str, Any], record: dict[str, Tensor] | None = None) -> Step:
         """The circumstances of the next update of the parameters at `active`."""
         blocks = self.view.blocks
         counts = self.counts.tolist()
@@ -112,7 +112,7 @@ class Bucket:
             count=[int(counts[i]) for i in active for _ in range(blocks)],
             keys=[self.keys[i * blocks + b] for i in active for b in range(blocks)],
             seed=group["seed"],
-            axis=axis if self.axis is None else self.axis,
+            axis=WHOLE if self.axis is None else self.axis,
             transposed=self.view.transposed,
             record=record,
             notes=[],

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from thinrank.optim.grouping import Routing, Row, group_parameters, unstepped
 from thinrank.optim.heads import HeadLayout
+from thinrank.optim.linalg.norms import SKETCH
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import MethodConfig, RankedConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.optimizers import OPTIMIZERS
 from thinrank.optim.replicated import KINDS, whole_messages_because
-from thinrank.optim.rule import MatrixRule
+from thinrank.optim.rule import MatrixRule, Remembers, remembers
 
 BASES = ("basis", "basis_long", "columns")
 """Names of the tensors in a matrix's state that say where its subspace is."""
@@ -96,6 +97,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _exchanged(matrices: Sequence[tuple[MatrixRule, tuple[int, int, int]]]) -> dict[str, Any]:
     """The fields of a `Row` that say what of a gradient an update needs, and when it needs all of it."""
+    if matrices and all(remembers(rule) for rule, _ in matrices):
+        return _asked(matrices)
     image: Counter[str] = Counter()
     remainder: Counter[str] = Counter()
     leaves = bool(matrices)
@@ -110,11 +113,22 @@ def _exchanged(matrices: Sequence[tuple[MatrixRule, tuple[int, int, int]]]) -> d
     rules = [rule for rule, _ in matrices if isinstance(rule, LowRank)]
     return {
         "image": dict(image),
-        "sends_image": bool(rules) and all(whole_messages_because(rule) is None for rule in rules),
+        "sends_image": bool(rules) and all(rule.linear and whole_messages_because(rule) is None for rule in rules),
         "gap": max((rule.subspace.every for rule in rules), default=1),
         "searches": max((rule.searches for rule in rules), default=0),
         "remainder": dict(remainder) if leaves else {},
     }
+
+
+def _asked(matrices: Sequence[tuple[MatrixRule, tuple[int, int, int]]]) -> dict[str, Any]:
+    """The same for matrices of which replicas remember apart."""
+    asked, gap = Counter({"sketch": min(SKETCH, sum(math.prod(shape) for _, shape in matrices))}), 0
+    for rule, shape in matrices:
+        assert isinstance(rule, Remembers)
+        asked.update({"usual": rule.asks(shape), "choosing": rule.asks(shape, choosing=True)})
+        gap = max(gap, rule.subspace.every if isinstance(rule, LowRank) else 0)
+    remembered = any(rule.memory for rule, _ in matrices if isinstance(rule, Remembers))
+    return {"asked": dict(asked), "gap": gap, "remembered": remembered}
 
 
 def build(

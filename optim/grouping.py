@@ -127,6 +127,12 @@ class Row:
     """Updates between two renewals."""
     searches: int = 0
     """So many first updates choose by the gradient itself."""
+    asked: dict[str, int] = field(default_factory=dict)
+    """Numbers of which replicas that remember apart take the mean in a step that is `usual`, or `choosing` a subspace,
+    and of the `sketch` before it; {} where they exchange what the gradient shows. With a gap of 0, first updates alone
+    choose."""
+    remembered: bool = False
+    """These also remember something apart."""
     remainder: dict[str, int] = field(default_factory=dict)
     """Coordinates, and rows of the rest, of a gradient whose rest may travel in signs; {} where it may not."""
 

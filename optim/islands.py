@@ -119,7 +119,7 @@ class Islands(Sharded):
             return [Part("dense" if self._cut[param].way == "piece" else "gradients", grad)]
         ((group, bucket, i),) = self._homes[param]
         rule, _ = self.rules(group, bucket.section, bucket.rank)
-        step, state = bucket.step([i], group, self.axis, None), bucket.state([i])
+        step, state = bucket.step([i], group), bucket.state([i])
         if not isinstance(rule, LowRank) or not self._sends_coordinates(rule):
             return [Part("gradients", grad)]
         if rule.chooses(state, step):

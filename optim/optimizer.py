@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from thinrank.optim.axis import WHOLE, Axis
+from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket, Layout
 from thinrank.optim.exchange import local
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
@@ -82,7 +82,6 @@ class MatrixOptimizer(Owned):
             was not finite or its factorisation did not converge, by name; the first of each kind is logged. Methods
             that renew at every step leave their counts on the device: on a GPU they are logged in a step with
             `measure`, or when this is read, and the host then waits.
-        axis: the ranks that share matrices and data; the identity in one process and under plain DDP.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -121,7 +120,6 @@ class MatrixOptimizer(Owned):
         self._probe: Probe | None = None  # of the part of a step that is done
         self.measured: dict[str, dict[str, float]] = {}
         self._skipped = Skipped()
-        self.axis: Axis = WHOLE
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -338,7 +336,7 @@ class MatrixOptimizer(Owned):
             return
         view, params = bucket.view, [bucket.params[i] for i in active]
         state = bucket.state(active)
-        step = bucket.step(active, group, self.axis, {} if probe is not None else None)
+        step = bucket.step(active, group, {} if probe is not None else None)
         with fast_products(params[0].device):
             if params[0] in self._images:
                 assert isinstance(rule, LowRank)  # no other rule lets gradients become images
@@ -525,9 +523,9 @@ class MatrixOptimizer(Owned):
         for old, new in zip(saved, self.param_groups, strict=True):
             values = copy.deepcopy({key: value for key, value in old.items() if key != "params"})
             groups.append({**new, "ranks": None, **values, "params": new["params"]})
-        axis, hooks = self.axis, self._hooks
+        hooks = self._hooks
         self.__setstate__({"state": self.state, "param_groups": groups})
-        self.axis, self._hooks = axis, hooks
+        self._hooks = hooks
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -149,7 +149,7 @@ class Owned(Islands):
         if not self._owning:
             return super()._pack(param)
         for rule, group, bucket, i in self._all_homes(param):
-            step = bucket.step([i], group, self.axis, None)
+            step = bucket.step([i], group)
             chose = isinstance(rule, LowRank) and self._sends_coordinates(rule)
             if isinstance(rule, LowRank) and chose:
                 chose = rule.chooses(bucket.state([i]), step)

@@ -9,26 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinrank.optim.axis import WHOLE
+from thinrank.optim.axis import Asking
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange import local
 from thinrank.optim.exchange.asking import answered
-from thinrank.optim.exchange.replicas import Group, Letter, Part
+from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Part
 from thinrank.optim.linalg.norms import SKETCH, signed_sums
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.methods.config import whole_steps
 from thinrank.optim.replicated import Replicated
-from thinrank.optim.rule import MatrixRule, Probe, Remembers, State, Step, seed_of
+from thinrank.optim.rule import MatrixRule, Probe, Remembers, State, Step, remembers, seed_of
 from thinrank.optim.update import Update
+
+_PutOff = tuple[Bucket, list[int], MatrixRule, dict[str, Any]]
+
+SIDE_BY_SIDE_BYTES = 4 * BUCKET_BYTES
+"""So much is asked for side by side at least, and hardly more: matrices that wait for answers hold what they are about
+to need of their gradients."""
+
+MEMORIES_EVERY = 200
+"""Steps between two messages of memories: as many as between GaLore's renewals, whose gradients cost the same."""
 
 NORMS = ("norms",)
 """The place of a part by which the norm of a mean gradient is known, and whether it is a number."""
-
-
-def remembers(rule: MatrixRule | None) -> bool:
-    """True where replicas with gradients of their own, and memories of their own, need but small products of each
-    other's."""
-    return isinstance(rule, Remembers) and rule.remembers
 
 
 class Remembering(Replicated):
@@ -48,9 +51,11 @@ class Remembering(Replicated):
         super()._forget_gradients()
         self._own: dict[Tensor, Tensor] = {}
         self._sketches: dict[Tensor, Tensor] = {}
-        self._later: list[tuple[Bucket, list[int], MatrixRule, dict[str, Any]]] = []
+        self._later: list[_PutOff] = []
 
-    def replicate(self, group: Group | None = None, *, memories_every: int | None = 200, **options: Any) -> None:
+    def replicate(
+        self, group: Group | None = None, *, memories_every: int | None = MEMORIES_EVERY, **options: Any
+    ) -> None:
         if memories_every is not None:
             whole_steps("memories_every", memories_every)
         super().replicate(group, **options)
@@ -142,24 +147,30 @@ class Remembering(Replicated):
 
     def _step_together(self, probe: Probe | None) -> None:
         """Steps what has been put off until all of it is known."""
-        later, self._later = self._later, []
-        if not later:
-            return
-        assert self._meeting is not None
-        meeting, begun, askings = self._meeting, [], []
-        for bucket, active, rule, group in later:
-            grads = [grad for i in active if (grad := bucket.params[i].grad) is not None]
-            state, step = bucket.state(active), bucket.step(active, group, WHOLE, None)
+        some: list[_PutOff] = []
+        asked = 0
+        while self._later:
+            bucket, active, rule, group = self._later.pop(0)
+            some.append((bucket, active, rule, group))
             assert isinstance(rule, Remembers)
-            askings.append(rule.exchange(local.bring(grads, bucket.view), state, step))
-            begun.append((state, step))
+            asked += 4 * rule.asks((len(active) * bucket.view.blocks, *bucket.view.shape))
+            if not self._later or asked >= SIDE_BY_SIDE_BYTES:
+                self._ask(some, probe)
+                some, asked = [], 0
+
+    def _ask(self, some: list[_PutOff], probe: Probe | None) -> None:
+        assert self._meeting is not None
+        meeting = self._meeting
+        states = [bucket.state(active) for bucket, active, *_ in some]
+        steps = [bucket.step(active, group) for bucket, active, _, group in some]
 
         def send(asked: list[Tensor]) -> Letter:
             return Letter([Part("factors", x) for x in asked], meeting.group, meeting.dtype, meeting.wire)
 
-        with fast_products(later[0][0].params[0].device):
+        with fast_products(some[0][0].params[0].device):
+            askings = [_asking(*each, state, step) for each, state, step in zip(some, states, steps, strict=True)]
             updates = answered(askings, send, meeting.bucket_bytes)
-            for (bucket, active, rule, group), (state, step), update in zip(later, begun, updates, strict=True):
+            for (bucket, active, rule, group), state, step, update in zip(some, states, steps, updates, strict=True):
                 self._apply(bucket, active, rule, group, probe, state, step, update)
 
     def _stepped(self) -> None:
@@ -218,3 +229,12 @@ class Remembering(Replicated):
             for name in bucket.names
         }
         return {name: value for name, value in super()._alike().items() if name not in apart}
+
+
+def _asking(
+    bucket: Bucket, active: list[int], rule: MatrixRule, group: dict[str, Any], state: State, step: Step
+) -> Asking[Update]:
+    """As `rule.exchange`, which does not hold on to gradients before it is its turn."""
+    assert isinstance(rule, Remembers)
+    grads = [grad for i in active if (grad := bucket.params[i].grad) is not None]
+    return (yield from rule.exchange(local.bring(grads, bucket.view), state, step))

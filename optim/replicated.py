@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinrank.optim.axis import WHOLE
 from thinrank.optim.backward import Hooks, InBackward, whole_because
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange import local
@@ -33,7 +32,7 @@ from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, whole_steps
-from thinrank.optim.rule import MatrixRule
+from thinrank.optim.rule import MatrixRule, remembers
 
 _log = logging.getLogger(__name__)
 
@@ -53,10 +52,11 @@ KINDS = {"low": "coordinates", "at_entries": "entries"}
 def whole_messages_because(rule: MatrixRule | None) -> str | None:
     """Why replicas send whole gradients of the matrices of `rule` at every step, in words; None where they do not, or
     where no rule is."""
-    cause = whole_because(rule)
-    if cause is None and isinstance(rule, LowRank) and rule.subspace.every == 1 and rule.renewals.lazy is None:
+    if remembers(rule):
+        return None
+    if isinstance(rule, LowRank) and not rule.stays and (rule.linear or rule.feedback.listens):
         return "each step chooses a new subspace (set update_proj_gap above 1 for smaller messages)"
-    return cause
+    return whole_because(rule)
 
 
 class ReplicaDrift(RuntimeError):
@@ -190,7 +190,8 @@ class Replicated(InBackward):
             yield from zip(self.names(index), group["params"], strict=True)
 
     def _sends_coordinates(self, rule: MatrixRule | None) -> bool:
-        return not self._whole_messages and rule is not None and whole_messages_because(rule) is None
+        linear = isinstance(rule, LowRank) and rule.linear
+        return linear and not self._whole_messages and whole_messages_because(rule) is None
 
     def _sends_rest(self, rule: MatrixRule | None) -> bool:
         """True where what a subspace misses of a gradient travels in signs beside its coordinates."""
@@ -249,7 +250,7 @@ class Replicated(InBackward):
         parts = []
         with fast_products(param.device):
             for rule, group, bucket, i in homes:
-                step, state = bucket.step([i], group, WHOLE, None), bucket.state([i])
+                step, state = bucket.step([i], group), bucket.state([i])
                 if rule.chooses(state, step):
                     return [Part("renewals", param.grad)]
                 grad = local.bring([param.grad], bucket.view)
@@ -347,7 +348,7 @@ class Replicated(InBackward):
                 f"mode {mode!r} is for one process; replicas exchange gradients, and free them, in backward already: "
                 "use mode 'off'"
             )
-        if mode != "off" and self.axis == WHOLE and connected() > 1:
+        if mode != "off" and connected() > 1:
             raise ValueError(
                 f"mode {mode!r} takes gradients before other ranks have had their say, and there are some: leave it "
                 "'off', and call replicate, which frees gradients in backward as well"

@@ -190,6 +190,12 @@ class Remembers(Protocol):
         ...
 
 
+def remembers(rule: MatrixRule | None) -> bool:
+    """True where replicas with gradients of their own, and memories of their own, need but small products of each
+    other's."""
+    return isinstance(rule, Remembers) and rule.remembers
+
+
 Form = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 

@@ -92,6 +92,7 @@ class DionRule(ToldFactors):
         fine = all_finite(grad, step.axis)  # (batch, 1, 1)
         step.hold(range(len(step.count)), ~fine.flatten())
         momentum.add_(torch.where(fine, grad, 0.0))
+        del grad  # who asks others may have to wait, with many others
         left = self.orthonormal(step)((yield self.product(momentum, basis)))  # (batch, long, r)
         right = yield step.axis.sum(self.product(momentum.mT, left))  # (batch, short, r)
         if step.record is not None:

@@ -21,6 +21,26 @@ def decaying(long: int, short: int, *, ratio: float = 0.7, seed: int = 0, dtype:
     return ((left * ratio ** torch.arange(k, dtype=torch.float64)) @ right.mT).to(dtype)
 
 
+def side_by_side(askings):
+    """What comes of computations of several replicas (`Asking`), each of which is given the mean of what all yield."""
+    found, asked = [], []
+
+    def go_on(asking, mean):
+        try:
+            asked.append(asking.send(mean))
+        except StopIteration as end:
+            found.append(end.value)
+
+    said = [None] * len(askings)
+    while not found:
+        for asking, mean in zip(askings, said, strict=True):
+            go_on(asking, mean)
+        assert not asked or not found, "all ask, or all have finished"
+        said = [torch.stack(asked).mean(0) for _ in asked]
+        asked.clear()
+    return found
+
+
 def eye_error(basis: Tensor) -> float:
     """Largest entry of `BᵀB − I`."""
     gram = basis.mT @ basis

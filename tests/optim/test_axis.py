@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from laws import decaying, seeded
+from laws import decaying, seeded, side_by_side
 
 from thinrank.optim.axis import WHOLE, Axis
 from thinrank.optim.inner.adam import Adam
@@ -24,7 +24,7 @@ from thinrank.optim.rule import MatrixRule, Step
 LONG, SHORT, RANK, STEPS = 11, 8, 3, 7
 SPLITS = {"uneven": (7, 4), "narrower than the rank": (9, 2), "empty": (11, 0)}
 BETAS = (0.9, 0.99)
-RULES: dict[str, MatrixRule] = {
+RULES: dict[str, LowRank | LDAdamRule] = {
     "power": LowRank(
         subspace=PowerIteration(rank=RANK, every=3), transport=Rotate(BETAS), inner=Adam(betas=BETAS, eps=1e-3)
     ),
@@ -134,46 +134,23 @@ def test_sharded_rows_equal_the_whole_matrix(ranks, name, split):
                 torch.testing.assert_close(own[key], state[key], rtol=1e-3, atol=1e-4)
 
 
-def averaged(name):
-    state = RULES[name].init((2, LONG, SHORT), torch.device("cpu"))
-    return run(RULES[name], gradients(dist.get_rank()), state, Axis(replicas=dist.group.WORLD))[0], state
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "power",
-        "power, residual",
-        "power, Fira's residual",
-        "power, signs",
-        "random, by channel",
-        "random, by tensor",
-        "columns",
-        "columns by l2 with feedback",
-        "ldadam",
-        "mfac",
-    ],
-)
-def test_a_mean_after_projection_equals_projecting_the_mean(ranks, name):
-    """Every rank has a gradient of its own; only the projection and, at a renewal, the gradient travel.
-
-    With lifts that need the whole gradient, it travels in every step.
-    """
-    state = RULES[name].init((2, LONG, SHORT), torch.device("cpu"))
-    mean = [torch.stack(pair).mean(0) for pair in zip(gradients(0), gradients(1), strict=True)]
-    if "error" not in state:
-        expected, _ = run(RULES[name], mean, state)
-        for updates, _ in ranks(2).run(averaged, name):
-            torch.testing.assert_close(updates, expected, rtol=1e-3, atol=1e-4)
-        return
-    expected, _ = run(RULES[name], mean, state)
-    parts = ranks(2).run(averaged, name)
-    torch.testing.assert_close(parts[0][0], expected, rtol=1e-3, atol=1e-4)
-    assert torch.equal(parts[0][0], parts[1][0])
-    # errors stay where they were made, and their mean is the error of the mean
-    assert not torch.allclose(parts[0][1]["error"], parts[1][1]["error"])
-    errors = torch.stack([own["error"] for _, own in parts])
-    torch.testing.assert_close(errors.mean(0), state["error"], rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("name", ["columns by l2 with feedback", "ldadam"])
+def test_replicas_with_their_own_gradients_and_errors_step_by_the_mean(name):
+    """The mean after a projection is the projection of the mean; errors stay where they were made."""
+    rule, shape = RULES[name], (2, LONG, SHORT)
+    state = rule.init(shape, torch.device("cpu"))
+    own = [rule.init(shape, torch.device("cpu")) for _ in range(3)]
+    for count in range(STEPS):
+        step = Step(count=[count, count], keys=[5, 6], seed=3)
+        grads = [gradients(data)[count] for data in range(3)]
+        expected = rule.update(torch.stack(grads).mean(0), state, step)
+        found = side_by_side([rule.exchange(grad, s, step) for grad, s in zip(grads, own, strict=True)])
+        for update in found:
+            assert torch.equal(update.materialise(), found[0].materialise())
+        torch.testing.assert_close(found[0].materialise(), expected.materialise(), rtol=1e-3, atol=1e-4)
+    errors = [rule.recall(s, SHORT) for s in own]
+    assert not torch.allclose(errors[0], errors[1], rtol=0.1, atol=0.1)
+    torch.testing.assert_close(torch.stack(errors).mean(0), rule.recall(state, SHORT), rtol=1e-3, atol=1e-5)
 
 
 RULES_OF_THEIR_OWN: dict[str, MatrixRule] = {
@@ -185,14 +162,14 @@ RULES_OF_THEIR_OWN: dict[str, MatrixRule] = {
 }
 
 
-def one_spoilt(name, kind):
+def one_spoilt(name):
     """What a rank holds as its basis before and after a step in which the last rank's gradient is no number."""
     last = dist.get_rank() == 1
     rule = RULES_OF_THEIR_OWN[name]
     mine = slice(7, 11) if last else slice(0, 7)
-    grads = [grad[:, mine] if kind == "rows" else grad for grad in gradients(dist.get_rank() if kind != "rows" else 0)]
+    grads = [grad[:, mine] for grad in gradients()]
     state = rule.init((2, grads[0].shape[1], SHORT), torch.device("cpu"))
-    axis = Axis(rows=dist.group.WORLD) if kind == "rows" else Axis(replicas=dist.group.WORLD)
+    axis = Axis(rows=dist.group.WORLD)
     key = "columns" if "columns" in state else "basis"
     for count in range(3):
         rule.update(grads[count], state, Step(count=[count, count], keys=[5, 6], axis=axis))
@@ -205,36 +182,30 @@ def one_spoilt(name, kind):
     return before, state[key], held or [any(note.matrix == i for note in step.notes or ()) for i in range(2)]
 
 
-@pytest.mark.parametrize("kind", ["rows", "replicas"])
 @pytest.mark.parametrize("name", RULES_OF_THEIR_OWN)
-def test_all_ranks_keep_a_subspace_that_one_cannot_renew(ranks, name, kind):
-    """A replica that kept its basis alone would step other weights from then on."""
-    first, second = ranks(2).run(one_spoilt, name, kind)
+def test_all_ranks_keep_a_subspace_that_one_cannot_renew(ranks, name):
+    """A rank that kept its basis alone would step its rows by another one from then on."""
+    first, second = ranks(2).run(one_spoilt, name)
     for before, after, held in (first, second):
         assert held == [True, False]
         assert torch.equal(before[0], after[0])
     assert torch.equal(first[1], second[1])
 
 
-def sums_and_means():
-    rank = dist.get_rank()
-    x = torch.full((2, 2), float(rank + 1)).mT
-    rows, replicas = Axis(rows=dist.group.WORLD), Axis(replicas=dist.group.WORLD)
-    return rows.sum(x), rows.mean(x), replicas.sum(x), replicas.mean(x), x
+def sums():
+    x = torch.full((2, 2), float(dist.get_rank() + 1)).mT
+    return Axis(rows=dist.group.WORLD).sum(x), x
 
 
-def test_sum_and_mean_on_two_ranks(ranks):
-    for rank, (total, alone, own, mean, x) in enumerate(ranks(2).run(sums_and_means)):
+def test_a_sum_on_two_ranks(ranks):
+    for rank, (total, x) in enumerate(ranks(2).run(sums)):
         assert torch.equal(total, torch.full((2, 2), 3.0))
-        assert torch.equal(mean, torch.full((2, 2), 1.5))
-        for untouched in (alone, own, x):
-            assert torch.equal(untouched, torch.full((2, 2), float(rank + 1)))
+        assert torch.equal(x, torch.full((2, 2), float(rank + 1)))
 
 
 def test_one_process_has_nobody_to_ask():
     x = seeded(3, 3)
     assert WHOLE.sum(x) is x
-    assert WHOLE.mean(x) is x
     assert WHOLE.whole
 
 

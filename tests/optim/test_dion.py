@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import moved
-from laws import decaying, eye_error, seeded
+from laws import decaying, eye_error, seeded, side_by_side
 from reference.dion import dion
 from torch import nn
 
@@ -163,20 +163,20 @@ def test_sharded_rows_equal_the_whole_matrix(ranks, right, split):
             torch.testing.assert_close(own["basis"], state["basis"], rtol=1e-4, atol=1e-5)
 
 
-def averaged(right):
-    return ends(RULES[right], gradients(dist.get_rank()), Axis(replicas=dist.group.WORLD))
-
-
 @RIGHTS
-def test_replicas_that_average_factors_equal_one_with_the_mean_gradient(ranks, right):
+def test_replicas_that_average_factors_equal_one_with_the_mean_gradient(right):
     """No gradient travels; momenta stay where they were made, and their mean is the momentum of the mean."""
-    mean = [torch.stack(pair).mean(0) for pair in zip(gradients(0), gradients(1), strict=True)]
-    updates, state = ends(RULES[right], mean)
-    parts = ranks(2).run(averaged, right)
-    torch.testing.assert_close(parts[0][0], updates, rtol=1e-4, atol=1e-5)
-    assert torch.equal(parts[0][0], parts[1][0])
-    assert torch.equal(parts[0][1]["basis"], parts[1][1]["basis"])
-    momenta = [own["momentum"] for _, own in parts]
+    rule, shape = RULES[right], (2, LONG, SHORT)
+    state = rule.init(shape, torch.device("cpu"))
+    own = [rule.init(shape, torch.device("cpu")) for _ in range(2)]
+    for count, grads in enumerate(zip(gradients(0), gradients(1), strict=True)):
+        step = Step(count=[count, count], keys=[5, 6])
+        expected = rule.update(torch.stack(grads).mean(0), state, step).materialise()
+        found = side_by_side([rule.exchange(grad, s, step) for grad, s in zip(grads, own, strict=True)])
+        torch.testing.assert_close(found[0].materialise(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found[0].materialise(), found[1].materialise())
+        assert torch.equal(own[0]["basis"], own[1]["basis"])
+    momenta = [rule.recall(each, SHORT) for each in own]
     assert not torch.allclose(*momenta, rtol=0.1, atol=0.1)
     torch.testing.assert_close(torch.stack(momenta).mean(0), state["momentum"], rtol=1e-4, atol=1e-5)
 

@@ -269,27 +269,23 @@ def steps(grads, axis):
 
 
 def on_a_rank():
-    """Projections, entries and what is scored are averaged; the optimizer under averaged gradients, as DDP's are."""
+    """Under averaged gradients, as DDP's are."""
     mine = local_gradients(dist.get_rank())
-    found = steps(mine, Axis(replicas=dist.group.WORLD))
     averaged = []
     for grad in mine:
         total = grad.clone()
         dist.all_reduce(total)
         averaged.append(total[0] / 2)
     weight, _ = train(seeded(12, 8), averaged, rank=3, update_proj_gap=3, warmup=2, density=0.1, reselect="renewal")
-    return *found, weight.detach()
+    return weight.detach()
 
 
 def test_two_ranks_equal_one(ranks):
     mean = [(a + b) / 2 for a, b in zip(local_gradients(0), local_gradients(1), strict=True)]
-    updates, entries = steps(mean, Axis())
     weight, _ = train(
         seeded(12, 8), [grad[0] for grad in mean], rank=3, update_proj_gap=3, warmup=2, density=0.1, reselect="renewal"
     )
-    for own, chosen, trained in ranks(2).run(on_a_rank):
-        torch.testing.assert_close(own, updates, rtol=1e-3, atol=1e-4)
-        assert torch.equal(chosen, entries)
+    for trained in ranks(2).run(on_a_rank):
         torch.testing.assert_close(trained, weight.detach(), rtol=1e-5, atol=1e-6)
 
 

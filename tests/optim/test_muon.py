@@ -188,16 +188,3 @@ def test_sharded_rows_equal_the_whole_matrix(ranks, name, split, transposed):
     expected = updates(RULES[name], gradients(), state, transposed=transposed)
     together = torch.cat(ranks(2).run(sharded, name, split, transposed), -2)
     torch.testing.assert_close(together, expected, rtol=1e-3, atol=1e-4)
-
-
-def averaged(name):
-    state = RULES[name].init((2, LONG, SHORT), torch.device("cpu"))
-    return updates(RULES[name], gradients(dist.get_rank()), state, Axis(replicas=dist.group.WORLD))
-
-
-@pytest.mark.parametrize("name", ["muon", "auon"])
-def test_the_mean_over_replicas_is_orthogonalised(ranks, name):
-    state = RULES[name].init((2, LONG, SHORT), torch.device("cpu"))
-    mean = [torch.stack(pair).mean(0) for pair in zip(gradients(0), gradients(1), strict=True)]
-    for found in ranks(2).run(averaged, name):
-        torch.testing.assert_close(found, updates(RULES[name], mean, {k: v * 0 for k, v in state.items()}))

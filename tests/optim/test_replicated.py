@@ -11,7 +11,7 @@ import torch.distributed as dist
 from cases import CONFIGS, small
 from torch import nn
 
-from thinrank.optim import Axis, GaLore, build
+from thinrank.optim import GaLore, build
 from thinrank.optim.replicated import ReplicaDrift, replicate
 
 BATCH, STEPS = 8, 20
@@ -116,8 +116,11 @@ def apart(found, expected):
 
 def bound(name):
     """How far rounding may take a run of 20 steps: sums over ranks are made in another order than a batch's."""
-    if "bfloat16" in name or "bit" in str(getattr(CONFIGS[name], "error_feedback", "")):
-        return 2e-2  # what is rounded to 8 bits may fall to the next code, and a tie between columns the other way
+    if "bfloat16" in name:
+        return 2e-2
+    if "bit" in str(getattr(CONFIGS[name], "error_feedback", "")):
+        # a sum may be rounded to the next code, and ranks that remember apart round each its own
+        return 5e-2 if "8bit" in name else 2e-1
     if name == "galore/full":
         return (
             1e-3  # coordinates, off the diagonal, of the gradient that chose both bases are rounding, which Adam scales
@@ -266,18 +269,28 @@ def messages_in(dtype):
     model = seeded_model()
     optimizer = build(model, small("galore", svd="power"))
     replicate(model, optimizer, dtype=dtype)
-    return run(model, optimizer, mine())
+    losses = []
+    for step in range(STEPS):
+        run(model, optimizer, mine(), steps=[step])
+        with torch.no_grad():
+            losses.append(sum(loss(model, each, slice(0, BATCH)).item() for each in range(STEPS)) / STEPS)
+    return losses
 
 
 def test_messages_in_bfloat16_train_nearly_the_same(ranks):
-    assert 0 < apart(ranks(2).run(messages_in, torch.bfloat16)[0], ranks(2).run(messages_in, None)[0]) <= 0.05
+    """Weights may part where a renewal finds singular values nearly equal; losses differ by less than the rounding."""
+    half, whole = ranks(2).run(messages_in, torch.bfloat16)[0], ranks(2).run(messages_in, None)[0]
+    assert half != whole
+    assert half == pytest.approx(whole, rel=torch.finfo(torch.bfloat16).eps / 2)
 
 
 def resumed(config):
     model = seeded_model()
     optimizer = build(model, config)
     replicate(model, optimizer)
-    whole = run(model, optimizer, mine())
+    run(model, optimizer, mine(), steps=range(11))
+    optimizer.state_dict()  # ranks that remember apart share their memories when a run is saved
+    whole = run(model, optimizer, mine(), steps=range(11, STEPS))
     first = seeded_model()
     before = build(first, config)
     replicate(first, before)
@@ -446,12 +459,6 @@ def refusals():
         model = nn.Linear(4, 4)
         replicate(nn.parallel.DistributedDataParallel(model), build(model, config))
 
-    def in_backward_before():
-        optimizer = build(seeded_model(), config)
-        optimizer.axis = Axis(replicas=dist.group.WORLD)
-        optimizer.in_backward("step")
-        optimizer.replicate()
-
     def in_backward_after():
         optimizer = build(seeded_model(), config)
         optimizer.replicate()
@@ -489,7 +496,7 @@ def refusals():
         build(seeded_model(), config).replicate(check_every=0)
 
     for function in (
-        twice, after_the_norm, other_models, other_names, in_ddp, in_backward_before, in_backward_after,
+        twice, after_the_norm, other_models, other_names, in_ddp, in_backward_after,
         in_backward_of_ddp, ranks_by_gradients, ranks_by_gradients_later, sparse,
         unfrozen, no_such_messages, never_is_none,
     ):  # fmt: skip
@@ -504,7 +511,6 @@ def test_misuse_is_answered_with_the_remedy(ranks):
         "other_models": "weight differs between rank",
         "other_names": "differs between rank",
         "in_ddp": "give the module inside it",
-        "in_backward_before": "use mode 'off'",
         "in_backward_after": "use mode 'off'",
         "in_backward_of_ddp": "leave it 'off', and call replicate",
         "ranks_by_gradients": "use rank_allocation='weight'",
@@ -517,6 +523,20 @@ def test_misuse_is_answered_with_the_remedy(ranks):
     for said in ranks(2).run(refusals):
         assert said.keys() == wanted.keys()
         assert all(sentence in said[name] for name, sentence in wanted.items()), said
+
+
+def replicas_in_backward():
+    optimizer = build(seeded_model(), CONFIGS["galore/power"])
+    optimizer.in_backward("step")
+    try:
+        optimizer.replicate()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_gradients_that_are_gone_do_not_meet(ranks):
+    assert "use mode 'off'" in ranks(1).run(replicas_in_backward)[0]
 
 
 def test_replicas_need_a_process_group():
@@ -541,8 +561,10 @@ def told(config):
     ("config", "because"),
     [
         (small("fira"), "because its update is as large as the gradient"),
-        (small("ldadam"), "because its step reads the gradient itself"),
-        (small("dct_adamw", error_feedback="8bit"), "because its error feedback keeps"),
+        (small("muon"), "because its step reads the gradient itself"),
+        (small("dct_adamw", error_feedback="8bit", update_proj_gap=1), "set update_proj_gap above 1"),
+        (small("dct_adamw", error_feedback="8bit"), None),
+        (small("ldadam"), None),
         (small("galore", svd="power", update_proj_gap=1), "set update_proj_gap above 1"),
         (small("galore", svd="power", update_proj_gap=1, lazy_overlap=0.5), None),
         (small("galore", svd="power"), None),

@@ -150,7 +150,7 @@ def mean_by_parts(optimizer, param, grads, how):
     for group, bucket, i in homes:
         rule, _ = optimizer.rules(group, bucket.section, bucket.rank)
         state = bucket.state([i])
-        if rule.chooses(state, bucket.step([i], group, optimizer.axis, None)):
+        if rule.chooses(state, bucket.step([i], group)):
             continue
         basis = (state["basis"] if "basis" in state else rule.subspace.atoms(state, bucket.view.shape[1])).double()
         views = [bucket.view.of(grad).double() for grad in grads]

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from cases import moved, stepped
 from laws import decaying, seeded
-from reference.dion import dct, dion2, muon, newton_schulz, trion
+from reference.dion import dct, dion2, muon, trion
 
 from thinrank.optim import Dion2, Dion2Config, Trion, TrionConfig
 from thinrank.optim.axis import WHOLE, Axis
@@ -128,36 +128,6 @@ def steps(grads, axis=WHOLE):
         update = RULE.update(grad, state, Step(count=[count, count], axis=axis)).materialise()
         found.append((update, state["columns"].long().clone(), state["momentum"].clone()))
     return found
-
-
-def averaged():
-    return steps(local(dist.get_rank()), Axis(replicas=dist.group.WORLD))
-
-
-def test_replicas_that_average_columns_equal_one_with_the_mean_gradient(ranks):
-    """For the columns that they agreed on, which are those whose norms are largest on the average."""
-    parts = ranks(2).run(averaged)
-    atoms = dct(8)
-    momentum = torch.zeros(2, 11, 8, dtype=torch.float64)
-    before = [torch.zeros(2, 11, 8)] * 2
-    other = 0
-    for t, (first, second) in enumerate(zip(*parts, strict=True)):
-        assert torch.equal(first[0], second[0])
-        assert torch.equal(first[1], second[1])
-        grads = [local(0)[t], local(1)[t]]
-        norms = sum((m.double() + g.double() @ atoms.T).abs().sum(-2) for m, g in zip(before, grads, strict=True))
-        assert isinstance(norms, torch.Tensor)
-        assert torch.equal(first[1].sort(-1).values, norms.topk(3).indices.sort(-1).values)
-        momentum += torch.stack(grads).mean(0).double() @ atoms.T
-        other += int((first[1].sort(-1).values != momentum.abs().sum(-2).topk(3).indices.sort(-1).values).any())
-        for b, columns in enumerate(first[1]):
-            update = newton_schulz(momentum[b][:, columns], JORDAN) @ atoms[columns]
-            momentum[b][:, columns] *= 0.9
-            torch.testing.assert_close(first[0][b].double(), update, rtol=1e-4, atol=1e-5)
-        before = [first[2], second[2]]
-        assert not torch.allclose(*before, rtol=0.1, atol=0.1)
-        torch.testing.assert_close(torch.stack(before).mean(0).double(), momentum, rtol=1e-4, atol=1e-5)
-    assert other  # the norm of the mean would have chosen otherwise
 
 
 def sharded(split):

@@ -6,7 +6,7 @@ optimizer's state are in `thinrank.trainers.plan.owners`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from thinrank.optim.grouping import Row
+from thinrank.optim.remembering import MEMORIES_EVERY, SIDE_BY_SIDE_BYTES
 from thinrank.optim.replicated import BUCKET_BYTES, COARSE
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.plan.held import Around, Held, Strategy, images_left
 from thinrank.trainers.plan.owners import Owners, Pieces, Zero
-from thinrank.trainers.plan.wire import Traffic, averaged_gradients, averaged_images, gradient_bytes
+from thinrank.trainers.plan.wire import FLOAT, Traffic, averaged_gradients, averaged_images, gradient_bytes
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
 
 
@@ -60,10 +61,12 @@ class Replicas:
     Attributes:
         messages: `auto`, `full`, `signs` or `majority`.
         dtype: of the messages.
+        memories_every: steps between two messages of what replicas remember apart; None: none are sent.
     """
 
     messages: str = "auto"
     dtype: torch.dtype | None = None
+    memories_every: int | None = MEMORIES_EVERY
 
     def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
         alone = Alone().held(rows, frozen, world)
@@ -74,14 +77,34 @@ class Replicas:
             arriving = letters + images_left(sends)
         else:
             arriving = letters + left + max((row.elements * row.itemsize for row in sends), default=0)
-        return replace(alone, gradients=left, buffers=self._largest_letter(rows), arriving=arriving)
+        brought = max(self._side_by_side(rows), default=0)
+        return replace(alone, gradients=left, buffers=self._largest_letter(rows), arriving=arriving, brought=brought)
+
+    def _asks(self, row: Row) -> bool:
+        return bool(row.asked) and self.messages != "full"
+
+    def _side_by_side(self, rows: Sequence[Row]) -> Iterator[int]:
+        """Bytes of what replicas that remember apart hold of gradients, and of what they ask for, at one time."""
+        held = asked = 0
+        for row in rows:
+            if self._asks(row):
+                held, asked = held + 4 * row.elements, asked + 4 * row.asked["usual"]
+                yield held + 2 * asked
+                if asked >= SIDE_BY_SIDE_BYTES:
+                    held = asked = 0
 
     def sent(self, rows: Sequence[Row], world: int) -> Traffic:
-        return averaged_images(rows, dtype=self.dtype, messages=self.messages, world=world)
+        every = self.memories_every
+        return averaged_images(rows, dtype=self.dtype, messages=self.messages, world=world, memories_every=every)
 
     def _whole(self, rows: Sequence[Row]) -> int:
         """Bytes of the messages in a step that renews."""
-        return sum(row.elements * (self.dtype.itemsize if self.dtype else row.itemsize) for row in rows)
+        return sum(
+            FLOAT * row.asked["sketch"]
+            if self._asks(row)
+            else row.elements * (self.dtype.itemsize if self.dtype else row.itemsize)
+            for row in rows
+        )
 
     def _largest_letter(self, rows: Sequence[Row]) -> int:
         """Bytes of the largest letter in a step that renews; letters are filled in the order of backward."""
@@ -91,6 +114,8 @@ class Replicas:
                 letter = usual = 0
             if self.messages in COARSE and row.remainder:
                 usual += row.elements // 8
+            elif self._asks(row):
+                usual += FLOAT * row.asked["sketch"]
             elif row.sends_image and self.messages != "full":
                 usual += 4 * row.image["coordinates"]
             else:
@@ -106,7 +131,9 @@ def _zero(stage: int, config: Any, world: int, around: Around) -> Strategy:
 
 STRATEGIES: dict[str, Callable[[Any, int, Around], Strategy]] = {
     "ddp": lambda config, world, around: Averaged(),
-    "thinrank_ddp": lambda config, world, around: Replicas(config.messages, MESSAGE_DTYPES[config.dtype]),
+    "thinrank_ddp": lambda config, world, around: Replicas(
+        config.messages, MESSAGE_DTYPES[config.dtype], config.memories_every
+    ),
     "thinrank_owned": lambda config, world, around: Owners.of(
         around, world, messages=config.messages, dtype=MESSAGE_DTYPES[config.dtype]
     ),

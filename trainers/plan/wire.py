@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from thinrank.optim.grouping import Row
+from thinrank.optim.remembering import MEMORIES_EVERY
 from thinrank.optim.replicated import COARSE, ONE_WAY, sign_bytes
 
 FLOAT = 4
@@ -113,7 +114,12 @@ def averaged_gradients(rows: Sequence[Row]) -> Traffic:
 
 
 def averaged_images(
-    rows: Sequence[Row], *, dtype: torch.dtype | None = None, messages: str = "auto", world: int = 1
+    rows: Sequence[Row],
+    *,
+    dtype: torch.dtype | None = None,
+    messages: str = "auto",
+    world: int = 1,
+    memories_every: int | None = MEMORIES_EVERY,
 ) -> Traffic:
     """What `MatrixOptimizer.replicate` sends: coordinates of matrices (and entries), their gradients when a step
     chooses by them, and the gradients of everything else.
@@ -123,6 +129,7 @@ def averaged_images(
         dtype: of the messages; None: float32 for coordinates and entries, a gradient's own for gradients.
         messages: `auto`, `full` for whole gradients, `signs` or `majority` for signs of what subspaces miss of them.
         world: the processes, which what is counted, or gathered, of signs depends on.
+        memories_every: steps between two messages of what replicas remember apart; None: none are sent.
     """
     # by kind: between renewals, in one, and in the mean
     sums: dict[str, list[float]] = {}
@@ -143,6 +150,11 @@ def averaged_images(
             sizes |= {"sizes": row.remainder["rows"] * FLOAT * world}
             for kind, size in sizes.items():
                 add(kind, size, 0, size * (1 - 1 / row.gap))
+        elif row.asked and messages != "full":
+            usual, choosing, sketch = (row.asked[key] * (own or FLOAT) for key in ("usual", "choosing", "sketch"))
+            add("factors", usual, choosing, usual + (choosing - usual) / row.gap if row.gap else usual)
+            add("norms", sketch, sketch, sketch)
+            add("memories", 0, 0, row.elements * FLOAT / memories_every if row.remembered and memories_every else 0.0)
         elif row.sends_image and messages != "full":
             add("renewals", 0, whole, whole / row.gap)
             for kind, numbers in row.image.items():

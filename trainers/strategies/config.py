@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from thinrank.optim.remembering import MEMORIES_EVERY
 from thinrank.optim.replicated import EMBEDDINGS, MESSAGES, refuse_signs
 
 MESSAGE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -75,6 +76,11 @@ class ReplicatedConfig(StrategyConfig):
         default=100, metadata={"help": "steps between two looks at whether the ranks are still equal; null: never"}
     )
 
+    memories_every: int | None = field(
+        default=MEMORIES_EVERY,
+        metadata={"help": "steps between two means of what ranks remember apart (dion, ldadam, feedback); null: never"},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value, allowed in (
@@ -84,8 +90,10 @@ class ReplicatedConfig(StrategyConfig):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
-        if self.check_every is not None and self.check_every < 1:
-            raise ValueError(f"check_every must be at least 1 step, got {self.check_every}: use null for never")
+        for name in ("check_every", "memories_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 step, got {value}: use null for never")
 
 
 @dataclass(frozen=True, kw_only=True)

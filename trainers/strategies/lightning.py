@@ -53,6 +53,7 @@ def build_strategy(config: StrategyConfig, world: World) -> tuple[Strategy | str
             dtype=config.dtype,
             overlap=config.overlap,
             check_every=config.check_every,
+            memories_every=config.memories_every,
             **options,
         )
         return strategy, environment

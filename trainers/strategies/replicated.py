@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from thinrank.optim import MatrixOptimizer
+from thinrank.optim.remembering import MEMORIES_EVERY
 from thinrank.optim.replicated import BUCKET_BYTES, EMBEDDINGS, MESSAGES, equalise
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
@@ -33,6 +34,7 @@ class ReplicatedStrategy(DDPStrategy):
         dtype: of the messages: `auto` (float32 for coordinates, a gradient's own), `float32`, `bfloat16`.
         overlap: messages leave while backward goes on.
         check_every: steps between two looks at whether the replicas are still equal; None: never.
+        memories_every: steps between two means of what ranks remember apart (Dion, LDAdam, feedback); None: never.
         bucket_bytes: least payload of a message.
         options: of Lightning's `DDPStrategy`, but for those of DDP's wrapper.
     """
@@ -45,6 +47,7 @@ class ReplicatedStrategy(DDPStrategy):
         dtype: str = "auto",
         overlap: bool = True,
         check_every: int | None = 100,
+        memories_every: int | None = MEMORIES_EVERY,
         bucket_bytes: int = BUCKET_BYTES,
         **options: Any,
     ) -> None:
@@ -62,6 +65,7 @@ class ReplicatedStrategy(DDPStrategy):
             "dtype": MESSAGE_DTYPES[dtype],
             "overlap": overlap,
             "check_every": check_every,
+            "memories_every": memories_every,
             "bucket_bytes": bucket_bytes,
         }
 
