@@ -2,11 +2,13 @@
 
     python benchmarks/messages.py                                              # Fira, and signs of a residual
     python benchmarks/messages.py --ranks 4 --methods fira --seeds 1 2 --out benchmarks/results/messages-2m-4.md
+    python benchmarks/messages.py --methods dion ldadam_8bit --messages full auto     # ranks that remember apart
 
 Every run is `torchrun launch/pretrain.py strategy=thinrank_ddp`, the job of a study's file with the best setting that
 this study found for one process. `full` sends gradients, as DDP does, so that a residual's signs are those of the mean;
 `signs` sends coordinates and signs, so that they are a mean of signs; with `majority` the sign that most processes have
-comes back. A step that chooses a subspace always sends gradients. Bytes are what leaves a process for a step, all kinds
+comes back. With `auto` Dion's and LDAdam's ranks keep a momentum, or an error, of their own and send factors of updates. A
+step that chooses a subspace always sends gradients. Bytes are what leaves a process for a step, all kinds
 together; bits per byte are of held-out text.
 """
 
@@ -35,6 +37,8 @@ SETTINGS = {
         "optimizer.embedding_lr=0.02",
         "optimizer.lr=0.0035",
     ],
+    "dion": ["optimizer=dion", "optimizer.embedding_lr=0.04", "optimizer.lr=0.02"],
+    "ldadam_8bit": ["optimizer=ldadam_8bit", "optimizer.embedding_lr=0.04", "optimizer.lr=0.008"],
 }
 """By method; of subspace_adamw the gap is Fira's, so that few steps send gradients."""
 
@@ -63,8 +67,8 @@ def leaving(sent: dict[str, float], ranks: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=HERE / "studies" / "pysource-2m.yaml", help="whose job it is")
-    parser.add_argument("--methods", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--messages", nargs="+", default=["full", *COARSE], choices=["full", *COARSE])
+    parser.add_argument("--methods", nargs="+", default=list(SETTINGS)[:2], choices=list(SETTINGS))
+    parser.add_argument("--messages", nargs="+", default=["full", *COARSE], choices=["full", "auto", *COARSE])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=Path("runs/messages"), help="folder of the runs")
