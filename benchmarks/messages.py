@@ -7,9 +7,9 @@
 Every run is `torchrun launch/pretrain.py strategy=thinrank_ddp`, the job of a study's file with the best setting that
 this study found for one process. `full` sends gradients, as DDP does, so that a residual's signs are those of the mean;
 `signs` sends coordinates and signs, so that they are a mean of signs; with `majority` the sign that most processes have
-comes back. With `auto` Dion's and LDAdam's ranks keep a momentum, or an error, of their own and send factors of updates. A
-step that chooses a subspace always sends gradients. Bytes are what leaves a process for a step, all kinds
-together; bits per byte are of held-out text.
+comes back. With `auto` the ranks of Dion and LDAdam keep a momentum, or an error, of their own and send small factors.
+A step that chooses a subspace always sends gradients. Bytes are what leaves a process for a step, all kinds together;
+bits per byte are of held-out text.
 """
 
 from __future__ import annotations

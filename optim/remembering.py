@@ -13,7 +13,7 @@ from thinrank.optim.axis import Asking
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange import local
 from thinrank.optim.exchange.asking import answered
-from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Part
+from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Meeting, Part, Wire
 from thinrank.optim.linalg.norms import SKETCH, signed_sums
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.methods.config import whole_steps
@@ -198,27 +198,25 @@ class Remembering(Replicated):
         Updates depend on the mean alone, so that nothing changes but rounding. What memories differ in is noise of
         gradients that adds up, as a random walk does.
         """
+        if self._meeting is not None:
+            self._share_memories(self._meeting, self._meeting.wire)
+
+    def _share_memories(self, meeting: Meeting, wire: Wire) -> None:
         some: list[tuple[Remembers, Bucket]] = []
         held = 0
         for rule, bucket in [*self._memories()]:
             some.append((rule, bucket))
             held += sum(p.numel() for p in bucket.params) * 4
-            if self._meeting is not None and held >= self._meeting.bucket_bytes:
-                self._mean_of(some)
+            if held >= meeting.bucket_bytes:
+                _share(some, meeting, wire)
                 some, held = [], 0
-        self._mean_of(some)
+        if some:
+            _share(some, meeting, wire)
 
-    def _mean_of(self, some: list[tuple[Remembers, Bucket]]) -> None:
-        if not some:
-            return
-        assert self._meeting is not None
-        parts = [Part("memories", rule.recall(bucket.stacked, bucket.view.shape[1])) for rule, bucket in some]
-        means = Letter(parts, self._meeting.group, None, self._meeting.wire).open()
-        for (rule, bucket), mean in zip(some, means, strict=True):
-            rule.remember(mean, bucket.stacked)
-
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        self.share_memories()
+        if self._meeting is not None:
+            self._share_memories(self._meeting, Wire())  # what is saved is no part of a step, and not counted
         return super().state_dict()
 
     def _alike(self) -> dict[str, Tensor]:
@@ -229,6 +227,13 @@ class Remembering(Replicated):
             for name in bucket.names
         }
         return {name: value for name, value in super()._alike().items() if name not in apart}
+
+
+def _share(some: list[tuple[Remembers, Bucket]], meeting: Meeting, wire: Wire) -> None:
+    parts = [Part("memories", rule.recall(bucket.stacked, bucket.view.shape[1])) for rule, bucket in some]
+    means = Letter(parts, meeting.group, None, wire).open()
+    for (rule, bucket), mean in zip(some, means, strict=True):
+        rule.remember(mean, bucket.stacked)
 
 
 def _asking(

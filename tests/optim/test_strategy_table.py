@@ -11,6 +11,7 @@ from thinrank.optim import METHODS, route
 from thinrank.optim.divided import Divided
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.replicated import whole_messages_because
+from thinrank.optim.rule import remembers
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "many-processes.md"
@@ -19,7 +20,7 @@ SETTINGS = {
     "galore_plus": [{}, {"density": 0.0, "cross_heads": []}],
     "fira": [{}, {"svd": "power"}],
     "subspace_adamw": [{}, {"residual": "off"}],
-    "dct_adamw": [{}, {"error_feedback": "off", "update_proj_gap": 50}],
+    "dct_adamw": [{}, {"error_feedback": "full", "update_proj_gap": 50}, {"error_feedback": "off", "update_proj_gap": 50}],
     "ldadam": [{}, {"svd": "power"}],
 }
 """Of a method, those under which it is stepped in another way."""
@@ -37,14 +38,15 @@ def lines():
             config = method(**settings)
             optimizer, rule = route(model, config).stand_in, config.matrix_rule()
             assert optimizer is not None
-            less = rule is not None and whole_messages_because(rule) is None
+            less = rule is not None and not remembers(rule) and whole_messages_because(rule) is None
             sends = "coordinates" if less else "gradients"
+            replicas = "factors" if remembers(rule) else sends
             signs = ", or coordinates and signs" if leaves_remainder(rule) else ""
             owned = Divided.owned(optimizer, 2).members[0].place.way
             goes = "each its part" if owned == "piece" else f"{sends} → {BACK[owned]}"
             pieces = PIECES[Divided.pieces(optimizer, 2).members[0].place.way]
             shown = " ".join(f"`{key}={str(value).replace(' ', '')}`" for key, value in settings.items())
-            yield f"| `{name}`{' ' if shown else ''}{shown} | {sends}{signs} | {goes} | {pieces} |"
+            yield f"| `{name}`{' ' if shown else ''}{shown} | {replicas}{signs} | {goes} | {pieces} |"
 
 
 def test_the_table_says_what_the_code_decides():

@@ -33,9 +33,11 @@ def base(tmp_path_factory):
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["galore", "fira"])
-def test_two_ranks_have_the_losses_of_one_process(base, name):
-    method = tiny_replicas.GALORE if name == "galore" else FiraConfig(rank=4, svd="power")
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("galore", tiny_replicas.GALORE), ("fira", FiraConfig(rank=4, svd="power")), ("dion", tiny_replicas.DION)],
+)
+def test_two_ranks_have_the_losses_of_one_process(base, name, method):
     settings = {**tiny_replicas.PARTS, "model": {"extra": {}}, "optimizer": method}
     pretrain(config(base, f"{name} alone", **settings))
     one, two = losses(base / f"{name} alone"), losses(base / name)
@@ -75,6 +77,19 @@ def test_signs_of_what_the_subspace_misses_train_and_are_counted(base):
     sent = report["training"]["communication"]
     assert 0 < sent["signs"] < sent["votes"] < sent["coordinates"]
     plan = report["plan"]
+    assert plan["measured"]["sent_bytes"] == pytest.approx(plan["planned"]["sent_bytes"], rel=0.01)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_ranks_that_remember_apart_say_so_and_go_on_to_the_bit(base):
+    """From where both runs were saved; the bytes are those of the plan."""
+    assert "exchange    small factors of updates of matrices" in (base / "stdout").read_text()
+    same(final(base / "apart parts"), final(base / "apart whole"))
+    report = json.loads((base / "dion" / "report.json").read_text())
+    sent, plan = report["training"]["communication"], report["plan"]
+    assert 0 < sent["factors"] < sent["whole gradients"]
+    assert "gradients" not in sent
     assert plan["measured"]["sent_bytes"] == pytest.approx(plan["planned"]["sent_bytes"], rel=0.01)
 
 

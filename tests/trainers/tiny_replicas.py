@@ -11,11 +11,12 @@ from tiny_pretrain import config, signalled_at
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from thinrank.optim import DCTAdamWConfig, FiraConfig, GaLoreConfig, build
+from thinrank.optim import DCTAdamWConfig, DionConfig, FiraConfig, GaLoreConfig, build
 from thinrank.trainers import OwnedConfig, ReplicatedConfig, UserError
 from thinrank.trainers.pretrain import pretrain
 
 GALORE = GaLoreConfig(rank=4, svd="power", update_proj_gap=7, lr=0.01)
+DION = DionConfig(rank=4)
 PARTS = {"max_steps": 20, "batch_size": 8, "micro_batch_size": 2, "clip_norm": None}
 """Two micro-batches on each of two ranks; the norm of what is left of gradients is another than that of gradients."""
 
@@ -82,7 +83,16 @@ def main(base):
     pretrain(config(base, "signs", optimizer=FiraConfig(rank=4, svd="power"), strategy=signs, model=model, **PARTS))
     owned = OwnedConfig(check_every=2)
     pretrain(config(base, "owned", optimizer=GALORE, strategy=owned, model=model, **PARTS))
-    length = {"max_steps": 12, "checkpoint_every": 5, "optimizer": DCTAdamWConfig(rank=4, update_proj_gap=4)}
+    pretrain(config(base, "dion", optimizer=DION, strategy=replicas, model=model, **PARTS))
+    length = {"max_steps": 12, "checkpoint_every": 5, "optimizer": DION}
+    pretrain(config(base, "apart whole", strategy=replicas, **length))
+    undo = signalled_at(10, rank=1)  # where both are saved, so that both have one memory
+    pretrain(config(base, "apart parts", strategy=replicas, **length))
+    undo()
+    pretrain(config(base, "apart parts", strategy=replicas, **length))
+
+    columns = DCTAdamWConfig(rank=4, update_proj_gap=4, error_feedback="off")
+    length = {"max_steps": 12, "checkpoint_every": 5, "optimizer": columns}
     pretrain(config(base, "whole", strategy=replicas, **length))
     undo = signalled_at(7, rank=1)
     first = pretrain(config(base, "parts", strategy=replicas, **length))
