@@ -128,7 +128,7 @@ def _asked(matrices: Sequence[tuple[MatrixRule, tuple[int, int, int]]]) -> dict[
         asked.update({"usual": rule.asks(shape), "choosing": rule.asks(shape, choosing=True)})
         gap = max(gap, rule.subspace.every if isinstance(rule, LowRank) else 0)
     remembered = any(rule.memory for rule, _ in matrices if isinstance(rule, Remembers))
-    return {"asked": dict(asked), "gap": gap, "remembered": remembered}
+    return {"asked": {**asked, "gap": gap}, "remembered": remembered}
 
 
 def build(

@@ -128,9 +128,9 @@ class Row:
     searches: int = 0
     """So many first updates choose by the gradient itself."""
     asked: dict[str, int] = field(default_factory=dict)
-    """Numbers of which replicas that remember apart take the mean in a step that is `usual`, or `choosing` a subspace,
-    and of the `sketch` before it; {} where they exchange what the gradient shows. With a gap of 0, first updates alone
-    choose."""
+    """Numbers of which replicas that remember apart take the mean in a step that is `usual`, or `choosing` a subspace
+    by whole gradients, and of the `sketch` before it; and the `gap` between two that choose, 0 where first updates
+    alone do. {} where replicas exchange what the gradient shows."""
     remembered: bool = False
     """These also remember something apart."""
     remainder: dict[str, int] = field(default_factory=dict)

@@ -20,7 +20,11 @@ SETTINGS = {
     "galore_plus": [{}, {"density": 0.0, "cross_heads": []}],
     "fira": [{}, {"svd": "power"}],
     "subspace_adamw": [{}, {"residual": "off"}],
-    "dct_adamw": [{}, {"error_feedback": "full", "update_proj_gap": 50}, {"error_feedback": "off", "update_proj_gap": 50}],
+    "dct_adamw": [
+        {},
+        {"error_feedback": "full", "update_proj_gap": 50},
+        {"error_feedback": "off", "update_proj_gap": 50},
+    ],
     "ldadam": [{}, {"svd": "power"}],
 }
 """Of a method, those under which it is stepped in another way."""

@@ -152,7 +152,8 @@ def averaged_images(
                 add(kind, size, 0, size * (1 - 1 / row.gap))
         elif row.asked and messages != "full":
             usual, choosing, sketch = (row.asked[key] * (own or FLOAT) for key in ("usual", "choosing", "sketch"))
-            add("factors", usual, choosing, usual + (choosing - usual) / row.gap if row.gap else usual)
+            gap = row.asked["gap"]
+            add("factors", usual, choosing, usual + (choosing - usual) / gap if gap else usual)
             add("norms", sketch, sketch, sketch)
             add("memories", 0, 0, row.elements * FLOAT / memories_every if row.remembered and memories_every else 0.0)
         elif row.sends_image and messages != "full":
