@@ -114,7 +114,7 @@ def _table(study: Study, results: Results) -> str:
                     _bits(best.score),
                     *(_verdict(final[i]) if i < len(final) else "–" for i in range(len(study.final_seeds))),
                     f"**{mean:.4f}**" if math.isfinite(mean) else "–",
-                    _number(mean / baseline, ".4f"),
+                    _number(mean / baseline if math.isfinite(baseline) else math.nan, ".4f"),
                     _number(_state(reports) / 2**20, ".2f"),
                     _number(100 * _state(reports) / full, ".0f", " %"),
                     _number(1000 * _mean(s.get("step_seconds_median") for s in steps), ".0f"),
