@@ -11,7 +11,7 @@ from typing import Any, cast
 import tiny_finetune
 import tiny_replicas
 import torch
-from tiny_pretrain import config, signalled_at
+from tiny_pretrain import config, leave, signalled_at
 from tiny_replicas import Own, fit, own, refusal
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -206,7 +206,7 @@ def main(base):
             for name, report in reports.items()
         }
         (Path(base) / "result.json").write_text(json.dumps([states, facts, said]))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

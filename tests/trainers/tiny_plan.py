@@ -1,13 +1,12 @@
 """A program for one, two or four ranks: short runs of several methods and strategies, for what they held and sent."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
-from tiny_pretrain import config
+from tiny_pretrain import config, leave
 
 from thinrank.optim import AdamWConfig, DCTAdamWConfig, FiraConfig, GaLoreConfig, GaLorePlusConfig
 from thinrank.trainers.pretrain import pretrain
@@ -76,10 +75,7 @@ def main(base):
             result[f"{method}-{strategy}"] = {**report["plan"], "buckets": sum(buckets) / STEPS}
     if dist.get_rank() == 0:
         (Path(base) / f"{dist.get_world_size()}.json").write_text(json.dumps(result))
-    dist.barrier()  # everything is written
-    sys.stdout.flush()
-    # The groups of a dozen runs are threads of gloo's, which now and then abort a process that takes them down.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from tiny_pretrain import config, signalled_at
+from tiny_pretrain import config, leave, signalled_at
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -120,7 +120,7 @@ def main(base):
     if rank == 0:
         torch.save([weights, clipped], Path(base) / "own.pt")
         (Path(base) / "result.json").write_text(json.dumps([first["run"], second["run"], said]))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_pretrain import config, signalled_at
+from tiny_pretrain import config, leave, signalled_at
 from tiny_replicas import GALORE, fit, own, refusal
 
 from thinrank.optim import DCTAdamWConfig, LDAdamConfig
@@ -79,7 +79,7 @@ def main(base):
     if rank == 0:
         torch.save([weights, partitioned], Path(base) / "own.pt")
         (Path(base) / "result.json").write_text(json.dumps([ended, said, skipped]))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
