@@ -67,7 +67,7 @@ def leaving(sent: dict[str, float], ranks: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=HERE / "studies" / "pysource-2m.yaml", help="whose job it is")
-    parser.add_argument("--methods", nargs="+", default=list(SETTINGS)[:2], choices=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", default=["fira", "subspace_adamw-signs"], choices=list(SETTINGS))
     parser.add_argument("--messages", nargs="+", default=["full", *COARSE], choices=["full", "auto", *COARSE])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

@@ -114,7 +114,7 @@ def _table(study: Study, results: Results) -> str:
                     _bits(best.score),
                     *(_verdict(final[i]) if i < len(final) else "–" for i in range(len(study.final_seeds))),
                     f"**{mean:.4f}**" if math.isfinite(mean) else "–",
-                    _number(mean / baseline if math.isfinite(baseline) else math.nan, ".4f"),
+                    _ratio(mean, baseline),
                     _number(_state(reports) / 2**20, ".2f"),
                     _number(100 * _state(reports) / full, ".0f", " %"),
                     _number(1000 * _mean(s.get("step_seconds_median") for s in steps), ".0f"),
@@ -199,7 +199,7 @@ def _time_table(study: Study, results: Results) -> str:
                     f"{done[0]['training']['steps']:,}" if done else "–",
                     *(bits or ["–"] * len(study.final_seeds)),
                     f"**{mean:.4f}**" if math.isfinite(mean) else "–",
-                    _number(mean / means.get(study.baseline, math.nan), ".4f"),
+                    _ratio(mean, means.get(study.baseline, math.nan)),
                 ]
             )
         )
@@ -370,6 +370,11 @@ def _verdict(each: Outcome) -> str:
 
 def _bits(value: float) -> str:
     return _number(value, ".4f")
+
+
+def _ratio(mean: float, baseline: float) -> str:
+    """A dash where the baseline has diverged or is not complete."""
+    return _number(mean / baseline if math.isfinite(baseline) else math.nan, ".4f")
 
 
 def _number(value: float, form: str, unit: str = "") -> str:

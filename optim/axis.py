@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 Asking = Generator[Tensor, Tensor, T]
 """A computation that yields a tensor wherever replicas, which compute the same of other data, are to meet, and goes on
-with the mean of what they have yielded. What comes of it is the same on all of them, if what it yields is linear in the
-data. Who drives it decides when means travel, and which of them together."""
+with the mean of what they have yielded. Where what it yields is linear in the data, what comes of it is what one
+process with all the data gets. Who drives it decides when means travel, and which of them together."""
 
 
 def alone(asking: Asking[T]) -> T:

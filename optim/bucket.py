@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thinrank.optim.axis import WHOLE, Axis
 from thinrank.optim.matrix import MatrixView
-from thinrank.optim.rule import State, Step, beside, key_of
+from thinrank.optim.rule import MatrixRule, State, Step, beside, key_of
 
 OF_PARAMETER = ("step", "master")
 """State that a parameter has once, however many matrices it is seen as."""
@@ -138,6 +138,27 @@ class Bucket:
         return {
             self.prefix + name: value for name, value in zip(self.names, values, strict=True) if not math.isnan(value)
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One update of the parameters of a bucket at the places `active`.
+
+    Attributes:
+        state: theirs, which the update changes, and `Bucket.keep` writes back.
+        step: its circumstances.
+    """
+
+    bucket: Bucket
+    active: list[int]
+    rule: MatrixRule
+    group: dict[str, Any]
+    state: State
+    step: Step
+
+    @property
+    def params(self) -> list[torch.nn.Parameter]:
+        return [self.bucket.params[i] for i in self.active]
 
 
 def _rows(active: Sequence[int], blocks: int) -> list[int] | slice:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thinrank.optim.exchange import local
 from thinrank.optim.exchange.dtensors import DTensorShards
-from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Part, Wire, broadcast, difference
+from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Part, Wire, batches, broadcast, difference
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, whole_steps
@@ -29,15 +29,8 @@ class _Replicas:
 
     def mean(self, parts: Sequence[Part], wire: Wire) -> list[Tensor]:
         """The means of `parts` over the ranks, in letters of at least `bucket_bytes`, all on their way at once."""
-        letters: list[Letter] = []
-        some: list[Part] = []
-        held = 0
-        for i, part in enumerate(parts):
-            some.append(part)
-            held += part.value.numel() * part.value.element_size()
-            if held >= self.bucket_bytes or i + 1 == len(parts):
-                letters.append(Letter(some, self.group, self.dtype, wire))
-                some, held = [], 0
+        some = batches(parts, lambda part: part.value.numel() * part.value.element_size(), self.bucket_bytes)
+        letters = [Letter(each, self.group, self.dtype, wire) for each in some]
         for letter in letters:
             letter.turn()
         return [value for letter in letters for value in letter.open()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,19 +13,14 @@ from torch import Tensor
 
 from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket, Layout
-from thinrank.optim.exchange import local
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.inner.half import HalfWeights
-from thinrank.optim.linalg.products import fast_products
-from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods.config import MethodConfig
 from thinrank.optim.own_ranks import ranks_of
-from thinrank.optim.owned import Owned
-from thinrank.optim.rule import Decay, MatrixRule, Probe, State, Step, key_of, seed_of
-from thinrank.optim.skipped import Skipped
-from thinrank.optim.update import Update
+from thinrank.optim.rule import MatrixRule, State, key_of
+from thinrank.optim.stepping import Stepping
 
 BATCH_BYTES = 64 * 2**20
 """Largest float32 gradient batch that is stacked; the copy is transient memory, so it has a bound."""
@@ -53,7 +48,7 @@ ABSENT = ("maximize", "amsgrad", "capturable", "differentiable")
 """Switches of torch's optimizers that change what a step does and that a step here does not know."""
 
 
-class MatrixOptimizer(Owned):
+class MatrixOptimizer(Stepping):
     """Base of all optimizers of the suite; the subclass says which method's rooms its groups are built from.
 
     A parameter group is stepped by the method's rule for matrices wherever a parameter has at least two dimensions,
@@ -116,10 +111,6 @@ class MatrixOptimizer(Owned):
         self._seen: dict[Tensor, State] = {}
         self._rules: dict[tuple[Any, ...], tuple[MatrixRule | None, ElementwiseAdamW]] = {}
         self._clamped = False
-        self.measure = False
-        self._probe: Probe | None = None  # of the part of a step that is done
-        self.measured: dict[str, dict[str, float]] = {}
-        self._skipped = Skipped()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -243,174 +234,7 @@ class MatrixOptimizer(Owned):
                     stacklevel=6,
                 )
 
-    # --- stepping ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update of every parameter that has a gradient; the others, and their state, stay as they are.
-
-        Args:
-            closure: re-evaluates the model under `enable_grad` and returns the loss.
-
-        Returns:
-            the closure's loss, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._run()
-        return loss
-
-    @torch.no_grad()
-    def _run(self, only: Collection[Tensor] | None = None, *, last: bool = True) -> None:
-        self._refuse_sparse()
-        if self._is_dry_run():
-            return
-        self._meet()
-        self._allocate_if_due("gradient")
-        probe = (self._probe or Probe()) if self.measure else None
-        self._in_chunks(only, probe)
-        self._images.clear()
-        self._stepped()
-        if probe is not None and last:
-            self._tell(self._together(probe))
-            self.measure, probe = False, None
-        self._probe = probe
-        self._allocate_if_due("weight")  # at the end, since coordinates that backward left are in the old subspaces
-
-    def _step_layouts(self, probe: Probe | None) -> None:
-        """Steps everything that there is a gradient, or an image of one, for."""
-        for group, layout in zip(self.param_groups, self._assembled(), strict=True):
-            _, element = self.rules(group)
-            for bucket in layout.buckets:
-                rule, _ = self.rules(group, bucket.section, bucket.rank)
-                assert rule is not None  # buckets are made for groups with a matrix rule only
-                if self._images and isinstance(rule, LowRank) and rule.linear:
-                    for param in bucket.params:  # whoever has a gradient of its own was given it by hand
-                        self._take_image(param)
-                active = [i for i, p in enumerate(bucket.params) if self._gradient(p) is not None or p in self._images]
-                if active:
-                    self._step_bucket(bucket, active, rule, group, probe)
-            rest = [(p, key) for p, key in layout.rest if self._gradient(p) is not None]
-            if rest:
-                self._step_rest(rest, element, group, probe)
-        self._step_together(probe)
-
-    def _tell(self, probe: Probe) -> None:
-        self.measured = {
-            **probe.matrices,
-            "update_rms": probe.update_rms(),
-            "effective_lr": {g["label"]: float(g["lr"]) * self.scale(g) for g in self.param_groups},
-        }
-        if any(group["ranks"] is not None for group in self.param_groups):
-            self.measured["rank"] = {name: float(rank) for name, rank in self.directions().items()}
-        self._skipped.fetch()
-
-    def scale(self, group: Mapping[str, Any]) -> float:
-        """What multiplies the learning rate of `group`."""
-        rule, _ = self.rules(group)
-        return 1.0 if rule is None else rule.scale
-
-    def _is_dry_run(self) -> bool:
-        # a distributed checkpoint takes one step with zero gradients at lr 0 before it loads: it must leave no trace
-        begun = self._meeting is not None and self._meeting.under_way  # other ranks count on what this one sends
-        if begun or self._images or any(float(group["lr"]) != 0.0 for group in self.param_groups):
-            return False
-        return not self._agreed(any(bool(grad.any()) for grad in self._gradients()))
-
-    def _refuse_sparse(self) -> None:
-        for index, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None and param.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__} needs dense gradients; {self.names(index)[i]} has a sparse one: "
-                        "use sparse=False"
-                    )
-
-    def _step_bucket(
-        self, bucket: Bucket, active: list[int], rule: MatrixRule, group: dict[str, Any], probe: Probe | None
-    ) -> None:
-        """One update of the parameters at the places `active`, which all have a gradient or an image of one."""
-        if self._put_off(bucket, active, rule, group):
-            return
-        view, params = bucket.view, [bucket.params[i] for i in active]
-        state = bucket.state(active)
-        step = bucket.step(active, group, {} if probe is not None else None)
-        with fast_products(params[0].device):
-            if params[0] in self._images:
-                assert isinstance(rule, LowRank)  # no other rule lets gradients become images
-                image = self._images.stacked(params, bucket.prefix)
-                update = rule.update_from(image, view.shape[1], state, step)
-            else:
-                grads = [grad for p in params if (grad := self._gradient(p)) is not None]
-                update = rule.update(local.bring(grads, view), state, step)
-            self._apply(bucket, active, rule, group, probe, state, step, update)
-
-    def _apply(
-        self,
-        bucket: Bucket,
-        active: list[int],
-        rule: MatrixRule,
-        group: dict[str, Any],
-        probe: Probe | None,
-        state: State,
-        step: Step,
-        update: Update,
-    ) -> None:
-        """Ends what `_step_bucket` says: keeps the new `state`, tells what was measured, changes the weights."""
-        view, params = bucket.view, [bucket.params[i] for i in active]
-        bucket.advance(active)
-        bucket.keep(active, state)
-        self._hear(bucket, active, step)
-        if probe is not None:
-            probe.saw(group["label"], update.materialise())
-            for key, values in (step.record or {}).items():
-                measured = values.reshape(len(active), view.blocks).mean(-1).tolist()
-                names = [bucket.prefix + bucket.names[i] for i in active]
-                probe.measured(key, dict(zip(names, measured, strict=True)))
-            probe.measured("subspace_overlap", bucket.overlaps())
-        if self._held_back(bucket, active, rule, update, state):
-            return
-        lr = float(group["lr"])
-        keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
-        half = HalfWeights(group["half_weights"])
-        weights = [self._weight(p) for p in params]
-        rounded = half.apply(weights[0])
-        wide = [half.open(w, self.state[p]) for w, p in zip(weights, params, strict=True)] if rounded else weights
-        local.give_back(wide, view, update, keep=keep, step=lr * rule.scale * gain)
-        if rounded:
-            for i, (weight, own) in enumerate(zip(weights, wide, strict=True)):
-                first = i * view.blocks
-                half.close_(weight, own, seed_of(group["seed"], step.keys[first], step.count[first]))
-
-    def _hear(self, bucket: Bucket, active: list[int], step: Step) -> None:
-        """Takes what a rule has left in `step` about the parameters at `active`."""
-        bucket.remember(active, step.overlaps or ())
-        self._skipped.hear(bucket, active, step)
-
-    @property
-    def skipped_renewals(self) -> dict[str, int]:
-        return self._skipped.counts
-
-    def _step_rest(
-        self,
-        rest: list[tuple[torch.nn.Parameter, int]],
-        rule: ElementwiseAdamW,
-        group: dict[str, Any],
-        probe: Probe | None,
-    ) -> None:
-        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-        weights = [self._weight(p) for p, _ in rest]
-        before = [w.detach().clone() for w in weights] if probe is not None and lr else []
-        grads = [grad for p, _ in rest if (grad := self._gradient(p)) is not None]
-        states = [self.state[p] for p, _ in rest]
-        seeds = [seed_of(group["seed"], key, int(self.state[p]["step"])) for p, key in rest]
-        rule.step_(weights, grads, states, lr=lr, weight_decay=weight_decay, seeds=seeds)
-        keep, _ = Decay().factors(lr, weight_decay)
-        for old, new in zip(before, weights, strict=bool(before)):
-            assert probe is not None
-            probe.saw(group["label"], (old * keep - new) / lr)
+    # --- equal matrices together --------------------------------------------------------------------------------------
 
     def _assembled(self) -> list[Layout]:
         """The layout of every group, stacked anew where somebody has replaced states since the last step."""

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from thinrank.optim.axis import Asking
-from thinrank.optim.bucket import Bucket
+from thinrank.optim.bucket import Bucket, Turn
 from thinrank.optim.exchange import local
 from thinrank.optim.exchange.asking import answered
-from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Meeting, Part, Wire
+from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Meeting, Part, Wire, batches
 from thinrank.optim.linalg.norms import SKETCH, signed_sums
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.methods.config import whole_steps
 from thinrank.optim.replicated import Replicated
-from thinrank.optim.rule import MatrixRule, Probe, Remembers, State, Step, remembers, seed_of
+from thinrank.optim.rule import MatrixRule, Probe, Remembers, remembers, seed_of
 from thinrank.optim.update import Update
-
-_PutOff = tuple[Bucket, list[int], MatrixRule, dict[str, Any]]
 
 SIDE_BY_SIDE_BYTES = 4 * BUCKET_BYTES
 """So much is asked for side by side at least, and hardly more: matrices that wait for answers hold what they are about
@@ -51,11 +50,21 @@ class Remembering(Replicated):
         super()._forget_gradients()
         self._own: dict[Tensor, Tensor] = {}
         self._sketches: dict[Tensor, Tensor] = {}
-        self._later: list[_PutOff] = []
+        self._later: list[Turn] = []
 
     def replicate(
         self, group: Group | None = None, *, memories_every: int | None = MEMORIES_EVERY, **options: Any
     ) -> None:
+        """As `Replicated.replicate`, which has the other options.
+
+        Of matrices whose rule remembers gradients (Dion, LDAdam, error feedback with a gap above 1) no gradient travels
+        between steps that choose a subspace by it, but with `messages="full"`. `state_dict` makes the ranks' memories
+        equal and gives what one process would have: every rank must call it. In `wire` these matrices are `factors`
+        (means of products), `norms` (the sketches) and `memories`.
+
+        Args:
+            memories_every: make the ranks' memories equal (`share_memories`) after so many steps; None: never.
+        """
         if memories_every is not None:
             whole_steps("memories_every", memories_every)
         super().replicate(group, **options)
@@ -122,56 +131,37 @@ class Remembering(Replicated):
         super().zero_grad(set_to_none)
         self._own.clear()
         self._sketches.clear()
+        self._later.clear()
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
-    def _put_off(self, bucket: Bucket, active: list[int], rule: MatrixRule, group: dict[str, Any]) -> bool:
+    def _put_off(self, turn: Turn) -> bool:
         """True for matrices that replicas step together (`_step_together`)."""
-        if not self._remembers_apart(rule):
+        if not self._remembers_apart(turn.rule):
             return False
-        self._later.append((bucket, active, rule, group))
+        self._later.append(turn)
         return True
 
     @abstractmethod
-    def _apply(
-        self,
-        bucket: Bucket,
-        active: list[int],
-        rule: MatrixRule,
-        group: dict[str, Any],
-        probe: Probe | None,
-        state: State,
-        step: Step,
-        update: Update,
-    ) -> None: ...
+    def _apply(self, turn: Turn, update: Update, probe: Probe | None) -> None: ...
 
     def _step_together(self, probe: Probe | None) -> None:
         """Steps what has been put off until all of it is known."""
-        some: list[_PutOff] = []
-        asked = 0
-        while self._later:
-            bucket, active, rule, group = self._later.pop(0)
-            some.append((bucket, active, rule, group))
-            assert isinstance(rule, Remembers)
-            asked += 4 * rule.asks((len(active) * bucket.view.blocks, *bucket.view.shape))
-            if not self._later or asked >= SIDE_BY_SIDE_BYTES:
-                self._ask(some, probe)
-                some, asked = [], 0
+        later, self._later = self._later, []
+        for turns in batches(later, _asked_bytes, SIDE_BY_SIDE_BYTES):
+            self._ask(turns, probe)
 
-    def _ask(self, some: list[_PutOff], probe: Probe | None) -> None:
+    def _ask(self, turns: list[Turn], probe: Probe | None) -> None:
         assert self._meeting is not None
         meeting = self._meeting
-        states = [bucket.state(active) for bucket, active, *_ in some]
-        steps = [bucket.step(active, group) for bucket, active, _, group in some]
 
         def send(asked: list[Tensor]) -> Letter:
             return Letter([Part("factors", x) for x in asked], meeting.group, meeting.dtype, meeting.wire)
 
-        with fast_products(some[0][0].params[0].device):
-            askings = [_asking(*each, state, step) for each, state, step in zip(some, states, steps, strict=True)]
-            updates = answered(askings, send, meeting.bucket_bytes)
-            for (bucket, active, rule, group), state, step, update in zip(some, states, steps, updates, strict=True):
-                self._apply(bucket, active, rule, group, probe, state, step, update)
+        with fast_products(turns[0].params[0].device):
+            updates = answered([_asking(turn) for turn in turns], send, meeting.bucket_bytes)
+            for turn, update in zip(turns, updates, strict=True):
+                self._apply(turn, update, probe)
 
     def _stepped(self) -> None:
         self._own.clear()
@@ -202,16 +192,11 @@ class Remembering(Replicated):
             self._share_memories(self._meeting, self._meeting.wire)
 
     def _share_memories(self, meeting: Meeting, wire: Wire) -> None:
-        some: list[tuple[Remembers, Bucket]] = []
-        held = 0
-        for rule, bucket in [*self._memories()]:
-            some.append((rule, bucket))
-            held += sum(p.numel() for p in bucket.params) * 4
-            if held >= meeting.bucket_bytes:
-                _share(some, meeting, wire)
-                some, held = [], 0
-        if some:
-            _share(some, meeting, wire)
+        for some in batches(self._memories(), lambda each: 4 * sum(p.numel() for p in each[1].params), BUCKET_BYTES):
+            parts = [Part("memories", rule.recall(bucket.stacked, bucket.view.shape[1])) for rule, bucket in some]
+            means = Letter(parts, meeting.group, None, wire).open()
+            for (rule, bucket), mean in zip(some, means, strict=True):
+                rule.remember(mean, bucket.stacked)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -229,17 +214,15 @@ class Remembering(Replicated):
         return {name: value for name, value in super()._alike().items() if name not in apart}
 
 
-def _share(some: list[tuple[Remembers, Bucket]], meeting: Meeting, wire: Wire) -> None:
-    parts = [Part("memories", rule.recall(bucket.stacked, bucket.view.shape[1])) for rule, bucket in some]
-    means = Letter(parts, meeting.group, None, wire).open()
-    for (rule, bucket), mean in zip(some, means, strict=True):
-        rule.remember(mean, bucket.stacked)
+def _asked_bytes(turn: Turn) -> int:
+    assert isinstance(turn.rule, Remembers)
+    return 4 * turn.rule.asks((len(turn.active) * turn.bucket.view.blocks, *turn.bucket.view.shape))
 
 
-def _asking(
-    bucket: Bucket, active: list[int], rule: MatrixRule, group: dict[str, Any], state: State, step: Step
-) -> Asking[Update]:
-    """As `rule.exchange`, which does not hold on to gradients before it is its turn."""
-    assert isinstance(rule, Remembers)
-    grads = [grad for i in active if (grad := bucket.params[i].grad) is not None]
-    return (yield from rule.exchange(local.bring(grads, bucket.view), state, step))
+def _asking(turn: Turn) -> Asking[Update]:
+    """As `rule.exchange`, which does not hold on to gradients before it is its turn; nothing is measured, for nobody
+    has the mean gradient."""
+    assert isinstance(turn.rule, Remembers)
+    grads = [grad for param in turn.params if (grad := param.grad) is not None]
+    step = replace(turn.step, record=None)
+    return (yield from turn.rule.exchange(local.bring(grads, turn.bucket.view), turn.state, step))

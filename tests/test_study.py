@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # a folder of scripts that import each other by name
 study = importlib.import_module("study")
 study_file = importlib.import_module("study_file")
+study_report = importlib.import_module("study_report")
 
 from thinrank.configs.errors import ConfigError  # noqa: E402
 
@@ -247,6 +248,11 @@ def test_the_command_runs_processes_and_passes_a_refusal_on(write, tmp_path, mon
         capfd.readouterr().err
         == "error: --only: the study tiny has no method adamv that can run: did you mean adamw?\n"
     )
+
+
+def test_nothing_is_compared_with_a_baseline_that_is_not_complete():
+    assert study_report._ratio(1.5, 1.6) == "0.9375"
+    assert study_report._ratio(1.5, math.inf) == study_report._ratio(1.5, math.nan) == "–"
 
 
 def test_the_search_goes_to_the_neighbours_of_the_best():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -27,6 +27,20 @@ DIRECT_BYTES = 2 * 2**20
 """Up to here a message goes in two hops instead of gloo's ring. Measured on 4 ranks, 100 Mbit/s, 20 ms one way: a step
 with a message of 0.7 MB takes 0.29 s instead of 0.39 s, of 1.5 MB 0.39 instead of 0.44, of 4.6 MB 0.87 instead of 0.69,
 for a ring is sending all the time and a hop waits for the one before."""
+
+
+def batches(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator[list[T]]:
+    """`items` in their order, in lists whose sizes add up to `least` or just above, but for the last one."""
+    some: list[T] = []
+    held = 0
+    for item in items:
+        some.append(item)
+        held += size(item)
+        if held >= least:
+            yield some
+            some, held = [], 0
+    if some:
+        yield some
 
 
 @dataclass(slots=True)
@@ -272,14 +286,8 @@ class Meeting:
         self.group, self.dtype, self.overlap, self.bucket_bytes = group, dtype, overlap, bucket_bytes
         self.wire = Wire()
         self._pack, self._unpack = pack, unpack
-        self._letters: list[list[torch.nn.Parameter]] = [[]]
-        held = 0
-        for param, size in zip(params, sizes, strict=True):
-            if held >= bucket_bytes:
-                self._letters.append([])
-                held = 0
-            self._letters[-1].append(param)
-            held += size
+        sized = batches(zip(params, sizes, strict=True), lambda pair: pair[1], bucket_bytes)
+        self._letters = [[param for param, _ in letter] for letter in sized]
         self._home = {param: i for i, letter in enumerate(self._letters) for param in letter}
         self._start()
 

@@ -120,6 +120,23 @@ class QuantisedFeedback:
         state["error_scale"].copy_(scale)
 
 
+class KeepsErrors:
+    """The memory (`Remembers`) of a rule that has `feedback`."""
+
+    __slots__ = ()
+    feedback: Feedback
+
+    @property
+    def memory(self) -> tuple[str, ...]:
+        return tuple(self.feedback.init((1, 1, 1), torch.device("meta")))
+
+    def recall(self, state: State, short: int) -> Tensor:
+        return self.feedback.error(state, short)
+
+    def remember(self, value: Tensor, state: State) -> None:
+        self.feedback.sent(value, torch.zeros_like(value), state)
+
+
 FEEDBACKS: dict[str, Feedback] = {
     "off": NoFeedback(),
     "full": ErrorFeedback(),

@@ -13,7 +13,7 @@ from thinrank.optim.axis import Asking, alone
 from thinrank.optim.inner.base import Inner
 from thinrank.optim.linalg.basis import captured_energy
 from thinrank.optim.linalg.norms import peak
-from thinrank.optim.lowrank.feedback import Feedback, NoFeedback
+from thinrank.optim.lowrank.feedback import Feedback, KeepsErrors, NoFeedback
 from thinrank.optim.lowrank.lift import Lift, LinearLift, Project
 from thinrank.optim.lowrank.renewals import Renewals
 from thinrank.optim.lowrank.subspace import Subspace, factor_dtype, second_choice
@@ -23,7 +23,7 @@ from thinrank.optim.update import Entries, Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LowRank:
+class LowRank(KeepsErrors):
     """A low-rank rule for a batch of equal matrices.
 
     Attributes:
@@ -150,16 +150,6 @@ class LowRank:
     def stays(self) -> bool:
         """True when a subspace is there for some steps."""
         return self.subspace.every > 1 or self.renewals.lazy is not None
-
-    @property
-    def memory(self) -> tuple[str, ...]:
-        return tuple(self.feedback.init((1, 1, 1), torch.device("meta")))
-
-    def recall(self, state: State, short: int) -> Tensor:
-        return self.feedback.error(state, short)
-
-    def remember(self, value: Tensor, state: State) -> None:
-        self.feedback.sent(value, torch.zeros_like(value), state)
 
     def asks(self, shape: tuple[int, int, int], *, choosing: bool = False) -> int:
         return math.prod(shape if choosing else self.subspace.small(shape))

@@ -38,7 +38,7 @@ from thinrank.optim.inner.adam import Adam
 from thinrank.optim.inner.moments import first_moment
 from thinrank.optim.linalg.basis import captured_energy, momentum_iteration, svd_basis
 from thinrank.optim.linalg.norms import all_finite
-from thinrank.optim.lowrank.feedback import FEEDBACKS, Feedback
+from thinrank.optim.lowrank.feedback import FEEDBACKS, Feedback, KeepsErrors
 from thinrank.optim.lowrank.subspace import PowerIteration
 from thinrank.optim.lowrank.told import ToldFactors
 from thinrank.optim.lowrank.transport import Rotate, Rotation
@@ -48,7 +48,7 @@ from thinrank.optim.update import Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LDAdamRule(ToldFactors):
+class LDAdamRule(KeepsErrors, ToldFactors):
     """LDAdam's step. The error needs both bases and both momenta, which the five slots do not show to one another.
 
     Attributes:
@@ -112,16 +112,6 @@ class LDAdamRule(ToldFactors):
     @property
     def remembers(self) -> bool:
         return True
-
-    @property
-    def memory(self) -> tuple[str, ...]:
-        return tuple(self.feedback.init((1, 1, 1), torch.device("meta")))
-
-    def recall(self, state: State, short: int) -> Tensor:
-        return self.feedback.error(state, short)
-
-    def remember(self, value: Tensor, state: State) -> None:
-        self.feedback.sent(value, torch.zeros_like(value), state)
 
     def asks(self, shape: tuple[int, int, int], *, choosing: bool = False) -> int:
         batch, long, short = shape

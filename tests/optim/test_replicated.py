@@ -1,7 +1,6 @@
 """Replicas that exchange coordinates, entries and gradients: N ranks with shares of the data equal one process."""
 
 import copy
-import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from cases import CONFIGS, small
 from torch import nn
 
-from thinrank.optim import GaLore, build
+from thinrank.optim import build
 from thinrank.optim.replicated import ReplicaDrift, replicate
 
 BATCH, STEPS = 8, 20
@@ -114,13 +113,30 @@ def apart(found, expected):
     return max(gaps)
 
 
+def coded(name):
+    """True for errors that are remembered in 8 or 4 bits."""
+    return "bit" in str(getattr(CONFIGS[name], "error_feedback", ""))
+
+
+def ends(weights):
+    """The mean loss over all data."""
+    model = seeded_model()
+    model.load_state_dict(weights, strict=False)  # of tied weights, under one name
+    with torch.no_grad():
+        return sum(loss(model, step, slice(0, BATCH)).item() for step in range(STEPS)) / STEPS
+
+
+def cost_of_codes(name, found, expected, ranks):
+    """How much of what error feedback is worth is between two runs with codes, in their losses."""
+    full, off = (ends(alone(replace(CONFIGS[name], error_feedback=how), ranks)) for how in ("full", "off"))
+    assert off != pytest.approx(full, rel=1e-3)
+    return abs(ends(found) - ends(expected)) / abs(off - full)
+
+
 def bound(name):
     """How far rounding may take a run of 20 steps: sums over ranks are made in another order than a batch's."""
-    if "bfloat16" in name:
-        return 2e-2
-    if "bit" in str(getattr(CONFIGS[name], "error_feedback", "")):
-        # a sum may be rounded to the next code, and ranks that remember apart round each its own
-        return 5e-2 if "8bit" in name else 2e-1
+    if "bfloat16" in name or coded(name):
+        return 2e-2  # what is rounded to 8 bits may fall to the next code, and a tie between columns the other way
     if getattr(CONFIGS[name], "state_bits", 32) == 8:
         return 1e-3  # a moment may be rounded to the next code, 3.2 % away: 0.032 of an entry's step of 0.02
     if name == "galore/full":
@@ -143,7 +159,10 @@ def test_ranks_with_their_shares_are_one_process_with_all(ranks, ranks_, configs
     for name, config in configs.items():
         expected = alone(config, ranks_)
         for found in answers:
-            assert apart(found[name], expected) <= bound(name), name
+            if coded(name):  # each rank rounds an error of its own
+                assert cost_of_codes(name, found[name], expected, ranks_) <= 0.5, name
+            else:
+                assert apart(found[name], expected) <= bound(name), name
         for found in answers[1:]:
             assert all(torch.equal(value, answers[0][name][key]) for key, value in found[name].items()), name
 
@@ -271,12 +290,7 @@ def messages_in(dtype):
     model = seeded_model()
     optimizer = build(model, small("galore", svd="power"))
     replicate(model, optimizer, dtype=dtype)
-    losses = []
-    for step in range(STEPS):
-        run(model, optimizer, mine(), steps=[step])
-        with torch.no_grad():
-            losses.append(sum(loss(model, each, slice(0, BATCH)).item() for each in range(STEPS)) / STEPS)
-    return losses
+    return [ends(run(model, optimizer, mine(), steps=[step])) for step in range(STEPS)]
 
 
 def test_messages_in_bfloat16_train_nearly_the_same(ranks):
@@ -421,159 +435,3 @@ def test_replicas_that_drift_apart_are_stopped(ranks, what, name):
     """The last bit of one number is enough."""
     for sentence in ranks(2).run(drifts, what):
         assert f"drifted apart: {name} is not the same" in sentence
-
-
-def refusals():
-    """The sentence of every misuse, by name."""
-    config = small("galore", svd="power")
-    said = {}
-
-    def note(name, function):
-        try:
-            function()
-        except (RuntimeError, ValueError) as error:
-            said[name] = str(error)
-
-    def twice():
-        model = nn.Linear(4, 4)
-        optimizer = build(model, config)
-        replicate(model, optimizer)
-        for _ in range(2):
-            model(torch.ones(2, 4)).sum().backward()
-
-    def after_the_norm():
-        model = seeded_model()
-        optimizer = build(model, config)
-        replicate(model, optimizer, overlap=False)
-        loss(model, 0, *mine()).backward()
-        optimizer.gradient_norm()
-        loss(model, 1, *mine()).backward()
-
-    def other_models():
-        model = nn.Linear(4, 4 + dist.get_rank(), bias=False)
-        replicate(model, build(model, config))
-
-    def other_names():
-        model = nn.Sequential(*[nn.Linear(4, 4)] * (1 + dist.get_rank()), nn.ReLU())
-        replicate(model, GaLore(model.named_parameters() if dist.get_rank() else model.parameters(), rank=2))
-
-    def in_ddp():
-        model = nn.Linear(4, 4)
-        replicate(nn.parallel.DistributedDataParallel(model), build(model, config))
-
-    def in_backward_after():
-        optimizer = build(seeded_model(), config)
-        optimizer.replicate()
-        optimizer.in_backward("project")
-
-    def in_backward_of_ddp():
-        build(seeded_model(), config).in_backward("step")
-
-    def ranks_by_gradients():
-        build(seeded_model(), small("galore", rank_allocation="gradient")).replicate()
-
-    def ranks_by_gradients_later():
-        optimizer = build(seeded_model(), config)
-        optimizer.replicate()
-        optimizer.allocate_ranks("gradient")
-
-    def sparse():
-        model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 4))
-        optimizer = build(model, config)
-        replicate(model, optimizer)
-        model(torch.arange(3)).sum().backward()
-
-    def unfrozen():
-        model = seeded_model()
-        optimizer = GaLore(model.named_parameters(), rank=2)
-        replicate(model, optimizer)
-        model.frozen.requires_grad_(True)
-        loss(model, 0, *mine()).backward()
-        optimizer.step()
-
-    def no_such_messages():
-        build(seeded_model(), config).replicate(messages="ful")
-
-    def never_is_none():
-        build(seeded_model(), config).replicate(check_every=0)
-
-    for function in (
-        twice, after_the_norm, other_models, other_names, in_ddp, in_backward_after,
-        in_backward_of_ddp, ranks_by_gradients, ranks_by_gradients_later, sparse,
-        unfrozen, no_such_messages, never_is_none,
-    ):  # fmt: skip
-        note(function.__name__, function)
-    return said
-
-
-def test_misuse_is_answered_with_the_remedy(ranks):
-    wanted = {
-        "twice": "set optimizer.accumulating = True during every backward but the last",
-        "after_the_norm": "set optimizer.accumulating = True during every backward but the last",
-        "other_models": "weight differs between rank",
-        "other_names": "differs between rank",
-        "in_ddp": "give the module inside it",
-        "in_backward_after": "use mode 'off'",
-        "in_backward_of_ddp": "leave it 'off', and call replicate",
-        "ranks_by_gradients": "use rank_allocation='weight'",
-        "ranks_by_gradients_later": "use spectra='weight'",
-        "sparse": "use sparse=False",
-        "unfrozen": "frozen.weight has a gradient, and was frozen or not there",
-        "no_such_messages": "did you mean 'full'?",
-        "never_is_none": "check_every must be at least 1 step",
-    }
-    for said in ranks(2).run(refusals):
-        assert said.keys() == wanted.keys()
-        assert all(sentence in said[name] for name, sentence in wanted.items()), said
-
-
-def replicas_in_backward():
-    optimizer = build(seeded_model(), CONFIGS["galore/power"])
-    optimizer.in_backward("step")
-    try:
-        optimizer.replicate()
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_gradients_that_are_gone_do_not_meet(ranks):
-    assert "use mode 'off'" in ranks(1).run(replicas_in_backward)[0]
-
-
-def test_replicas_need_a_process_group():
-    model = seeded_model()
-    with pytest.raises(RuntimeError, match="init_process_group before"):
-        replicate(model, build(model, small("galore")))
-
-
-def told(config):
-    with_log = []
-    handler = logging.Handler()
-    handler.emit = lambda record: with_log.append(record.getMessage())
-    log = logging.getLogger("thinrank.optim.replicated")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    build(seeded_model(), config).replicate()
-    log.removeHandler(handler)
-    return with_log
-
-
-@pytest.mark.parametrize(
-    ("config", "because"),
-    [
-        (small("fira"), "because its update is as large as the gradient"),
-        (small("muon"), "because its step reads the gradient itself"),
-        (small("dct_adamw", error_feedback="8bit", update_proj_gap=1), "set update_proj_gap above 1"),
-        (small("dct_adamw", error_feedback="8bit"), None),
-        (small("ldadam"), None),
-        (small("galore", svd="power", update_proj_gap=1), "set update_proj_gap above 1"),
-        (small("galore", svd="power", update_proj_gap=1, lazy_overlap=0.5), None),
-        (small("galore", svd="power"), None),
-        (small("adamw"), None),
-    ],
-    ids=str,
-)
-def test_a_method_that_needs_whole_gradients_says_why(ranks, config, because):
-    said = ranks(2).run(told, config)[0]
-    assert (because is None and not said) or (len(said) == 1 and because in said[0])
