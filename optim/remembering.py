@@ -70,11 +70,6 @@ class Remembering(Replicated):
         super().replicate(group, **options)
         self._memories_every = memories_every
 
-    @property
-    def _apart(self) -> bool:
-        """True where ranks hold parts of the state."""
-        return False
-
     def _remembers_apart(self, rule: MatrixRule | None) -> bool:
         return self._meeting is not None and not self._whole_messages and not self._apart and remembers(rule)
 

@@ -49,10 +49,14 @@ KINDS = {"low": "coordinates", "at_entries": "entries"}
 """What the parts of an image are called in the count of bytes."""
 
 
-def whole_messages_because(rule: MatrixRule | None) -> str | None:
+def whole_messages_because(rule: MatrixRule | None, *, apart: bool = True) -> str | None:
     """Why replicas send whole gradients of the matrices of `rule` at every step, in words; None where they do not, or
-    where no rule is."""
-    if remembers(rule):
+    where no rule is.
+
+    Args:
+        apart: each rank may have a memory of its own, as replicas have, and owners have not.
+    """
+    if apart and remembers(rule):
         return None
     if isinstance(rule, LowRank) and not rule.stays and (rule.linear or rule.feedback.listens):
         return "each step chooses a new subspace (set update_proj_gap above 1 for smaller messages)"
@@ -176,6 +180,11 @@ class Replicated(InBackward):
         self._meeting_hooks = Hooks(trained, self._ready)
         self._say_what_travels()
 
+    @property
+    def _apart(self) -> bool:
+        """True where ranks hold parts of the state."""
+        return False
+
     @staticmethod
     def _refuse_alone() -> None:
         if connected() == 0:
@@ -200,7 +209,7 @@ class Replicated(InBackward):
     def _say_what_travels(self) -> None:
         for group in self.param_groups:
             rule, _ = self.rules(group)
-            cause = whole_messages_because(rule)
+            cause = whole_messages_because(rule, apart=not self._apart)
             if cause is not None and not self._whole_messages and not self._sends_rest(rule):
                 _log.info("replicas exchange whole gradients of %s every step, because %s", group["label"], cause)
 

@@ -20,7 +20,6 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
 from thinrank.optim import MatrixOptimizer
-from thinrank.optim.backward import whole_because
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.replicated import COARSE, whole_messages_because
@@ -330,8 +329,7 @@ def _exchange(parts: Parts) -> str | None:
         return "whole gradients: this method has no subspace"
     if strategy.messages in COARSE and leaves_remainder(rule):
         return "coordinates and signs of matrices between renewals; gradients at renewals, and of everything else"
-    apart = strategy.name == "thinrank_ddp"  # owners have all there is of a matrix, its memory included
-    cause = whole_messages_because(rule) if apart or not remembers(rule) else whole_because(rule)
+    cause = whole_messages_because(rule, apart=strategy.name == "thinrank_ddp")
     cause = "strategy.messages=full asks for it" if strategy.messages == "full" else cause
     if cause is not None:
         return f"whole gradients, because {cause}"

@@ -10,6 +10,7 @@ from test_replicated import loss, mine, seeded_model
 from torch import nn
 
 from thinrank.optim import GaLore, build
+from thinrank.optim.owned import own
 from thinrank.optim.replicated import replicate
 
 
@@ -137,14 +138,15 @@ def test_replicas_need_a_process_group():
         replicate(model, build(model, small("galore")))
 
 
-def told(config):
+def told(config, join=replicate):
     with_log = []
     handler = logging.Handler()
     handler.emit = lambda record: with_log.append(record.getMessage())
     log = logging.getLogger("thinrank.optim.replicated")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    build(seeded_model(), config).replicate()
+    model = seeded_model()
+    join(model, build(model, config))
     log.removeHandler(handler)
     return with_log
 
@@ -167,3 +169,8 @@ def told(config):
 def test_a_method_that_needs_whole_gradients_says_why(ranks, config, because):
     said = ranks(2).run(told, config)[0]
     assert (because is None and not said) or (len(said) == 1 and because in said[0])
+
+
+def test_owners_are_given_whole_gradients_where_replicas_remember_apart(ranks):
+    (sentence,) = ranks(2).run(told, small("dion"), own)[0]
+    assert "because its step reads the gradient itself" in sentence
