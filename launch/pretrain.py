@@ -4,8 +4,9 @@
     torchrun --standalone --nproc-per-node 2 launch/pretrain.py optimizer=galore trainer.max_steps=20
 
 ``--help`` lists the keys. Exit codes: 0 finished, 2 a configuration or circumstance that the user can change,
-3 a machine that is not as it should be, 75 preempted after a good save, 76 stopped by a guard; anything else is a
-crash, with a traceback. Under torchrun, which turns all of them into 1, the run folder's status.json has the code.
+3 a machine that is not as it should be, 75 preempted after a good save, 76 stopped by a guard, 77 another rank is
+lost; anything else is a crash, with a traceback. Under torchrun, which turns all of them into 1, the run folder's
+status.json has the code.
 """
 
 from typing import Any

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from thinrank.trainers.callbacks.progress import Progress
     from thinrank.trainers.checkpoint import AtomicCheckpointIO
     from thinrank.trainers.data import FilesConfig, HuggingFaceConfig, PySourceConfig, TextData
-    from thinrank.trainers.errors import GuardStop, UserError
+    from thinrank.trainers.errors import GuardStop, RankLost, UserError
+    from thinrank.trainers.liveness import heartbeat
     from thinrank.trainers.models import ModelConfig
     from thinrank.trainers.module import CausalLM
     from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
@@ -50,6 +51,7 @@ __all__ = [
     "PretrainConfig",
     "Progress",
     "PySourceConfig",
+    "RankLost",
     "ReplicatedConfig",
     "ReplicatedStrategy",
     "RunConfig",
@@ -61,6 +63,7 @@ __all__ = [
     "UserError",
     "ZeroConfig",
     "ZeroStrategy",
+    "heartbeat",
 ]
 
 _HOMES = {
@@ -71,7 +74,8 @@ _HOMES = {
     "callbacks.progress": ("Progress",),
     "checkpoint": ("AtomicCheckpointIO",),
     "data": ("FilesConfig", "HuggingFaceConfig", "PySourceConfig", "TextData"),
-    "errors": ("GuardStop", "UserError"),
+    "errors": ("GuardStop", "RankLost", "UserError"),
+    "liveness": ("heartbeat",),
     "models": ("ModelConfig",),
     "module": ("CausalLM",),
     "pretrain": ("PretrainConfig", "TrainerConfig"),

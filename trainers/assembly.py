@@ -48,8 +48,9 @@ from thinrank.trainers.ending import (
     start_metrics,
     whole_weights,
 )
-from thinrank.trainers.errors import PreflightError, UserError
+from thinrank.trainers.errors import PreflightError, RankLost, UserError
 from thinrank.trainers.jobs import Job, resumable
+from thinrank.trainers.liveness import heartbeat
 from thinrank.trainers.module import CausalLM, frozen_names
 from thinrank.trainers.parts import Parts
 from thinrank.trainers.plan.precision import as_trained
@@ -79,17 +80,23 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     folder = RunFolder(config.run.dir)
     with _quiet(), process_group(world, config.strategy, cuda=cuda):
         begun = False
-        try:
-            resume, origin = from_rank_zero(world, lambda: _open(folder, job, tree))
-            if config.run.preflight.enabled:
-                say(world, f"preflight   {check_machines(world, config.run.preflight, folder.path, cuda=cuda)}")
-            parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda)
-            begun = True
-            with parts.preemption, _products(config.trainer.precision, cuda=cuda):
-                return _train(parts)
-        except BaseException as error:
-            if world.main and (begun or isinstance(error, PreflightError)):
+
+        def record(error: BaseException) -> None:
+            recorder = error.recorder if isinstance(error, RankLost) else world.main
+            if recorder and (begun or isinstance(error, PreflightError)):
                 record_failure(folder, error)
+
+        try:
+            with heartbeat(config.strategy.heartbeat_timeout, lost=record):
+                resume, origin = from_rank_zero(world, lambda: _open(folder, job, tree))
+                if config.run.preflight.enabled:
+                    say(world, f"preflight   {check_machines(world, config.run.preflight, folder.path, cuda=cuda)}")
+                parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda)
+                begun = True
+                with parts.preemption, _products(config.trainer.precision, cuda=cuda):
+                    return _train(parts)
+        except BaseException as error:
+            record(error)
             raise
         finally:
             if world.main:

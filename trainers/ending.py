@@ -11,7 +11,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from thinrank.trainers import curves, report
 from thinrank.trainers.callbacks.metrics import sent
 from thinrank.trainers.callbacks.sample import sample_text
-from thinrank.trainers.errors import GuardStop, PreflightError, UserError
+from thinrank.trainers.checkpoint import newest, step_of
+from thinrank.trainers.errors import GuardStop, PreflightError, RankLost, UserError
 from thinrank.trainers.parts import Parts
 from thinrank.trainers.plan.footprint import footprint
 from thinrank.trainers.plan.precision import as_trained
@@ -21,7 +22,7 @@ from thinrank.trainers.strategies import World
 from thinrank.trainers.strategies.one_file import OneFile
 from thinrank.trainers.strategies.world import from_rank_zero, gathered
 
-FINISHED, FAILED, BAD_CONFIG, UNFIT, PREEMPTED, STOPPED = 0, 1, 2, 3, 75, 76
+FINISHED, FAILED, BAD_CONFIG, UNFIT, PREEMPTED, STOPPED, LOST = 0, 1, 2, 3, 75, 76, RankLost.EXIT_CODE
 """Exit codes of a run, as far as launchers let them through; ``status.json`` has them always."""
 
 
@@ -252,11 +253,12 @@ def _before(metrics: Mapping[str, float], key: str) -> str:
 
 
 def record_failure(folder: RunFolder, error: BaseException) -> None:
-    """Status and history of a run that ended with an error, exit code included."""
-    codes = {GuardStop: STOPPED, PreflightError: UNFIT, UserError: BAD_CONFIG}
+    """Status and history of a run that ended with an error: exit code, and the step that is saved."""
+    codes = {GuardStop: STOPPED, PreflightError: UNFIT, RankLost: LOST, UserError: BAD_CONFIG}
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), FAILED)
     # Lightning turns Ctrl-C into SystemExit
     interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
     sentence = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
-    folder.write_status("failed", exit_code=code, error=sentence)
+    saved = newest(folder.checkpoints)
+    folder.write_status("failed", step=step_of(saved) if saved else 0, exit_code=code, error=sentence)
     folder.log("end", state="failed", error=sentence)

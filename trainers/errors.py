@@ -17,3 +17,18 @@ class GuardStop(UserError):
 
 class PreflightError(UserError):
     """The look at all machines before training has found one that is not as it should be."""
+
+
+class RankLost(UserError):
+    """Another process of the run is gone, or has ended with an error, and this one cannot go on without it.
+
+    Args:
+        sentence: who, and what to do.
+        recorder: whether this rank, of those that are left, is the one to write it down.
+    """
+
+    EXIT_CODE = 77
+
+    def __init__(self, sentence: str, *, recorder: bool = False) -> None:
+        super().__init__(sentence)
+        self.recorder = recorder

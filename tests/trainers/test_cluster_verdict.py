@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from thinrank.trainers.cluster.verdict import Snapshot, decide, main
-from thinrank.trainers.ending import BAD_CONFIG, FAILED, FINISHED, PREEMPTED, STOPPED, UNFIT
+from thinrank.trainers.ending import BAD_CONFIG, FAILED, FINISHED, LOST, PREEMPTED, STOPPED, UNFIT
 from thinrank.trainers.run import RunFolder
 
 
@@ -65,6 +65,15 @@ def test_a_second_preemption_counts_although_the_marker_was_there(folder):
         folder.write_status("preempted", step=9, exit_code=PREEMPTED)
 
     assert ends(folder, job)[0] == 75
+
+
+@pytest.mark.parametrize(("step", "verdict"), [(7, 75), (5, LOST)])
+def test_a_run_that_lost_a_rank_goes_on_only_if_it_got_further(folder, step, verdict):
+    folder.write_status("running", step=5)
+    said = "RankLost: rank 2 on beta gave no sign of life"
+    code, sentence = ends(folder, runs(folder, "failed", step=step, exit_code=LOST, error=said))
+    assert code == verdict
+    assert sentence == ("lost a rank after step 7, 2 further than before: go on" if step == 7 else f"failed: {said}")
 
 
 @pytest.mark.parametrize("code", [FAILED, BAD_CONFIG, UNFIT, STOPPED])

@@ -7,7 +7,7 @@ A job script asks twice::
     python -m thinrank.trainers.cluster.verdict RUN --since "$before" --code $?
 
 The first call prints how the folder stands. The second says in a sentence what has happened since, and ends with the
-exit code of the run: 0 finished, 75 go on, 2, 3, 76 or 1 stay away.
+exit code of the run: 0 finished, 75 go on, 2, 3, 76, 77 or 1 stay away.
 
 Only what changed counts. A run that never began, because a rank found a mistake, leaves the marker of an earlier
 preemption where it is; a script that looks for the marker alone would queue such a job for ever.
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FINISHED, FAILED, GO_ON = 0, 1, 75
+FINISHED, FAILED, GO_ON, RANK_LOST = 0, 1, 75, 77
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,8 @@ def decide(before: Snapshot, now: Snapshot, facts: dict[str, Any], code: int) ->
         return FINISHED, f"finished at step {now.step}"
     if now.marker and now.marker != before.marker:
         return GO_ON, f"preempted after a save at step {now.step}: start again to go on"
+    if changed and facts.get("exit_code") == RANK_LOST and now.step > before.step:
+        return GO_ON, f"lost a rank after step {now.step}, {now.step - before.step} further than before: go on"
     if changed and state == "failed":
         return int(facts.get("exit_code") or FAILED), f"failed: {facts.get('error', 'status.json gives no reason')}"
     if changed and now.step > before.step:

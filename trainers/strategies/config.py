@@ -34,6 +34,10 @@ class StrategyConfig:
     timeout: float = field(
         default=1800.0, metadata={"help": "seconds after which a process stops waiting for the others"}
     )
+    heartbeat_timeout: float | None = field(
+        default=60.0,
+        metadata={"help": "seconds without a sign of life after which a rank is lost and the others end; null: never"},
+    )
 
     def __post_init__(self) -> None:
         if self.name not in self.NAMES:
@@ -45,6 +49,10 @@ class StrategyConfig:
             raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {self.backend!r}: choose one of them")
         if not self.timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {self.timeout}: leave it out for half an hour")
+        if self.heartbeat_timeout is not None and not self.heartbeat_timeout > 0:
+            raise ValueError(
+                f"heartbeat_timeout must be above 0 seconds, got {self.heartbeat_timeout}: use null for no heartbeats"
+            )
 
     def shards(self, ranks: int) -> int:
         """How many of so many processes hold one model together; 1 where each holds all of it."""
