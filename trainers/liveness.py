@@ -204,8 +204,8 @@ class _Watch:
         with self._mutex:
             if self._unanswered >= looks:
                 return (
-                    f"{self._keeper} does not answer{because} and was killed, or its machine is gone: start again to go "
-                    "on from the last checkpoint"
+                    f"{self._keeper} does not answer{because} and was killed, or its machine is gone: start again to "
+                    "go on from the last checkpoint"
                 )
             return self._attendance.verdict(looks, because)
 
