@@ -261,7 +261,11 @@ class InBackward(torch.optim.Optimizer):
         by themselves: `sqrt(‖P‖² + ‖(G − P)_S‖²)`, P being what the coordinates stand for. Both parts are orthogonal,
         so nothing is counted twice, the norm is never above the gradient's, and with all entries it is the gradient's.
         """
-        return torch.nn.utils.get_total_norm([*self._gradients(), *self._visible()])
+        return torch.nn.utils.get_total_norm([*self._once(), *self._visible()])
+
+    def _once(self) -> list[Tensor]:
+        """Whole gradients, each as the one rank has it that counts it in the norm of all."""
+        return self._gradients()
 
     def _linear(self) -> list[Tensor]:
         """All that scales with the gradients."""
@@ -271,14 +275,17 @@ class InBackward(torch.optim.Optimizer):
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def _visible(self) -> list[Tensor]:
+        return [tensor for param in self._images.params() for tensor in self._visible_of(param)]
+
+    def _visible_of(self, param: Tensor) -> list[Tensor]:
+        """What counts in the norm of all in the place of a gradient of which an image is left."""
         found: list[Tensor] = []
-        for param in self._images.params():
-            for group, bucket, i in self._homes[param]:
-                rule, _ = self.rules(group, bucket.section)
-                assert isinstance(rule, LowRank)  # no other rule lets gradients become images
-                image, step = self._images.of(param, bucket.prefix), bucket.step([i], group)
-                with fast_products(param.device):
-                    found += rule.visible(image, bucket.view.shape[1], bucket.state([i]), step)
+        for group, bucket, i in self._homes[param]:
+            rule, _ = self.rules(group, bucket.section)
+            assert isinstance(rule, LowRank)  # no other rule lets gradients become images
+            image, step = self._images.of(param, bucket.prefix), bucket.step([i], group)
+            with fast_products(param.device):
+                found += rule.visible(image, bucket.view.shape[1], bucket.state([i]), step)
         return found
 
     @torch.no_grad()

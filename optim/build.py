@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from thinrank.optim.grouping import Routing, Row, group_parameters, unstepped
 from thinrank.optim.heads import HeadLayout
-from thinrank.optim.linalg.norms import SKETCH
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import MethodConfig, RankedConfig
@@ -122,7 +121,8 @@ def _exchanged(matrices: Sequence[tuple[MatrixRule, tuple[int, int, int]]]) -> d
 
 def _asked(matrices: Sequence[tuple[MatrixRule, tuple[int, int, int]]]) -> dict[str, Any]:
     """The same for matrices of which replicas remember apart."""
-    asked, gap = Counter({"sketch": min(SKETCH, sum(math.prod(shape) for _, shape in matrices))}), 0
+    asked: Counter[str] = Counter()
+    gap = 0
     for rule, shape in matrices:
         assert isinstance(rule, Remembers)
         asked.update({"usual": rule.asks(shape), "choosing": rule.asks(shape, choosing=True)})

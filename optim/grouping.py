@@ -13,6 +13,7 @@ from torch import nn
 
 from thinrank.optim.allocation import rank_spread
 from thinrank.optim.heads import HeadLayout, attention_layouts
+from thinrank.optim.linalg.norms import SKETCH
 from thinrank.optim.methods.config import MatrixConfig, MethodConfig, RankedConfig
 
 if TYPE_CHECKING:
@@ -129,12 +130,17 @@ class Row:
     """So many first updates choose by the gradient itself."""
     asked: dict[str, int] = field(default_factory=dict)
     """Numbers of which replicas that remember apart take the mean in a step that is `usual`, or `choosing` a subspace
-    by whole gradients, and of the `sketch` before it; and the `gap` between two that choose, 0 where first updates
-    alone do. {} where replicas exchange what the gradient shows."""
+    by whole gradients; and the `gap` between two that choose, 0 where first updates alone do. {} where replicas
+    exchange what the gradient shows."""
     remembered: bool = False
     """These also remember something apart."""
     remainder: dict[str, int] = field(default_factory=dict)
     """Coordinates, and rows of the rest, of a gradient whose rest may travel in signs; {} where it may not."""
+
+    @property
+    def sketch(self) -> int:
+        """Numbers by which replicas know the norm of a gradient that does not travel."""
+        return min(SKETCH, self.elements)
 
 
 @dataclass

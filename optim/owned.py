@@ -312,7 +312,6 @@ class Owned(Islands):
         return [*super()._gradients(), *(grad for grad, _ in self._brought.values())]
 
     def _once(self) -> list[Tensor]:
-        """Gradients of which this rank's copy counts in a norm over all ranks."""
         if not self._owning:
             return super()._once()
         if self._carrier.rank == 0:

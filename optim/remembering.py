@@ -15,11 +15,10 @@ from thinrank.optim.bucket import Bucket, Turn
 from thinrank.optim.exchange import local
 from thinrank.optim.exchange.asking import answered
 from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Meeting, Part, Wire, batches
-from thinrank.optim.linalg.norms import SKETCH, signed_sums
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.methods.config import whole_steps
-from thinrank.optim.replicated import Replicated
-from thinrank.optim.rule import MatrixRule, Probe, Remembers, remembers, seed_of
+from thinrank.optim.replicated import Replicated, sketch_bytes
+from thinrank.optim.rule import MatrixRule, Probe, Remembers, remembers
 from thinrank.optim.update import Update
 
 SIDE_BY_SIDE_BYTES = 4 * BUCKET_BYTES
@@ -29,9 +28,6 @@ to need of their gradients."""
 MEMORIES_EVERY = 200
 """Steps between two messages of memories: as many as between GaLore's renewals, whose gradients cost the same."""
 
-NORMS = ("norms",)
-"""The place of a part by which the norm of a mean gradient is known, and whether it is a number."""
-
 
 class Remembering(Replicated):
     """What replicas do about methods that remember as much as a gradient (Dion's momentum, error feedback).
@@ -40,8 +36,8 @@ class Remembering(Replicated):
     of (`Remembers.exchange`), all matrices side by side. Each adds its own gradient to a memory of its own; the mean of
     the memories is the memory of the mean, and the weights are those of one process, and the same on all ranks.
 
-    Before, in backward, goes a sketch of each gradient: sums of its entries with random signs, by whose mean all know
-    the norm of the mean gradient, nearly, and whether it is a number.
+    Before, in backward, goes the sketch alone by which all know the norm of the mean gradient, and whether it is a
+    number.
     """
 
     _memories_every: int | None = None
@@ -49,7 +45,6 @@ class Remembering(Replicated):
     def _forget_gradients(self) -> None:
         super()._forget_gradients()
         self._own: dict[Tensor, Tensor] = {}
-        self._sketches: dict[Tensor, Tensor] = {}
         self._later: list[Turn] = []
 
     def replicate(
@@ -60,7 +55,7 @@ class Remembering(Replicated):
         Of matrices whose rule remembers gradients (Dion, LDAdam, error feedback with a gap above 1) no gradient travels
         between steps that choose a subspace by it, but with `messages="full"`. `state_dict` makes the ranks' memories
         equal and gives what one process would have: every rank must call it. In `wire` these matrices are `factors`
-        (means of products), `norms` (the sketches) and `memories`.
+        (means of products), `norms` and `memories`.
 
         Args:
             memories_every: make the ranks' memories equal (`share_memories`) after so many steps; None: never.
@@ -93,39 +88,30 @@ class Remembering(Replicated):
         self._refuse_sparse_one(param)
         assert param.grad is not None
         self._own[param] = param.grad
-        (_, group, bucket, i), *_ = homes
-        seed = seed_of(group["seed"], bucket.keys[i * bucket.view.blocks], int(bucket.counts[i]))
-        return [Part("norms", signed_sums(param.grad, SKETCH, seed), NORMS)]
+        return [self._sketch(param, homes[0][1:])]
 
     def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
-        if parts[0].place != NORMS:
-            super()._unpack(param, parts)
+        super()._unpack(param, parts)
+        if param not in self._own:
             return
-        grad, sketch = self._own.pop(param), parts[0].value
-        fine = sketch.isfinite().all()
+        grad, fine = self._own.pop(param), self._sketches[param].isfinite().all()
         if grad.is_cuda or not bool(fine):  # what one rank cannot use, none does; a GPU is not waited for
             grad.mul_(torch.where(fine, 1.0, torch.nan))
-        param.grad, self._sketches[param] = grad, sketch
+        param.grad = grad
+
+    def _once(self) -> list[Tensor]:
+        own = [param for param in self._sketches if param not in self._images]
+        if not own:
+            return super()._once()
+        whole = [p.grad for _, p in self._named() if p.grad is not None and p not in self._sketches]
+        return [*whole, *(self._sketches[param] for param in own)]
 
     def _usual_bytes(self, param: torch.nn.Parameter) -> int:
-        return 4 * min(SKETCH, param.numel()) if self._own_homes(param) else super()._usual_bytes(param)
-
-    @torch.no_grad()
-    def gradient_norm(self) -> Tensor:
-        self._meet()
-        if not self._sketches:
-            return super().gradient_norm()
-        named = [param for _, param in self._named()]
-        whole = [p.grad for p in named if p.grad is not None and p not in self._sketches]
-        return torch.nn.utils.get_total_norm([*whole, *self._visible(), *self._sketches.values()])
-
-    def _linear(self) -> list[Tensor]:
-        return [*super()._linear(), *self._sketches.values()]
+        return sketch_bytes(param) if self._own_homes(param) else super()._usual_bytes(param)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._own.clear()
-        self._sketches.clear()
         self._later.clear()
 
     # --- the step -----------------------------------------------------------------------------------------------------
@@ -160,7 +146,6 @@ class Remembering(Replicated):
 
     def _stepped(self) -> None:
         self._own.clear()
-        self._sketches.clear()
         super()._stepped()
         if self._memories_every is not None and self._steps and self._steps % self._memories_every == 0:
             self.share_memories()

@@ -28,11 +28,12 @@ from thinrank.optim.exchange.replicas import (
 )
 from thinrank.optim.exchange.signs import ONE_WAY as ONE_WAY  # for who counts bytes
 from thinrank.optim.exchange.signs import TALLIES
+from thinrank.optim.linalg.norms import SKETCH, signed_sums
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, whole_steps
-from thinrank.optim.rule import MatrixRule, remembers
+from thinrank.optim.rule import MatrixRule, remembers, seed_of
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ ROWS = ("rows",)
 """The place of a part that holds some rows of an embedding's gradient."""
 REST = ("rest",)
 """And of coordinates, and of what they do not show of a gradient, by turns."""
+NORMS = ("norms",)
+"""And of a sketch, by which the norm of a mean gradient is known that nobody has."""
 
 KINDS = {"low": "coordinates", "at_entries": "entries"}
 """What the parts of an image are called in the count of bytes."""
@@ -71,17 +74,21 @@ class Replicated(InBackward):
     """What an optimizer of matrices does where other ranks hold the same weights and other data.
 
     Attributes:
-        wire: what this rank has sent, by kind: `coordinates` and `entries` of matrices, `renewals` (gradients of
-            matrices by which a step chooses), `gradients` (of matrices of which nothing less is enough), `rows` (of
-            embeddings, those that were touched), `dense` (of everything else), `present` (which parameters, and rows,
-            had a gradient); where the rest of gradients travels in signs, `signs` on the way up, `votes` down, and
-            `sizes`; None without replicas.
+        wire: what this rank has sent, by kind: `coordinates` and `entries` of matrices, `norms` (what tells the norms
+            of their gradients), `renewals` (gradients of matrices by which a step chooses), `gradients` (of matrices of
+            which nothing less is enough), `rows` (of embeddings, those that were touched), `dense` (of everything
+            else), `present` (which parameters, and rows, had a gradient); where the rest of gradients travels in signs,
+            `signs` on the way up, `votes` down, and `sizes`; None without replicas.
     """
 
     _meeting: Meeting | None = None
     _meeting_hooks: Hooks | None = None
     _whole_messages = False
     _tally: str | None = None
+
+    def _forget_gradients(self) -> None:
+        super()._forget_gradients()
+        self._sketches: dict[Tensor, Tensor] = {}
 
     @abstractmethod
     def names(self, index: int) -> list[str]: ...
@@ -114,10 +121,12 @@ class Replicated(InBackward):
 
         Parameters are made equal to the first rank's, here and now.
 
-        A gradient is freed once it is sent: between `backward` and `step` look at `gradient_norm()`, clip with
-        `clip_grad_norm_`, whose norm is that of what is left of the gradients (as with `in_backward("project")`).
-        With several backward passes before a step set `accumulating` during all but the last. Ranks must call
-        `backward`, `gradient_norm`, `clip_grad_norm_`, `step` and `zero_grad` alike.
+        A gradient is freed once it is sent: between `backward` and `step` look at `gradient_norm()`, and clip with
+        `clip_grad_norm_`. Their norm is that of one process, of the mean of the whole gradients: beside coordinates
+        goes a sketch of each gradient (at most 1021 sums of its entries with random signs), of which all know it within
+        some 2 % a weight, and exactly up to 1021 entries; ours. With several backward passes before a step set
+        `accumulating` during all but the last. Ranks must call `backward`, `gradient_norm`, `clip_grad_norm_`, `step`
+        and `zero_grad` alike.
 
         Args:
             group: the replicas; None: all processes.
@@ -269,7 +278,13 @@ class Replicated(InBackward):
                 else:
                     image = rule.image(grad, state, step, first=False)
                     parts += [Part(KINDS[key], value, (bucket.prefix, key)) for key, value in image.items()]
-        return parts
+        return parts if parts[0].place == REST else [*parts, self._sketch(param, homes[0][1:])]
+
+    def _sketch(self, param: torch.nn.Parameter, home: tuple[dict[str, Any], Bucket, int]) -> Part:
+        group, bucket, i = home
+        seed = seed_of(group["seed"], bucket.keys[i * bucket.view.blocks], int(bucket.counts[i]))
+        assert param.grad is not None
+        return Part("norms", signed_sums(param.grad, SKETCH, seed), NORMS)
 
     @staticmethod
     def _refuse_sparse_one(param: torch.nn.Parameter) -> None:
@@ -293,6 +308,7 @@ class Replicated(InBackward):
         if not parts[0].place:
             param.grad = parts[0].value
             if parts[0].kind == "renewals" and all(rule.linear for rule, *_ in self._met_homes(param)):
+                self._sketches[param] = torch.linalg.vector_norm(param.grad, dtype=torch.float32).view(1)
                 self._take_image(param)
             return
         if parts[0].place == REST:
@@ -300,6 +316,9 @@ class Replicated(InBackward):
             return
         images: dict[str, dict[str, Tensor]] = {}
         for part in parts:
+            if part.place == NORMS:
+                self._sketches[param] = part.value
+                continue
             prefix, key = part.place
             images.setdefault(prefix, {})[key] = part.value
         for prefix, image in images.items():
@@ -312,7 +331,7 @@ class Replicated(InBackward):
         if self._sends_rest(homes[0][0]):
             return param.numel() // 8
         batches = ((rule, (bucket.view.blocks, *bucket.view.shape)) for rule, _, bucket, _ in homes)
-        return sum(4 * _elements(rule.subspace.small(shape)) for rule, shape in batches)
+        return sketch_bytes(param) + sum(4 * _elements(rule.subspace.small(shape)) for rule, shape in batches)
 
     # --- after a step -------------------------------------------------------------------------------------------------
 
@@ -320,6 +339,7 @@ class Replicated(InBackward):
         """Ends the exchange of a step; looks now and then whether the replicas are still equal."""
         if self._meeting is None:
             return
+        self._sketches.clear()
         self._meeting.begin()
         self._steps += 1
         if self._check_every is not None and self._steps % self._check_every == 0:
@@ -364,12 +384,20 @@ class Replicated(InBackward):
             )
         super().in_backward(mode, max_norm=max_norm)
 
+    @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         self._meet()
         return super().gradient_norm()
 
+    def _visible_of(self, param: Tensor) -> list[Tensor]:
+        return [self._sketches[param]] if param in self._sketches else super()._visible_of(param)
+
+    def _linear(self) -> list[Tensor]:
+        return [*super()._linear(), *self._sketches.values()]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
+        self._sketches.clear()
         if self._meeting is not None:
             self._meeting.begin()
 
@@ -386,6 +414,11 @@ def refuse_signs(messages: str, who: str) -> None:
             f"messages={messages!r} is for replicas that all step everything, and {who} do not: use messages='auto', "
             "or thinrank_ddp"
         )
+
+
+def sketch_bytes(param: Tensor) -> int:
+    """Bytes of the sketch by which the norm of a parameter's gradient is known."""
+    return 4 * min(SKETCH, param.numel())
 
 
 def _elements(shape: tuple[int, int, int]) -> int:

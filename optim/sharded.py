@@ -350,10 +350,6 @@ class Sharded(OwnRanks):
         # of one type on all ranks: a norm is as precise as what is here, which elsewhere may be coordinates, or nothing
         return summed(norm.to(self._carrier.device).double().square(), self._carrier.group).sqrt().float()
 
-    def _once(self) -> list[Tensor]:
-        """Gradients that lie here and that no other rank counts in the norm of all."""
-        return self._gradients()
-
     def _lying_here(self) -> list[Tensor]:
         return [here(grad) for grad in super()._lying_here()]
 

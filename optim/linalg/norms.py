@@ -88,9 +88,10 @@ SKETCH = 1021
 def signed_sums(x: Tensor, width: int, seed: int) -> Tensor:
     """A sketch of `x` (any shape): the sums of its entries, with random signs, over every `width`-th place; float32.
 
-    Linear in `x`, and its squared norm is on average that of `x`, with a standard deviation of sqrt(2/width) of that at
-    most, where no few entries hold most of it (AMS: Alon, Matias, Szegedy 1996; the even hash is ours). Where `x` has
-    no more than `width` entries its norm is exact.
+    Linear in `x`, and its squared norm is on average that of `x`, with a standard deviation of about sqrt(2/width) of
+    that or less, where no few entries hold most of it (AMS: Alon, Matias, Szegedy 1996; the even hash is ours, and so
+    are signs that are products of a row's and a column's, which cost a pass instead of a random number for each entry,
+    and leave the mean exact). Where `x` has no more than `width` entries its norm is exact.
 
     Args:
         seed: of the signs; two devices of one kind have the same.
@@ -98,15 +99,18 @@ def signed_sums(x: Tensor, width: int, seed: int) -> Tensor:
     Returns:
         (min(width, entries),).
     """
-    flat = x.detach().reshape(-1)
-    if flat.numel() <= width:
-        return flat.float()
+    x = x.detach()
+    if x.numel() <= width:
+        return x.reshape(-1).float()
+    rows = x.reshape(len(x), -1)
     generator = torch.Generator(device=x.device).manual_seed(seed)
-    rows = -(-flat.numel() // width)
-    signs = torch.randint(0, 2, (rows * width,), generator=generator, device=x.device, dtype=torch.int8)
-    signs = signs[: flat.numel()].mul_(2).sub_(1)
-    signed = torch.nn.functional.pad(flat * signs, (0, rows * width - flat.numel()))
-    return signed.view(rows, width).sum(0, dtype=torch.float32)
+    signs = torch.randint(0, 2, (sum(rows.shape),), generator=generator, device=x.device, dtype=torch.int8)
+    signs = signs.mul_(2).sub_(1).to(x.dtype)
+    signed = (rows * signs[: len(x), None]).mul_(signs[len(x) :]).view(-1)
+    even = signed.numel() // width * width
+    sums = signed[:even].view(-1, width).sum(0, dtype=torch.float32)
+    sums[: signed.numel() - even] += signed[even:]
+    return sums
 
 
 def unit_columns(x: Tensor) -> Tensor:

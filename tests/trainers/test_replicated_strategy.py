@@ -130,23 +130,13 @@ def test_a_preempted_run_of_owners_goes_on_to_the_bit_and_as_replicas(base):
 @pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_a_module_that_knows_nothing_of_replicas(base):
-    """Accumulation, and clipping by the Trainer, which is by what is left of the gradients."""
+    """Accumulation, and clipping by the Trainer, as in one process."""
     weights, clipped = torch.load(base / "own.pt", weights_only=True)
     alone = tiny_replicas.fit(tiny_replicas.own, accumulate=2).state_dict()
     for name, value in alone.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
 
-    def projecting(model):
-        optimizer = tiny_replicas.own(model)
-        optimizer.in_backward("project")
-        return optimizer
-
-    def clips(self, optimizer, *args, **kwargs):
-        optimizer.clip_grad_norm_(0.1)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_replicas.Own, "configure_gradient_clipping", clips)
-        alone = tiny_replicas.fit(projecting).state_dict()
+    alone = tiny_replicas.fit(tiny_replicas.own, gradient_clip_val=0.1).state_dict()
     for name, value in alone.items():
         torch.testing.assert_close(clipped[name], value, rtol=1e-5, atol=1e-6)
 

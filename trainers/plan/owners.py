@@ -149,7 +149,8 @@ class Owners:
             whole = row.elements * (own or row.itemsize)
             parts = [("gradients" if row.matrices else "dense", whole, whole)]
             if member.sends_image:
-                images = [(kind, numbers * (own or FLOAT), 0) for kind, numbers in row.image.items()]
+                images = row.image | {"norms": row.sketch}
+                images = [(kind, numbers * (own or FLOAT), 0) for kind, numbers in images.items()]
                 parts = [("renewals", 0, whole), *images]
             for kind, between, renewal in parts:
                 if place.way == "all":

@@ -100,7 +100,7 @@ class Replicas:
     def _whole(self, rows: Sequence[Row]) -> int:
         """Bytes of the messages in a step that renews."""
         return sum(
-            FLOAT * row.asked["sketch"]
+            FLOAT * row.sketch
             if self._asks(row)
             else row.elements * (self.dtype.itemsize if self.dtype else row.itemsize)
             for row in rows
@@ -115,9 +115,9 @@ class Replicas:
             if self.messages in COARSE and row.remainder:
                 usual += row.elements // 8
             elif self._asks(row):
-                usual += FLOAT * row.asked["sketch"]
+                usual += FLOAT * row.sketch
             elif row.sends_image and self.messages != "full":
-                usual += 4 * row.image["coordinates"]
+                usual += FLOAT * (row.image["coordinates"] + row.sketch)
             else:
                 usual += row.elements * row.itemsize
             letter += self._whole([row])

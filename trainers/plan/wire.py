@@ -151,14 +151,15 @@ def averaged_images(
             for kind, size in sizes.items():
                 add(kind, size, 0, size * (1 - 1 / row.gap))
         elif row.asked and messages != "full":
-            usual, choosing, sketch = (row.asked[key] * (own or FLOAT) for key in ("usual", "choosing", "sketch"))
+            usual, choosing = (row.asked[key] * (own or FLOAT) for key in ("usual", "choosing"))
+            sketch = row.sketch * (own or FLOAT)
             gap = row.asked["gap"]
             add("factors", usual, choosing, usual + (choosing - usual) / gap if gap else usual)
             add("norms", sketch, sketch, sketch)
             add("memories", 0, 0, row.elements * FLOAT / memories_every if row.remembered and memories_every else 0.0)
         elif row.sends_image and messages != "full":
             add("renewals", 0, whole, whole / row.gap)
-            for kind, numbers in row.image.items():
+            for kind, numbers in (row.image | {"norms": row.sketch}).items():
                 size = numbers * (own or FLOAT)
                 add(kind, size, 0, size * (1 - 1 / row.gap))
         else:
