@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinrank.optim.exchange.replicas import Group, Wire
+from thinrank.optim.exchange.replicas import Group
 from thinrank.optim.exchange.shards import SPREAD_BYTES, Carrier, Span, even, length, rows_of
+from thinrank.optim.exchange.wire import Wire
 from thinrank.optim.lowrank.renewals import Renewals
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.optimizer import MatrixOptimizer
@@ -50,6 +51,10 @@ class Cuts:
     @property
     def group(self) -> Group | None:
         return None
+
+    @property
+    def wire(self) -> Wire:
+        return Wire()
 
     def shape(self, param: Tensor) -> tuple[int, ...]:
         return tuple(param.shape)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from thinrank.optim.exchange import local
 from thinrank.optim.exchange.dtensors import DTensorShards
-from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Part, Wire, batches, broadcast, difference
+from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Part, batches, broadcast, difference
+from thinrank.optim.exchange.wire import Count
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, whole_steps
@@ -27,7 +28,7 @@ class _Replicas:
     dtype: torch.dtype | None
     bucket_bytes: int
 
-    def mean(self, parts: Sequence[Part], wire: Wire) -> list[Tensor]:
+    def mean(self, parts: Sequence[Part], wire: Count) -> list[Tensor]:
         """The means of `parts` over the ranks, in letters of at least `bucket_bytes`, all on their way at once."""
         some = batches(parts, lambda part: part.value.numel() * part.value.element_size(), self.bucket_bytes)
         letters = [Letter(each, self.group, self.dtype, wire) for each in some]
@@ -81,7 +82,7 @@ class Islands(Sharded):
         self._whole_messages = messages == "full"
         self._check_every, self._steps = check_every, 0
         self._replicas = _Replicas(group, dtype, bucket_bytes)
-        broadcast((self._shards.weight(param) for _, param in self._named()), group)
+        broadcast((self._shards.weight(param) for _, param in self._named()), self._wire.rare, group)
 
     @torch.no_grad()
     def _meet(self) -> None:
@@ -139,7 +140,8 @@ class Islands(Sharded):
         for name, param in self._named():
             held[name] = self._shards.weight(param)
             held |= {f"{key} of {name}": value for key, value in self.state[param].items()}
-        self._refuse_drift(difference({k: v for k, v in held.items() if v.numel()}, self._replicas.group))
+        held = {name: value for name, value in held.items() if value.numel()}
+        self._refuse_drift(difference(held, self._wire.rare, self._replicas.group))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

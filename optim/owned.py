@@ -12,8 +12,9 @@ from torch import Tensor
 
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange import local
-from thinrank.optim.exchange.replicas import Group, Part, Wire
+from thinrank.optim.exchange.replicas import Group, Part
 from thinrank.optim.exchange.shards import Carrier, Parcel, Span
+from thinrank.optim.exchange.wire import Wire
 from thinrank.optim.islands import Islands
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
@@ -75,7 +76,7 @@ class Owned(Islands):
         try:
             self._refuse_alone()
             device = next(param.device for _, param in self._named())
-            self._carrier = Carrier(group, Wire(), device)
+            self._carrier = Carrier(group, Wire(), device)  # which is the exchange's, once there is one
             self._share(even_from)
             super().replicate(group, messages=messages, dtype=dtype, **options)
         except Exception:
@@ -347,4 +348,5 @@ def own(model: torch.nn.Module, optimizer: Owned, group: Group | None = None, **
     """
     refuse_wrapped(model)
     optimizer.own(group, **options)
-    equalise(model, group, but={param for each in optimizer.param_groups for param in each["params"]})
+    owned = {param for each in optimizer.param_groups for param in each["params"]}
+    equalise(model, group, but=owned, wire=optimizer.wire)

@@ -14,7 +14,8 @@ from thinrank.optim.axis import Asking
 from thinrank.optim.bucket import Bucket, Turn
 from thinrank.optim.exchange import local
 from thinrank.optim.exchange.asking import answered
-from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Meeting, Part, Wire, batches
+from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Meeting, Part, batches
+from thinrank.optim.exchange.wire import Count
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.methods.config import whole_steps
 from thinrank.optim.replicated import Replicated, sketch_bytes
@@ -171,7 +172,7 @@ class Remembering(Replicated):
         if self._meeting is not None:
             self._share_memories(self._meeting, self._meeting.wire)
 
-    def _share_memories(self, meeting: Meeting, wire: Wire) -> None:
+    def _share_memories(self, meeting: Meeting, wire: Count) -> None:
         for some in batches(self._memories(), lambda each: 4 * sum(p.numel() for p in each[1].params), BUCKET_BYTES):
             parts = [Part("memories", rule.recall(bucket.stacked, bucket.view.shape[1])) for rule, bucket in some]
             means = Letter(parts, meeting.group, None, wire).open()
@@ -181,7 +182,7 @@ class Remembering(Replicated):
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         if self._meeting is not None:
-            self._share_memories(self._meeting, Wire())  # what is saved is no part of a step, and not counted
+            self._share_memories(self._meeting, self._meeting.wire.rare)  # what is saved is no part of a step
         return super().state_dict()
 
     def _alike(self) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from thinrank.optim.exchange.replicas import (
     Group,
     Meeting,
     Part,
-    Wire,
     broadcast,
     connected,
     difference,
@@ -28,6 +27,7 @@ from thinrank.optim.exchange.replicas import (
 )
 from thinrank.optim.exchange.signs import ONE_WAY as ONE_WAY  # for who counts bytes
 from thinrank.optim.exchange.signs import TALLIES
+from thinrank.optim.exchange.wire import Count, Wire
 from thinrank.optim.linalg.norms import SKETCH, signed_sums
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together
@@ -74,11 +74,12 @@ class Replicated(InBackward):
     """What an optimizer of matrices does where other ranks hold the same weights and other data.
 
     Attributes:
-        wire: what this rank has sent, by kind: `coordinates` and `entries` of matrices, `norms` (what tells the norms
-            of their gradients), `renewals` (gradients of matrices by which a step chooses), `gradients` (of matrices of
+        wire: what this rank has sent, by kind: `coordinates` and `entries` of matrices, `norms` (by which all know the
+            norm of gradients), `renewals` (gradients of matrices by which a step chooses), `gradients` (of matrices of
             which nothing less is enough), `rows` (of embeddings, those that were touched), `dense` (of everything
             else), `present` (which parameters, and rows, had a gradient); where the rest of gradients travels in signs,
-            `signs` on the way up, `votes` down, and `sizes`; None without replicas.
+            `signs` on the way up, `votes` down, and `sizes`; of owners and of weights in pieces, `updates`, `bases`,
+            `weights` and `sums` besides; what no step needs in `wire.rare`. None without other ranks.
     """
 
     _meeting: Meeting | None = None
@@ -165,9 +166,9 @@ class Replicated(InBackward):
                 f"messages={messages!r} is for what a subspace misses of gradients, and {type(self).__name__} with "
                 "these settings has no use for it, or no subspace that stays for some steps: use messages='auto'"
             )
-        params = dict(self._named())
-        _refuse_other_models(params, group)
-        broadcast((param.data for param in params.values()), group)
+        params, wire = dict(self._named()), Wire()
+        _refuse_other_models(params, wire.rare, group)
+        broadcast((param.data for param in params.values()), wire.rare, group)
         if self._meeting_hooks is not None:
             self._meeting_hooks.remove()
         self._whole_messages, self._tally = messages == "full", messages if messages in TALLIES else None
@@ -185,6 +186,7 @@ class Replicated(InBackward):
             dtype=dtype,
             overlap=overlap,
             bucket_bytes=bucket_bytes,
+            wire=wire,
         )
         self._meeting_hooks = Hooks(trained, self._ready)
         self._say_what_travels()
@@ -354,7 +356,7 @@ class Replicated(InBackward):
         """
         if self._meeting is None:
             return
-        self._refuse_drift(difference(self._alike(), self._meeting.group))
+        self._refuse_drift(difference(self._alike(), self._meeting.wire.rare, self._meeting.group))
 
     def _refuse_drift(self, name: str | None) -> None:
         if name is not None:
@@ -425,7 +427,7 @@ def _elements(shape: tuple[int, int, int]) -> int:
     return shape[0] * shape[1] * shape[2]
 
 
-def _refuse_other_models(params: Mapping[str, Tensor], group: Group | None) -> None:
+def _refuse_other_models(params: Mapping[str, Tensor], wire: Count, group: Group | None) -> None:
     for name, param in params.items():
         if type(param.data) is not Tensor:
             raise ValueError(
@@ -433,7 +435,8 @@ def _refuse_other_models(params: Mapping[str, Tensor], group: Group | None) -> N
                 "unsharded, or replicate out"
             )
     mine = {name: (tuple(param.shape), str(param.dtype), param.requires_grad) for name, param in params.items()}
-    for rank, theirs in enumerate(gathered(mine, group)):
+    device = next(param.device for param in params.values())
+    for rank, theirs in enumerate(gathered(mine, "start", device, wire, group)):
         names = [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
         if names or list(mine) != list(theirs):
             name = names[0] if names else "the order of parameters"
@@ -461,7 +464,8 @@ def replicate(model: torch.nn.Module, optimizer: Replicated, group: Group | None
     """
     refuse_wrapped(model)
     optimizer.replicate(group, **options)
-    equalise(model, group, but={param for own in optimizer.param_groups for param in own["params"]})
+    own = {param for each in optimizer.param_groups for param in each["params"]}
+    equalise(model, group, but=own, wire=optimizer.wire)
 
 
 def refuse_wrapped(model: torch.nn.Module) -> None:
@@ -469,6 +473,13 @@ def refuse_wrapped(model: torch.nn.Module) -> None:
         raise ValueError("DistributedDataParallel averages whole gradients itself: give the module inside it")
 
 
-def equalise(model: torch.nn.Module, group: Group | None = None, *, but: Collection[Tensor] = ()) -> None:
-    """Gives all ranks of `group` the first one's weights and buffers, but for those in `but`."""
-    broadcast((tensor.data for tensor in (*model.parameters(), *model.buffers()) if tensor not in but), group)
+def equalise(
+    model: torch.nn.Module, group: Group | None = None, *, but: Collection[Tensor] = (), wire: Wire | None = None
+) -> None:
+    """Gives all ranks of `group` the first one's weights and buffers, but for those in `but`.
+
+    Args:
+        wire: of the optimizer for which it is; None: nobody counts it.
+    """
+    tensors = (tensor.data for tensor in (*model.parameters(), *model.buffers()) if tensor not in but)
+    broadcast(tensors, Count() if wire is None else wire.rare, group)

@@ -15,14 +15,9 @@ from thinrank.optim.allocation import Allocation
 from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange.dtensors import DTensorShards, here, is_sharded
-from thinrank.optim.exchange.replicas import (
-    Wire,
-    anywhere,
-    from_first,
-    gathered,
-    summed,
-)
+from thinrank.optim.exchange.replicas import anywhere, from_first, gathered, norm_of_all
 from thinrank.optim.exchange.shards import Carrier, Parcel, Shards, Span, length
+from thinrank.optim.exchange.wire import Count, Wire
 from thinrank.optim.inner.half import HalfWeights
 from thinrank.optim.linalg.quantise import BLOCK
 from thinrank.optim.matrix import MatrixView
@@ -70,7 +65,7 @@ class Sharded(OwnRanks):
         self._refuse_allocation(self._allocation)
         self._refuse_stepped()
         self._shards = shards
-        self._wire = Wire()
+        self._wire = shards.wire
         self._carrier = Carrier(shards.group, self._wire, self._device())
         self._decide()
         for name, param, group, rank in self._members():
@@ -86,6 +81,12 @@ class Sharded(OwnRanks):
     @property
     def wire(self) -> Wire | None:
         return super().wire if self._shards is None else self._wire
+
+    @property
+    def _rare(self) -> Count:
+        """What is sent beside steps."""
+        assert self.wire is not None  # where there are pieces, or owners
+        return self.wire.rare
 
     @property
     def _apart(self) -> bool:
@@ -330,13 +331,13 @@ class Sharded(OwnRanks):
 
     def _agreed(self, here: bool) -> bool:
         """True where it is true on any rank that holds pieces; a message, so every rank must ask."""
-        return here if self._shards is None else anywhere(here, self._carrier.device, self._carrier.group)
+        return here if self._shards is None else anywhere(here, self._carrier.device, self._rare, self._carrier.group)
 
     def _together(self, probe: Probe) -> Probe:
         """What all ranks have measured."""
         if not self._apart:
             return probe
-        found = gathered(probe, self._carrier.group)
+        found = gathered(probe, "measured", self._carrier.device, self._rare, self._carrier.group)
         for other in found[1:]:
             found[0].join(other)
         return found[0]
@@ -347,8 +348,7 @@ class Sharded(OwnRanks):
             return super().gradient_norm()
         self._meet()
         norm = torch.nn.utils.get_total_norm([*self._once(), *self._visible()])
-        # of one type on all ranks: a norm is as precise as what is here, which elsewhere may be coordinates, or nothing
-        return summed(norm.to(self._carrier.device).double().square(), self._carrier.group).sqrt().float()
+        return norm_of_all(norm.to(self._carrier.device), self._carrier.wire, self._carrier.group)
 
     def _lying_here(self) -> list[Tensor]:
         return [here(grad) for grad in super()._lying_here()]
@@ -408,7 +408,7 @@ class Sharded(OwnRanks):
         """
         if not self._apart:
             return super().state_dict()
-        carrier = Carrier(self._carrier.group, Wire(), self._carrier.device)
+        carrier = Carrier(self._carrier.group, self._rare, self._carrier.device)
         held = dict(self.state)
         whole: dict[Tensor, State] = {}
         for name, param, group, rank in self._members():
@@ -452,7 +452,7 @@ class Sharded(OwnRanks):
         and `full_state_dict` takes less memory."""
         if not self._apart:
             return super().state_dict()
-        return from_first(self.full_state_dict(), self._carrier.group)
+        return from_first(self.full_state_dict(), "state", self._carrier.device, self._rare, self._carrier.group)
 
     def _load(
         self, param: Tensor, state: Mapping[str, Any], own: State, group: dict[str, Any], rank: int | float | None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thinrank.optim.exchange.replicas import Group
 from thinrank.optim.exchange.shards import Span, rows_of
+from thinrank.optim.exchange.wire import Wire
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -44,6 +45,7 @@ class DTensorShards:
     def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
+        self.wire = Wire()
         self._mesh: DeviceMesh | None = None
         self._dim = 0
         for name, param in named:

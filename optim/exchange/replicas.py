@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinrank.optim.exchange.signs import TALLIES, Signs
+from thinrank.optim.exchange.wire import Count, Wire
 
 Group = dist.ProcessGroup
 Span = tuple[int, int]
@@ -43,41 +44,6 @@ def batches(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterato
         yield some
 
 
-@dataclass(slots=True)
-class Wire:
-    """What this rank has handed to collectives since it was made, by what it was.
-
-    Attributes:
-        payload: bytes of the tensors themselves.
-        messages: calls of collectives.
-        egress: bytes that leave a rank: of a sum over n ranks 2 (n−1)/n of the payload, in a ring and in two hops; of
-            what goes to one rank, the payload.
-    """
-
-    payload: Counter[str] = field(default_factory=Counter)
-    messages: int = 0
-    egress: float = 0.0
-
-    def note(self, parts: Iterable[tuple[str, int]], ranks: int, passes: int = 2) -> None:
-        """Counts one message, of parts with a name and a number of bytes, that `ranks` ranks sum up, or with one pass
-        instead of two, of which each has a share, or ends up with one."""
-        self.messages += 1
-        for name, size in parts:
-            self.payload[name] += size
-            self.egress += size * passes * (ranks - 1) / ranks
-
-    def sent(self, parts: Iterable[tuple[str, int]]) -> None:
-        """Counts one message of parts that leave this rank, each for one other."""
-        self.messages += 1
-        for name, size in parts:
-            self.payload[name] += size
-            self.egress += size
-
-    def total(self) -> int:
-        """Bytes of all payloads."""
-        return sum(self.payload.values())
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """A tensor of a message.
@@ -106,7 +72,7 @@ class Letter:
     ring of N, whose 2 (N−1) hops follow each other.
     """
 
-    def __init__(self, parts: Sequence[Part], group: Group | None, dtype: torch.dtype | None, wire: Wire):
+    def __init__(self, parts: Sequence[Part], group: Group | None, dtype: torch.dtype | None, wire: Count):
         self._ranks = dist.get_world_size(group)
         self._like = [(part.value.shape, part.value.dtype) for part in parts]
         self._pieces = [None if part.spans is None else part.spans[dist.get_rank(group)] for part in parts]
@@ -178,41 +144,39 @@ class _Direct:
     """
 
     def __init__(self, flat: Tensor, group: Group | None, ranks: int) -> None:
-        self._group, self._ranks, self._size = group, ranks, flat.numel()
+        self._flat, self._group, self._ranks = flat, group, ranks
         self._turned = ranks == 1
         piece = -(-flat.numel() // ranks)
-        self._out = flat.new_zeros(ranks, piece)
-        self._out.view(-1)[: flat.numel()] = flat
+        self._sizes = [max(0, min(piece, flat.numel() - rank * piece)) for rank in range(ranks)]
         if not self._turned:
-            self._begin()
-
-    def _begin(self) -> None:
-        self._in = torch.empty_like(self._out)
-        self._work = dist.all_to_all_single(self._in, self._out, group=self._group, async_op=True)
+            self._own = [self._sizes[dist.get_rank(group)]] * ranks
+            self._in = flat.new_empty(sum(self._own))
+            self._work = dist.all_to_all_single(self._in, flat, self._own, self._sizes, group=group, async_op=True)
 
     def turn(self) -> None:
         if self._turned:
             return
         _wait(self._work)
-        precise = torch.promote_types(self._in.dtype, torch.float32)
-        own = self._in[0].to(precise, copy=True)
-        for other in self._in[1:]:  # one after the other: torch may add up a column in another order
+        rows = self._in.view(self._ranks, self._own[0])
+        own = rows[0].to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+        for other in rows[1:]:  # one after the other: torch may add up a column in another order
             own.add_(other)
-        self._out.copy_(own.div_(self._ranks).expand_as(self._out))
-        self._begin()
+        self._out = own.div_(self._ranks).to(rows.dtype).repeat(self._ranks)
+        self._work = dist.all_to_all_single(
+            self._flat, self._out, self._sizes, self._own, group=self._group, async_op=True
+        )
         self._turned = True
 
     def mean(self) -> Tensor:
         if self._ranks > 1:
             _wait(self._work)
-            self._out = self._in
-        return self._out.view(-1)[: self._size]
+        return self._flat
 
 
 class _Scattered:
     """One hop: every rank is sent its piece of each part by all others, and sums up, as `_Direct` does."""
 
-    def __init__(self, parts: Sequence[Part], dtype: torch.dtype, group: Group | None, wire: Wire) -> None:
+    def __init__(self, parts: Sequence[Part], dtype: torch.dtype, group: Group | None, wire: Count) -> None:
         self._ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         pieces: list[Tensor] = []
         sizes = [0] * self._ranks
@@ -269,6 +233,7 @@ class Meeting:
         group: the replicas; None: all processes.
         dtype: of the messages; None: each tensor's own.
         overlap: letters may leave before `finish`.
+        wire: where letters are counted.
     """
 
     def __init__(
@@ -282,9 +247,10 @@ class Meeting:
         dtype: torch.dtype | None = None,
         overlap: bool = True,
         bucket_bytes: int = BUCKET_BYTES,
+        wire: Wire,
     ):
         self.group, self.dtype, self.overlap, self.bucket_bytes = group, dtype, overlap, bucket_bytes
-        self.wire = Wire()
+        self.wire = wire
         self._pack, self._unpack = pack, unpack
         sized = batches(zip(params, sizes, strict=True), lambda pair: pair[1], bucket_bytes)
         self._letters = [[param for param, _ in letter] for letter in sized]
@@ -368,14 +334,19 @@ class _Sent:
     letter: Letter
 
 
-def broadcast(tensors: Iterable[Tensor], group: Group | None = None) -> None:
+def broadcast(tensors: Iterable[Tensor], wire: Count, group: Group | None = None) -> None:
     """Gives every rank the values of the group's first."""
-    first = dist.get_global_rank(group, 0) if group is not None else 0
+    first, ranks = _first(group), dist.get_world_size(group)
     for tensor in tensors:
         whole = tensor if tensor.is_contiguous() else tensor.contiguous()
         dist.broadcast(whole, src=first, group=group)
+        wire.note([("start", whole.numel() * whole.element_size())], ranks, passes=1)
         if whole is not tensor:
             tensor.copy_(whole)
+
+
+def _first(group: Group | None) -> int:
+    return dist.get_global_rank(group, 0) if group is not None else 0
 
 
 def connected() -> int:
@@ -383,28 +354,50 @@ def connected() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
 
 
-def gathered(value: T, group: Group | None = None) -> list[T]:
-    """What each rank has, in the order of the ranks; anything that can be pickled."""
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, value, group=group)
-    return everyone
+def gathered(value: T, kind: str, device: torch.device, wire: Count, group: Group | None = None) -> list[T]:
+    """What each rank has, in the order of the ranks; anything that can be pickled, which travels by way of `device`."""
+    ranks, own = dist.get_world_size(group), _pickled(value, device)
+    sizes = torch.empty(ranks, dtype=torch.int64, device=device)
+    dist.all_gather(list(sizes.view(ranks, 1).unbind()), sizes.new_full((1,), own.numel()), group=group)
+    each = int(sizes.max())
+    filled, everyone = own.new_zeros(each), own.new_empty(ranks, each)
+    filled[: own.numel()] = own
+    dist.all_gather(list(everyone.unbind()), filled, group=group)
+    for sent in (sizes, everyone):
+        wire.note([(kind, sent.numel() * sent.element_size())], ranks, passes=1)
+    return [_unpickled(flat[:size]) for flat, size in zip(everyone, sizes.tolist(), strict=True)]
 
 
-def from_first(value: T, group: Group | None = None) -> T:
-    """What the group's first rank has, on every rank; anything that can be pickled."""
-    box = [value]
-    dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0) if group is not None else 0, group=group)
-    return box[0]
+def from_first(value: T, kind: str, device: torch.device, wire: Count, group: Group | None = None) -> T:
+    """What the group's first rank has, on every rank; of whatever can be pickled, by way of `device`."""
+    mine = dist.get_rank(group) == 0
+    own = _pickled(value if mine else None, device)
+    size = torch.tensor([own.numel()], device=device)
+    dist.broadcast(size, src=_first(group), group=group)
+    whole = own if mine else own.new_empty(int(size))
+    dist.broadcast(whole, src=_first(group), group=group)
+    for sent in (size, whole):
+        wire.note([(kind, sent.numel() * sent.element_size())], dist.get_world_size(group), passes=1)
+    return value if mine else _unpickled(whole)
 
 
-def anywhere(here: bool, device: torch.device, group: Group | None = None) -> bool:
+def _pickled(value: Any, device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
+
+
+def _unpickled(flat: Tensor) -> Any:
+    return pickle.loads(flat.cpu().numpy().tobytes())
+
+
+def anywhere(here: bool, device: torch.device, wire: Count, group: Group | None = None) -> bool:
     """True where it is true on any rank; the host waits."""
     flag = torch.full((), int(here), dtype=torch.int32, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    wire.note([("checks", flag.element_size())], dist.get_world_size(group))
     return bool(flag)
 
 
-def rows_anywhere(x: Tensor, wire: Wire, group: Group | None = None) -> Tensor:
+def rows_anywhere(x: Tensor, wire: Count, group: Group | None = None) -> Tensor:
     """Numbers of the rows of `x` (rows, columns) that are not zero on some rank, rising: (k,) int64; the host waits."""
     mask = x.ne(0).any(-1).to(torch.uint8)
     dist.all_reduce(mask, op=dist.ReduceOp.MAX, group=group)
@@ -412,10 +405,13 @@ def rows_anywhere(x: Tensor, wire: Wire, group: Group | None = None) -> Tensor:
     return mask.nonzero().flatten()
 
 
-def summed(x: Tensor, group: Group | None = None) -> Tensor:
-    """The sum of something small over the ranks, in place."""
-    dist.all_reduce(x, group=group)
-    return x
+def norm_of_all(norm: Tensor, wire: Count, group: Group | None = None) -> Tensor:
+    """The norm (scalar, float32) of what lies on all ranks, from that of what lies here."""
+    # of one type on all ranks: a norm is as precise as what is here, which elsewhere may be coordinates, or nothing
+    square = norm.double().square()
+    dist.all_reduce(square, group=group)
+    wire.note([("norms", square.element_size())], dist.get_world_size(group))
+    return square.sqrt().float()
 
 
 SAMPLE = 4096
@@ -432,7 +428,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return (bits * odd).sum()
 
 
-def difference(named: Mapping[str, Tensor], group: Group | None = None) -> str | None:
+def difference(named: Mapping[str, Tensor], wire: Count, group: Group | None = None) -> str | None:
     """The name of the first tensor of which two ranks hold different values; None where all are equal.
 
     Every rank must give the same names in the same order; one message travels, of two numbers a tensor.
@@ -443,5 +439,6 @@ def difference(named: Mapping[str, Tensor], group: Group | None = None) -> str |
     mine = torch.stack([fingerprint(tensor).to(device) for tensor in named.values()])
     both = torch.stack([mine, mine.bitwise_not()])  # the greatest complement is the complement of the least
     dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    wire.note([("checks", both.numel() * both.element_size())], dist.get_world_size(group))
     differ = (both[0] != both[1].bitwise_not()).tolist()
     return next((name for name, other in zip(named, differ, strict=True) if other), None)

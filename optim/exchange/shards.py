@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinrank.optim.exchange.replicas import Group, Span, Wire, length
+from thinrank.optim.exchange.replicas import Group, Span, length
+from thinrank.optim.exchange.wire import Count, Wire
 
 SPREAD_BYTES = 16 * 2**20
 """Of what all ranks are sent at once: each rank's share lies in its memory once for every other rank meanwhile."""
@@ -24,6 +25,11 @@ class Shards(Protocol):
     @property
     def group(self) -> Group | None:
         """The ranks that the pieces lie on; None: all processes."""
+        ...
+
+    @property
+    def wire(self) -> Wire:
+        """Where everything that is sent for the pieces is counted."""
         ...
 
     def shape(self, param: Tensor) -> tuple[int, ...]:
@@ -112,7 +118,7 @@ class Carrier:
     weights and updates of any dtypes.
     """
 
-    def __init__(self, group: Group | None, wire: Wire, device: torch.device) -> None:
+    def __init__(self, group: Group | None, wire: Count, device: torch.device) -> None:
         self.group, self.wire, self.device = group, wire, device
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinrank.optim.exchange.replicas import Group, Wire
+from thinrank.optim.exchange.replicas import Group
 from thinrank.optim.exchange.shards import Carrier, Parcel
+from thinrank.optim.exchange.wire import Wire
 
 TESTED = ((0, 19), (0, 19))
 """First and last minor version of DeepSpeed whose layout is known to be read rightly (tests/optim/test_zero.py passes
@@ -61,13 +62,14 @@ class ZeroShards:
     Attributes:
         group: the ranks that the pieces lie on.
         stage: "1 or 2", or "3".
+        wire: what this rank has sent for the pieces, but for what DeepSpeed sends by itself.
 
     Raises:
         ValueError: for a DeepSpeed, or settings of it, that this cannot read or that would train something else.
     """
 
     def __init__(self, engine: Any, params: Iterable[tuple[str, Tensor]]) -> None:
-        self._engine, self._zero = engine, engine.optimizer
+        self._engine, self._zero, self.wire = engine, engine.optimizer, Wire()
         self._names = {param: name for name, param in params}
         self.stage = _stage(self._zero)
         _refuse_settings(self._zero)
@@ -209,11 +211,12 @@ class ZeroShards:
         """Norm of all gradients before clipping (scalar), as DeepSpeed's step will find it; infinite where one is no
         number. Collective; between the last backward of a step and the step."""
         members = self._members if self.stage == "3" else self._zero.params_in_partition
-        found = [
-            torch.as_tensor(self._zero.get_grad_norm_direct(self._zero.averaged_gradients[i], members[i])).float()
-            for i in range(len(members))
-        ]
-        norms = torch.stack([norm.reshape(()) for norm in found])
+        found: list[Tensor] = []
+        for i, own in enumerate(members):
+            norm = torch.as_tensor(self._zero.get_grad_norm_direct(self._zero.averaged_gradients[i], own))
+            self.wire.note([("norms", norm.element_size())], self._ranks)  # which DeepSpeed sums up over the ranks
+            found.append(norm.float().reshape(()))
+        norms = torch.stack(found)
         invalid = (~norms.isfinite() | (norms < 0)).any()  # DeepSpeed says -1 where the norm is no number
         return torch.where(invalid, torch.inf, torch.linalg.vector_norm(norms) / float(self._zero.loss_scale))
 
@@ -233,6 +236,7 @@ class ZeroShards:
             self._had.clear()
         had = torch.tensor([param in self._had for param in self._names], device=self._flats[0].device).int()
         dist.all_reduce(had, op=dist.ReduceOp.MAX, group=self.group)
+        self.wire.note([("present", had.numel() * had.element_size())], self._ranks)
         self._had = {param for param, some in zip(self._names, had.tolist(), strict=True) if some}
 
     # --- whole weights ------------------------------------------------------------------------------------------------
@@ -252,7 +256,7 @@ class ZeroShards:
         self.weight(param).copy_(whole.reshape(-1)[start:stop])
 
     def _carrier(self) -> Carrier:
-        return Carrier(self.group, Wire(), self._flats[0].device)
+        return Carrier(self.group, self.wire.rare, self._flats[0].device)
 
     def _parcel(self, param: Tensor) -> Parcel:
         piece = self.weight(param)

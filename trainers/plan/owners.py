@@ -26,6 +26,10 @@ ENGINE_DTYPES = {"bf16-mixed": (2, 4), "bf16-true": (2, 4)}
 """Bytes of an entry as `thinrank_fsdp2` gathers weights and scatters gradients, by precision; others: the weights'."""
 
 
+NORM = 8
+"""Bytes by which all ranks know the norm of gradients, once a step: a sum of squares."""
+
+
 class Tally:
     """Adds up what travels, by kind: what all processes sum up, and what goes from one to another."""
 
@@ -162,6 +166,7 @@ class Owners:
             self._tells(tally, row, member, world - 1)
         flags = len(rows) * (own or FLOAT)
         tally.summed("present", 1, between=flags, renewal=flags)
+        tally.summed("norms", 1, between=NORM, renewal=NORM)
         return Traffic(tally.transfers())
 
     def _tells(self, tally: Tally, row: Row, member: Member, others: int) -> None:
@@ -285,7 +290,13 @@ class Pieces:
                     tally.sent(kind, rank, 1, between=size, renewal=size)
             size = (place.size - length(place.spans[place.owner])) * back[1]
             tally.sent(back[0], place.owner, 1, between=size, renewal=size)
+        for kind, size in self._small(rows).items():
+            tally.summed(kind, 1, between=size, renewal=size)
         return Traffic(tally.transfers(self.replicas), self.engine)
+
+    def _small(self, rows: Sequence[Row]) -> dict[str, int]:
+        """Bytes of what all sum up in every step, whoever steps what."""
+        return {"norms": NORM}
 
     def _sums(self, member: Member, count: int) -> int:
         """Bytes that a matrix which is stepped by rows sums up in a step: the rule's own step, without memory."""
@@ -346,6 +357,10 @@ class Zero(Pieces):
             masters=4 * entries,
             brought=found.brought + 4 * entries,  # DeepSpeed steps by float32 copies of its piece of gradients
         )
+
+    def _small(self, rows: Sequence[Row]) -> dict[str, int]:
+        groups = len({id(member.group) for member in self.divided if member.place.size})
+        return {"present": FLOAT * len(rows), "norms": FLOAT * groups}
 
 
 def in_a_row(sizes: Sequence[int], ranks: int) -> list[list[Span]]:
