@@ -360,7 +360,7 @@ class Zero(Pieces):
 
     def _small(self, rows: Sequence[Row]) -> dict[str, int]:
         groups = len({id(member.group) for member in self.divided if member.place.size})
-        return {"present": FLOAT * len(rows), "norms": FLOAT * groups}
+        return {"present": FLOAT * len(rows), "norms": groups * (NORM if self.stage == 3 else FLOAT)}
 
 
 def in_a_row(sizes: Sequence[int], ranks: int) -> list[list[Span]]:

@@ -39,6 +39,7 @@ def ran(configs, stage):
         for step in range(STEPS):
             data = torch.randint(60, (4, 5), generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
             run.engine.backward(run.engine(data).square().mean())
+            run.gradient_norm()
             run.engine.step()
             steps.append({kind: size - before.get(kind, 0) for kind, size in wire.payload.items()})
             before = dict(wire.payload)
