@@ -56,6 +56,10 @@ class Cuts:
     def wire(self) -> Wire:
         return Wire()
 
+    @property
+    def replicas(self) -> Group | None:
+        return None
+
     def shape(self, param: Tensor) -> tuple[int, ...]:
         return tuple(param.shape)
 

@@ -89,7 +89,7 @@ class Remembering(Replicated):
         self._refuse_sparse_one(param)
         assert param.grad is not None
         self._own[param] = param.grad
-        return [self._sketch(param, homes[0][1:])]
+        return [self._sketch(param.grad, *homes[0][1:])]
 
     def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
         super()._unpack(param, parts)

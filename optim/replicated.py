@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,8 @@ class Replicated(InBackward):
     _meeting_hooks: Hooks | None = None
     _whole_messages = False
     _tally: str | None = None
+    _check_every: int | None = 100
+    _steps = 0
 
     def _forget_gradients(self) -> None:
         super()._forget_gradients()
@@ -149,8 +151,7 @@ class Replicated(InBackward):
         """
         choice("messages", messages, MESSAGES)
         choice("embeddings", embeddings, EMBEDDINGS)
-        if check_every is not None:
-            whole_steps("check_every", check_every)
+        self.check_every = check_every
         self._refuse_alone()
         if self._hooks is not None:
             raise ValueError(
@@ -175,7 +176,7 @@ class Replicated(InBackward):
         groups = [group_ for group_ in self.param_groups if embeddings == "rows" and group_["role"] == "embedding"]
         self._by_touched_rows = {p for own in groups for p in own["params"] if p.ndim == 2}
         self._touched: dict[Tensor, Tensor] = {}
-        self._check_every, self._steps = check_every, 0
+        self._steps = 0
         trained = [param for param in reversed(params.values()) if param.requires_grad]
         self._meeting = Meeting(
             trained,
@@ -204,6 +205,23 @@ class Replicated(InBackward):
     @property
     def wire(self) -> Wire | None:
         return None if self._meeting is None else self._meeting.wire
+
+    @property
+    def check_every(self) -> int | None:
+        """Steps between two looks at whether what several ranks hold alike is still the same; None: never.
+
+        `replicate` and `own` set it. Of weights in pieces it is 100 unless somebody sets it, on all ranks alike.
+
+        Raises:
+            ValueError: when it is set to less than 1 step.
+        """
+        return self._check_every
+
+    @check_every.setter
+    def check_every(self, steps: int | None) -> None:
+        if steps is not None:
+            whole_steps("check_every", steps)
+        self._check_every = steps
 
     def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for index, group in enumerate(self.param_groups):
@@ -234,15 +252,22 @@ class Replicated(InBackward):
     @torch.no_grad()
     def _meet(self) -> None:
         """Replaces this rank's gradients by their means over the replicas, or by images of these; once a step."""
-        if self._meeting is None:
-            return
+        if self._meeting is not None:
+            self._finish(self._meeting)
+
+    def _finish(self, meeting: Meeting) -> None:
         for name, param in self._named():
-            if param.grad is not None and param not in self._meeting:
+            if param.grad is not None and param not in meeting:
                 raise RuntimeError(
                     f"{name} has a gradient, and was frozen or not there when the replicas were set up, so that it "
                     "would be stepped by this rank's data alone: call replicate again after a change of what is trained"
                 )
-        self._meeting.finish()
+        meeting.finish()
+
+    @property
+    def _under_way(self) -> bool:
+        """True where replicas have begun to exchange the gradients of a step."""
+        return self._meeting is not None and self._meeting.under_way
 
     def _met_homes(self, param: Tensor) -> list[tuple[LowRank, dict[str, Any], Bucket, int]]:
         """Where the matrices of a parameter that sends coordinates, alone or with signs of the rest, are stepped; []
@@ -267,26 +292,28 @@ class Replicated(InBackward):
             return [Part("rows", param.grad[rows], ROWS)]
         if not homes:
             return [Part("gradients" if param in self._homes else "dense", param.grad)]
+        return self._parts(homes, param.grad)
+
+    def _parts(self, homes: Sequence[tuple[LowRank, dict[str, Any], Bucket, int]], grad: Tensor) -> list[Part]:
+        """What is sent of the gradient `grad` of matrices that send coordinates: all of it in steps that choose."""
         parts = []
-        with fast_products(param.device):
+        with fast_products(grad.device):
             for rule, group, bucket, i in homes:
                 step, state = bucket.step([i], group), bucket.state([i])
                 if rule.chooses(state, step):
-                    return [Part("renewals", param.grad)]
-                grad = local.bring([param.grad], bucket.view)
+                    return [Part("renewals", grad)]
+                matrix = local.bring([grad], bucket.view)
                 if self._sends_rest(rule):
-                    low, rest = apart(grad, rule.subspace, state)
+                    low, rest = apart(matrix, rule.subspace, state)
                     parts += [Part(KINDS["low"], low, REST), Part("", rest, REST, tally=self._tally)]
                 else:
-                    image = rule.image(grad, state, step, first=False)
+                    image = rule.image(matrix, state, step, first=False)
                     parts += [Part(KINDS[key], value, (bucket.prefix, key)) for key, value in image.items()]
-        return parts if parts[0].place == REST else [*parts, self._sketch(param, homes[0][1:])]
+        return parts if parts[0].place == REST else [*parts, self._sketch(grad, *homes[0][1:])]
 
-    def _sketch(self, param: torch.nn.Parameter, home: tuple[dict[str, Any], Bucket, int]) -> Part:
-        group, bucket, i = home
+    def _sketch(self, grad: Tensor, group: Mapping[str, Any], bucket: Bucket, i: int) -> Part:
         seed = seed_of(group["seed"], bucket.keys[i * bucket.view.blocks], int(bucket.counts[i]))
-        assert param.grad is not None
-        return Part("norms", signed_sums(param.grad, SKETCH, seed), NORMS)
+        return Part("norms", signed_sums(grad, SKETCH, seed), NORMS)
 
     @staticmethod
     def _refuse_sparse_one(param: torch.nn.Parameter) -> None:
@@ -316,6 +343,9 @@ class Replicated(InBackward):
         if parts[0].place == REST:
             self._put_together(param, parts)
             return
+        self._keep_images(param, parts)
+
+    def _keep_images(self, param: Tensor, parts: Sequence[Part]) -> None:
         images: dict[str, dict[str, Tensor]] = {}
         for part in parts:
             if part.place == NORMS:
@@ -339,10 +369,13 @@ class Replicated(InBackward):
 
     def _stepped(self) -> None:
         """Ends the exchange of a step; looks now and then whether the replicas are still equal."""
+        self._sketches.clear()
         if self._meeting is None:
             return
-        self._sketches.clear()
         self._meeting.begin()
+        self._check_if_due()
+
+    def _check_if_due(self) -> None:
         self._steps += 1
         if self._check_every is not None and self._steps % self._check_every == 0:
             self.check_replicas()

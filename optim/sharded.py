@@ -271,11 +271,21 @@ class Sharded(OwnRanks):
             self._step_layouts(probe)
             return
         for chunk in self._chunks:
-            params = [p for p in chunk if (only is None or p in only) and self._shards.gradient(p) is not None]
+            params = [p for p in chunk if (only is None or p in only) and self._is_given(p)]
             self._bring(params)
             self._step_layouts(probe)
             self._give(params)
             self._brought.clear()
+
+    def _is_given(self, param: Tensor) -> bool:
+        """True where there is something to step `param` by."""
+        assert self._shards is not None
+        return self._shards.gradient(param) is not None
+
+    def _shaped(self, param: Tensor, flat: Tensor) -> Tensor:
+        """What lies here of a matrix that is stepped by rows, or lies here whole, as a matrix."""
+        place = self._cut[param]
+        return flat.view(-1, math.prod(place.shape[1:])) if place.way == "rows" else flat.view(place.shape)
 
     def _bring(self, params: Sequence[Tensor]) -> None:
         assert self._shards is not None
@@ -283,13 +293,10 @@ class Sharded(OwnRanks):
         for param in params:
             place, weight, grad = self._cut[param], self._shards.weight(param), self._shards.gradient(param)
             assert grad is not None
-            if place.way == "rows":
-                columns = math.prod(place.shape[1:])
-                self._brought[param] = (grad.view(-1, columns), weight.view(-1, columns))
+            if place.way == "rows" or (place.way == "here" and self._mine(param)):
+                self._brought[param] = (self._shaped(param, grad), self._shaped(param, weight))
             elif place.owner is None:
                 self._brought[param] = (grad, weight)
-            elif place.way == "here" and self._mine(param):
-                self._brought[param] = (grad.view(place.shape), weight.view(place.shape))
             elif place.way != "here":
                 parcels.append(Parcel(place.owner, place.spans, grad.dtype, "gradients", piece=grad))
                 if place.way == "whole":

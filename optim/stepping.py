@@ -57,7 +57,8 @@ class Stepping(Owned):
         probe = (self._probe or Probe()) if self.measure else None
         self._in_chunks(only, probe)
         self._images.clear()
-        self._stepped()
+        if last:
+            self._stepped()
         if probe is not None and last:
             self._tell(self._together(probe))
             self.measure, probe = False, None
@@ -99,8 +100,9 @@ class Stepping(Owned):
 
     def _is_dry_run(self) -> bool:
         # a distributed checkpoint takes one step with zero gradients at lr 0 before it loads: it must leave no trace
-        begun = self._meeting is not None and self._meeting.under_way  # other ranks count on what this one sends
-        if begun or self._images or any(float(group["lr"]) != 0.0 for group in self.param_groups):
+        if self._under_way:  # other ranks count on what this one sends
+            return False
+        if self._images or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
         return not self._agreed(any(bool(grad.any()) for grad in self._gradients()))
 

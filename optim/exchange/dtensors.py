@@ -73,6 +73,11 @@ class DTensorShards:
         assert self._mesh is not None
         return self._mesh.get_group(self._dim)
 
+    @property
+    def replicas(self) -> Group | None:
+        assert self._mesh is not None
+        return self._mesh.get_group(1 - self._dim) if self._mesh.ndim == 2 else None
+
     def shape(self, param: Tensor) -> tuple[int, ...]:
         return tuple(param.shape)
 
@@ -84,3 +89,13 @@ class DTensorShards:
 
     def gradient(self, param: Tensor) -> Tensor | None:
         return None if param.grad is None else cast("DTensor", param.grad).to_local().view(-1)
+
+    def set_gradient(self, param: Tensor, piece: Tensor) -> None:
+        """Makes `piece`, of this rank's rows, the gradient of `param`."""
+        from torch.distributed.tensor import DTensor
+
+        own = cast("DTensor", param)
+        rows = piece.view(own.to_local().shape)
+        param.grad = DTensor.from_local(
+            rows, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+        )

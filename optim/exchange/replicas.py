@@ -428,17 +428,23 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return (bits * odd).sum()
 
 
-def difference(named: Mapping[str, Tensor], wire: Count, group: Group | None = None) -> str | None:
+def difference(
+    named: Mapping[str, Tensor], wire: Count, group: Group | None = None, *, device: torch.device | None = None
+) -> str | None:
     """The name of the first tensor of which two ranks hold different values; None where all are equal.
 
     Every rank must give the same names in the same order; one message travels, of two numbers a tensor.
+
+    Args:
+        wire: counts it, as `checks`.
+        device: from which it leaves; None: that of the first tensor.
     """
     if not named:
         return None
-    device = next(iter(named.values())).device
+    device = next(iter(named.values())).device if device is None else device
     mine = torch.stack([fingerprint(tensor).to(device) for tensor in named.values()])
     both = torch.stack([mine, mine.bitwise_not()])  # the greatest complement is the complement of the least
     dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
-    wire.note([("checks", both.numel() * both.element_size())], dist.get_world_size(group))
+    wire.note([("checks", both.nbytes)], dist.get_world_size(group))
     differ = (both[0] != both[1].bitwise_not()).tolist()
     return next((name for name, other in zip(named, differ, strict=True) if other), None)

@@ -32,6 +32,11 @@ class Shards(Protocol):
         """Where everything that is sent for the pieces is counted."""
         ...
 
+    @property
+    def replicas(self) -> Group | None:
+        """The ranks that hold the same pieces, between which the framework averages gradients; None: there is one."""
+        ...
+
     def shape(self, param: Tensor) -> tuple[int, ...]:
         """Of the whole weight."""
         ...

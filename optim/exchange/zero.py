@@ -61,12 +61,15 @@ class ZeroShards:
 
     Attributes:
         group: the ranks that the pieces lie on.
+        replicas: None, since no two ranks hold the same piece.
         stage: "1 or 2", or "3".
         wire: what this rank has sent for the pieces, but for what DeepSpeed sends by itself.
 
     Raises:
         ValueError: for a DeepSpeed, or settings of it, that this cannot read or that would train something else.
     """
+
+    replicas: Group | None = None
 
     def __init__(self, engine: Any, params: Iterable[tuple[str, Tensor]]) -> None:
         self._engine, self._zero, self.wire = engine, engine.optimizer, Wire()
