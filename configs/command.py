@@ -12,6 +12,7 @@ from typing import Any
 from thinrank.configs.arguments import parse
 from thinrank.configs.errors import ConfigError
 from thinrank.trainers.errors import GuardStop, PreflightError, RankLost, UserError
+from thinrank.versions import UnsupportedVersion
 
 FINISHED, REFUSED, UNFIT, PREEMPTED, STOPPED = 0, 2, 3, 75, 76
 RANK = os.environ.get("RANK", "0")
@@ -57,7 +58,7 @@ def command(argv: list[str], *, usage: str, schema: str, start: Callable[[Any], 
         return refuse(error, UNFIT)
     except RankLost as error:
         return refuse(error, RankLost.EXIT_CODE)
-    except (ConfigError, UserError) as error:
+    except (ConfigError, UserError, UnsupportedVersion) as error:
         return refuse(error)
 
 

@@ -3,6 +3,13 @@
 if __name__ != "thinrank.optim":
     raise ImportError("write `import thinrank.optim`, not `import optim`: a second copy of every class would be made")
 
+import torch
+
+from thinrank import versions
+
+if versions.is_older("torch", torch.__version__):  # before the imports that would stumble over what it has not
+    raise versions.UnsupportedVersion(versions.untested("torch", torch.__version__))
+
 from thinrank.optim.axis import Axis
 from thinrank.optim.build import build, route
 from thinrank.optim.grouping import Role, Routing, roles

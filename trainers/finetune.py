@@ -15,6 +15,7 @@ from thinrank.trainers.adapters import AdapterConfig, LoraConfig
 from thinrank.trainers.data.config import DataConfig, HeadersConfig
 from thinrank.trainers.pretrain import TrainingConfig
 from thinrank.trainers.run import RunConfig
+from thinrank.trainers.versions import require_lightning
 
 _DTYPES = ("float32", "stored")
 _ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -91,6 +92,7 @@ def finetune(config: FinetuneConfig, *, resolved: Mapping[str, Any] | None = Non
         UserError: something that the user can change; nothing was begun, or the last checkpoint stands.
         GuardStop: a guard has stopped training.
     """
+    require_lightning()  # before the imports that would stumble over another
     from thinrank.trainers.assembly import run
     from thinrank.trainers.jobs import Finetuning
 

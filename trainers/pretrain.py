@@ -21,6 +21,7 @@ from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.run import RunConfig
 from thinrank.trainers.schedule import ScheduleConfig
 from thinrank.trainers.strategies import FSDP2Config, ReplicatedConfig, StrategyConfig, World, ZeroConfig
+from thinrank.trainers.versions import require_lightning
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
@@ -310,6 +311,7 @@ def pretrain(config: PretrainConfig, *, resolved: Mapping[str, Any] | None = Non
         UserError: something that the user can change; nothing was begun, or the last checkpoint stands.
         GuardStop: a guard has stopped training.
     """
+    require_lightning()  # before the imports that would stumble over another
     from thinrank.trainers.assembly import run
     from thinrank.trainers.jobs import Pretraining
 

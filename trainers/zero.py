@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from thinrank.optim import MatrixOptimizer
 from thinrank.optim.zero import ZeroFront
 from thinrank.trainers.errors import UserError
+from thinrank.trainers.versions import require, warn_of_newer_torch
 
 STALE_SECONDS = 1800.0
 """No compilation of DeepSpeed's takes half an hour."""
@@ -41,9 +42,12 @@ def load_deepspeed() -> Any:
     Without a GPU it runs on the CPU with plain gloo: its own shared-memory collectives would be compiled first, for a
     minute, with a lock that a killed process leaves behind.
 
+    Warns:
+        UserWarning: torch is newer than what it has been tested with.
+
     Raises:
-        UserError: it is not installed, it has been imported for another accelerator, or a lock of a killed compilation
-            would keep it waiting for ever.
+        UserError: it is not installed, in a version that has not been tested, or a lock of a killed compilation would
+            keep it waiting for ever.
     """
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -57,6 +61,8 @@ def load_deepspeed() -> Any:
             raise UserError(
                 f"ZeRO needs DeepSpeed ({error}): install it with pip install 'thinrank[deepspeed]'"
             ) from error
+    require("DeepSpeed", deepspeed.__version__)
+    warn_of_newer_torch("ZeRO")
     if not cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -22,10 +22,7 @@ from torch import Tensor
 from thinrank.optim.exchange.replicas import Group
 from thinrank.optim.exchange.shards import Carrier, Parcel
 from thinrank.optim.exchange.wire import Wire
-
-TESTED = ((0, 19), (0, 19))
-"""First and last minor version of DeepSpeed whose layout is known to be read rightly (tests/optim/test_zero.py passes
-with 0.19.8 and 0.19.0, and not with 0.18.9)."""
+from thinrank.versions import requirement, untested
 
 _NEEDS = {
     "1 or 2": (
@@ -177,7 +174,7 @@ class ZeroShards:
         if self._flats[flat].numel() != size:
             raise ValueError(
                 f"DeepSpeed {_version(self._zero)} keeps {self._flats[flat].numel()} entries where its layout says "
-                f"{size}: install {_span()}"
+                f"{size}: pip install '{requirement('DeepSpeed')}'"
             )
 
     # --- DeepSpeed's steps --------------------------------------------------------------------------------------------
@@ -293,12 +290,13 @@ def _stage(zero: Any) -> str:
             f"DeepSpeed has made a {kind}, which shards nothing that could be read: set zero_optimization.stage to 1, "
             "2 or 3"
         )
-    if version is not None and not TESTED[0] <= _minor(version) <= TESTED[1]:
-        raise ValueError(f"DeepSpeed {version} has not been tested: install {_span()}")
+    if version is not None and (sentence := untested("DeepSpeed", version)) is not None:
+        raise ValueError(sentence)
     missing = [name for name in (*_NEEDS[found], *_NEEDS_BOTH) if not hasattr(zero, name)]
     if missing:
         raise ValueError(
-            f"DeepSpeed {version} has no {missing[0]} in its {kind}, by which its layout is read: install {_span()}"
+            f"DeepSpeed {version} has no {missing[0]} in its {kind}, by which its layout is read: pip install "
+            f"'{requirement('DeepSpeed')}'"
         )
     return found
 
@@ -346,13 +344,3 @@ def _refuse_settings(zero: Any) -> None:
 
 def _version(zero: Any) -> str | None:
     return getattr(sys.modules.get(type(zero).__module__.partition(".")[0]), "__version__", None)
-
-
-def _minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
-
-
-def _span() -> str:
-    first, last = (".".join(map(str, version)) for version in TESTED)
-    return first if first == last else f"{first} to {last}"

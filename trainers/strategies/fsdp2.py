@@ -22,6 +22,7 @@ from thinrank.trainers.errors import UserError
 from thinrank.trainers.strategies.config import FSDP2Config
 from thinrank.trainers.strategies.one_file import OneFile
 from thinrank.trainers.strategies.units import blocks, network, refuse
+from thinrank.trainers.versions import require_lightning, warn_of_newer_torch
 
 POLICIES: dict[str, MixedPrecisionPolicy] = {
     "32-true": MixedPrecisionPolicy(),
@@ -48,9 +49,12 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
         reshard_after_forward: a block's whole weights are dropped after forward and fetched again in backward.
         options: `process_group_backend` and `timeout` of Lightning's `ModelParallelStrategy`.
 
+    Warns:
+        UserWarning: torch is newer than what has been tested.
+
     Raises:
-        UserError: for bad values; in `fit` and its kin for a precision, a number of processes or a model that do not
-            suit.
+        UserError: for bad values, or a Lightning that has not been tested; in `fit` and its kin for a precision, a
+            number of processes or a model that do not suit.
     """
 
     def __init__(self, *, replicas: int = 1, reshard_after_forward: bool = True, **options: Any) -> None:
@@ -58,6 +62,8 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
             FSDP2Config(replicas=replicas, reshard_after_forward=reshard_after_forward)
         except ValueError as error:
             raise UserError(str(error)) from None
+        require_lightning()
+        warn_of_newer_torch("thinrank_fsdp2")
         super().__init__(save_distributed_checkpoint=False, **options)
         self.replicas, self.reshard_after_forward = replicas, reshard_after_forward
 

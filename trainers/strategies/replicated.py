@@ -16,6 +16,7 @@ from thinrank.optim.replicated import BUCKET_BYTES, EMBEDDINGS, MESSAGES, equali
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
 from thinrank.trainers.strategies.one_file import unwrapped
+from thinrank.trainers.versions import require_lightning
 
 
 class ReplicatedStrategy(DDPStrategy):
@@ -58,6 +59,7 @@ class ReplicatedStrategy(DDPStrategy):
         ):
             if value not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
+        require_lightning()
         super().__init__(**options)
         self._exchange: dict[str, Any] = {
             "messages": messages,

@@ -24,6 +24,7 @@ from thinrank.trainers import zero
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.module import CausalLM
 from thinrank.trainers.strategies.one_file import OneFile
+from thinrank.trainers.versions import require_lightning
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
@@ -46,6 +47,10 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
         config: more of DeepSpeed's configuration.
         options: of Lightning's `DeepSpeedStrategy` that are no settings of DeepSpeed: `timeout`,
             `process_group_backend`, `cluster_environment`, `logging_level`.
+
+    Raises:
+        UserError: for bad values, or a Lightning or DeepSpeed that has not been tested; in `fit` and its kin for a
+            precision, an optimizer or settings that do not suit.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
     ) -> None:
         if stage not in (1, 2, 3):
             raise UserError(f"stage must be 1, 2 or 3, got {stage}: choose one of them")
+        require_lightning()
         zero.load_deepspeed()
         more = dict(config or {})
         settings = {
