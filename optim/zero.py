@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinrank.optim.exchange.zero import ZeroShards, partitioned
+from thinrank.optim.exchange.zero import ZeroShards, partitioned, refuse_offload
 from thinrank.optim.optimizer import MatrixOptimizer
+
+__all__ = ["ZeroFront", "refuse_offload"]
 
 
 class ZeroFront(torch.optim.Optimizer):

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from thinrank.optim import MatrixOptimizer
-from thinrank.optim.zero import ZeroFront
+from thinrank.optim.zero import ZeroFront, refuse_offload
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.versions import require, warn_of_newer_torch
 
@@ -102,6 +102,18 @@ def _refuse_stale_lock() -> None:
             )
 
 
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuses what DeepSpeed's configuration must not ask for, before DeepSpeed sees it.
+
+    Raises:
+        UserError: for offload (`thinrank.optim.zero.refuse_offload`).
+    """
+    try:
+        refuse_offload(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def initialize(model: nn.Module, optimizer: MatrixOptimizer, config: Mapping[str, Any], **options: Any) -> ZeroRun:
     """`deepspeed.initialize` for an optimizer of matrices, bound to its engine; all ranks call it.
 
@@ -117,6 +129,7 @@ def initialize(model: nn.Module, optimizer: MatrixOptimizer, config: Mapping[str
     """
     if not dist.is_initialized():
         raise RuntimeError("ZeRO needs a process group: call torch.distributed.init_process_group before")
+    check_config(config)
     deepspeed = load_deepspeed()
     before = _Before(model)
     before.named_local_rank = _name_local_rank()

@@ -304,11 +304,12 @@ def _stage(zero: Any) -> str:
 _REFUSED: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "optimizer offload": (
         lambda zero: getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False),
-        "the optimizer's state would be on another device than what it steps: leave offload_optimizer out",
+        "the optimizer's state would be on another device than what it steps: leave offload_optimizer, of old "
+        "cpu_offload, out",
     ),
     "parameter offload": (
         lambda zero: getattr(zero, "params_in_nvme_and_cpu", False) or getattr(zero, "offload_param", False),
-        "weights have been tried on the accelerator alone: leave offload_param out",
+        "weights have been tried on the accelerator alone: leave offload_param, of old cpu_offload_param, out",
     ),
     "experts": (
         lambda zero: getattr(zero, "has_moe_layers", False) or _several_groups(zero),
@@ -337,9 +338,39 @@ def _several_groups(zero: Any) -> bool:
 
 
 def _refuse_settings(zero: Any) -> None:
-    for name, (is_on, remedy) in _REFUSED.items():
+    for name, (is_on, _) in _REFUSED.items():
         if is_on(zero):
-            raise ValueError(f"ZeRO with {name} is not supported, because {remedy}")
+            raise _refusal(name)
+
+
+def _refusal(name: str) -> ValueError:
+    return ValueError(f"ZeRO with {name} is not supported, because {_REFUSED[name][1]}")
+
+
+_OFFLOAD = {
+    "optimizer offload": ("offload_optimizer", "cpu_offload"),
+    "parameter offload": ("offload_param", "cpu_offload_param"),
+}
+"""By what keys of `zero_optimization` DeepSpeed is asked for it, today and of old."""
+
+
+def refuse_offload(config: Mapping[str, Any]) -> None:
+    """Refuses offload by the configuration, before DeepSpeed does, whose remedy (`zero_force_ds_cpu_optimizer`) would
+    lead to the refusal of the engine that it has made.
+
+    Args:
+        config: DeepSpeed's; a device of "none" is no offload.
+
+    Raises:
+        ValueError: it asks for offload of the optimizer or of parameters.
+    """
+    section = config.get("zero_optimization", {})
+    for name, keys in _OFFLOAD.items():
+        for key in keys:
+            value = section.get(key)
+            device = value.get("device", "none") if isinstance(value, Mapping) else value
+            if device not in (None, False, "none"):
+                raise _refusal(name)
 
 
 def _version(zero: Any) -> str | None:

@@ -16,6 +16,15 @@ from thinrank.optim import build
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
 
 
+OFFLOAD = {
+    "offload_optimizer": {"device": "cpu"},
+    "offload_param": {"device": "cpu"},
+    "cpu_offload": True,
+    "cpu_offload_param": True,
+}
+"""With DeepSpeed's defaults, under which it refuses an optimizer that is not its own, with a remedy of its own."""
+
+
 def misuse():
     said = {}
 
@@ -26,17 +35,13 @@ def misuse():
             said[name] = str(error)
 
     config = CONFIGS["galore/power"]
-    offload = {"device": "cpu"}
     note("stage 0", lambda: engine(config, 0))
-    note(
-        "offload",
-        lambda: engine(
-            config, 2, zero_optimization={"stage": 2, "offload_optimizer": offload}, zero_force_ds_cpu_optimizer=False
-        ),
-    )
+    for key, value in OFFLOAD.items():
+        note(key, lambda asked={"stage": 3, key: value}: engine(config, 3, zero_optimization=asked))
     note("bf16", lambda: engine(config, 1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}))
 
-    zero, optimizer = engine(config, 2)
+    none = {"offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}}
+    zero, optimizer = engine(config, 2, zero_optimization={"stage": 2, **none})
     note("norm", optimizer.gradient_norm)
     note("saved", zero.front.state_dict)
     note("loaded", lambda: zero.front.load_state_dict({}))
@@ -48,7 +53,7 @@ def misuse():
 def test_misuse_is_answered_with_the_remedy(ranks):
     wanted = {
         "stage 0": "set zero_optimization.stage to 1, 2 or 3",
-        "offload": "leave offload_optimizer out",
+        **{key: key for key in OFFLOAD},
         "bf16": "use stage 2",
         "norm": "clip by gradient_clipping",
         "saved": "save optimizer.full_state_dict()",
@@ -58,6 +63,7 @@ def test_misuse_is_answered_with_the_remedy(ranks):
     for said in ranks(2).run(misuse):
         assert said.keys() == wanted.keys()
         assert all(sentence in said[name] for name, sentence in wanted.items()), said
+        assert all("offload is not supported, because" in said[key] for key in OFFLOAD), said
 
 
 def unbound():
@@ -99,7 +105,8 @@ def test_what_cannot_be_read_is_refused(monkeypatch, version, sentence):
     ("settings", "remedy"),
     [
         ({"dtype": torch.float16}, "use bfloat16"),
-        ({"offload_param": True}, "leave offload_param out"),
+        ({"offload_param": True}, "leave offload_param, of old cpu_offload_param, out"),
+        ({"cpu_offload": True}, "leave offload_optimizer, of old cpu_offload, out"),
         ({"has_moe_layers": True}, "without mixture of experts"),
         ({"zenflow": True}, "leave it out"),
         ({"model_parallel_group": 1}, "leave mpu out"),

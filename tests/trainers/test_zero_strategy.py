@@ -15,6 +15,7 @@ from tiny_pretrain import config, losses, write_corpus
 
 from thinrank.configs.load import load
 from thinrank.configs.schema import PRETRAIN
+from thinrank.trainers import UserError, ZeroStrategy
 from thinrank.trainers.checkpoint import load as load_checkpoint
 from thinrank.trainers.pretrain import pretrain
 
@@ -140,6 +141,32 @@ def test_configurations_that_cannot_work_are_refused(arguments, remedy):
     with pytest.raises(Exception, match=remedy.replace(".", r"\.")) as caught:
         load(PRETRAIN, ["strategy=thinrank_zero2", *arguments])
     assert type(caught.value).__name__ == "ConfigError"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"offload_optimizer": {"device": "cpu"}},
+        {"offload_param": {"device": "nvme", "nvme_path": "/nvme"}},
+        {"cpu_offload": True},
+        {"cpu_offload_param": True},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_offload_is_refused_at_construction(asked):
+    with pytest.raises(UserError, match=rf"offload is not supported, because .* leave .*{next(iter(asked))}") as caught:
+        ZeroStrategy(3, config={"zero_optimization": asked})
+    assert "zero_force_ds_cpu_optimizer" not in str(caught.value)
+
+
+def test_no_offload_is_none():
+    none = {"offload_optimizer": {"device": "none"}, "offload_param": {}, "cpu_offload": False}
+    assert ZeroStrategy(3, config={"zero_optimization": none}).config["zero_optimization"]["stage"] == 3
+
+
+def test_options_that_lightning_would_ignore_are_refused():
+    with pytest.raises(UserError, match=r"offload_optimizer is none of ZeroStrategy's options.* without offload"):
+        ZeroStrategy(offload_optimizer=True)
 
 
 def test_strategies_are_known_by_name():

@@ -28,6 +28,12 @@ from thinrank.trainers.versions import require_lightning
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
+OPTIONS = (
+    "timeout", "process_group_backend", "cluster_environment", "logging_level",
+    "accelerator", "parallel_devices", "precision_plugin",
+)  # fmt: skip
+"""Of Lightning's `DeepSpeedStrategy`, which takes no notice of its others beside a configuration."""
+
 
 class ZeroStrategy(OneFile, DeepSpeedStrategy):
     """DeepSpeed's engine trains, and the module's optimizer steps whole matrices that the engine keeps in pieces.
@@ -49,8 +55,8 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
             `process_group_backend`, `cluster_environment`, `logging_level`.
 
     Raises:
-        UserError: for bad values, or a Lightning or DeepSpeed that has not been tested; in `fit` and its kin for a
-            precision, an optimizer or settings that do not suit.
+        UserError: for bad values, other options, offload in `config`, or a Lightning or DeepSpeed that has not been
+            tested; in `fit` and its kin for a precision, an optimizer or further settings that do not suit.
     """
 
     def __init__(
@@ -65,7 +71,12 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
         if stage not in (1, 2, 3):
             raise UserError(f"stage must be 1, 2 or 3, got {stage}: choose one of them")
         require_lightning()
-        zero.load_deepspeed()
+        for name in options:
+            if name not in OPTIONS:
+                raise UserError(
+                    f"{name} is none of ZeroStrategy's options, {', '.join(OPTIONS[:4])} among them: give settings of "
+                    "DeepSpeed as config={'zero_optimization': {…}}, without offload"
+                )
         more = dict(config or {})
         settings = {
             "stage": stage,
@@ -75,7 +86,10 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
             "overlap_comm": overlap and torch.cuda.is_available(),
             **more.pop("zero_optimization", {}),
         }
-        super().__init__(config={"zero_optimization": settings, **more}, **options)
+        more["zero_optimization"] = settings
+        zero.check_config(more)
+        zero.load_deepspeed()
+        super().__init__(config=more, **options)
         self._run: zero.ZeroRun | None = None
 
     # --- the processes ------------------------------------------------------------------------------------------------
