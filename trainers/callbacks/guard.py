@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from thinrank.optim import MatrixOptimizer
 from thinrank.trainers.errors import GuardStop
 from thinrank.trainers.gradients import total_norm
 
@@ -17,11 +18,14 @@ _log = logging.getLogger(__name__)
 
 def gradient_norm(module: pl.LightningModule) -> Tensor:
     """Norm of all gradients (scalar): that of the module, which keeps it for this step, or of a strategy that keeps the
-    gradients to itself, or else computed here."""
+    gradients to itself, or else computed here, with what thinrank's optimizers have taken of gradients."""
     shared = getattr(module, "gradient_norm", None) or getattr(module.trainer.strategy, "gradient_norm", None)
     if shared is not None:
         return shared()
-    return total_norm(module.parameters())
+    own = [optimizer for optimizer in module.trainer.optimizers if isinstance(optimizer, MatrixOptimizer)]
+    theirs = {param for optimizer in own for group in optimizer.param_groups for param in group["params"]}
+    rest = total_norm(param for param in module.parameters() if param not in theirs)
+    return torch.nn.utils.get_total_norm([rest, *(optimizer.gradient_norm() for optimizer in own)])
 
 
 class NonFiniteGuard(pl.Callback):
