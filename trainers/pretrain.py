@@ -20,7 +20,14 @@ from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.run import RunConfig
 from thinrank.trainers.schedule import ScheduleConfig
-from thinrank.trainers.strategies import FSDP2Config, ReplicatedConfig, StrategyConfig, World, ZeroConfig
+from thinrank.trainers.strategies import (
+    FSDP2Config,
+    OwnedConfig,
+    ReplicatedConfig,
+    StrategyConfig,
+    World,
+    ZeroConfig,
+)
 from thinrank.trainers.versions import require_lightning
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
@@ -179,6 +186,8 @@ class TrainingConfig:
                     "optimizer.rank_allocation=gradient shares ranks out: use optimizer.rank_allocation=weight, or "
                     "strategy=ddp"
                 )
+            if isinstance(self.strategy, OwnedConfig):
+                self._refuse_sharing_out_later(name)
             if self.trainer.precision == "16-mixed":
                 raise ValueError(
                     f"strategy={name} frees gradients before a loss scaler could look at them: use "
@@ -218,16 +227,19 @@ class TrainingConfig:
                 f"trainer.in_backward={self.trainer.in_backward} takes gradients before strategy={name} has averaged "
                 "them: leave in_backward out"
             )
+        self._refuse_sharing_out_later(name)
+        if self.trainer.precision not in ("32-true", "bf16-mixed", "bf16-true"):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} has not been tried with strategy={name}: use bf16-mixed, "
+                "bf16-true or 32-true"
+            )
+
+    def _refuse_sharing_out_later(self, name: str) -> None:
         allocation = getattr(self.optimizer, "rank_allocation", "uniform")
         if allocation == "gradient" or getattr(self.optimizer, "rank_allocation_every", None) is not None:
             raise ValueError(
                 f"strategy={name} leaves no rank with all that ranks would be shared out by during a run: use "
                 "optimizer.rank_allocation=weight without rank_allocation_every"
-            )
-        if self.trainer.precision not in ("32-true", "bf16-mixed", "bf16-true"):
-            raise ValueError(
-                f"trainer.precision={self.trainer.precision} has not been tried with strategy={name}: use bf16-mixed, "
-                "bf16-true or 32-true"
             )
 
 

@@ -14,6 +14,7 @@ from tiny_pretrain import config, losses, write_corpus
 from thinrank.configs.load import load
 from thinrank.configs.schema import PRETRAIN
 from thinrank.optim import FiraConfig
+from thinrank.trainers import NonFiniteGuard
 from thinrank.trainers.pretrain import pretrain
 
 
@@ -143,30 +144,69 @@ def test_a_module_that_knows_nothing_of_replicas(base):
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
+def test_a_module_under_owners_by_name(base):
+    weights, _, facts = torch.load(base / "owners.pt", weights_only=True)
+    assert facts["state on"] == 2
+    for name, value in tiny_replicas.fit(tiny_replicas.own, accumulate=2).state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_the_guard_skips_on_all_ranks_what_one_cannot_take(base):
+    """In a module of a user's own: the guard looked at `p.grad`, which had left, and let the step happen."""
+    _, skipping, facts = torch.load(base / "owners.pt", weights_only=True)
+    guard = NonFiniteGuard()
+    alone = tiny_replicas.fit(tiny_replicas.own, kind=tiny_replicas.Broken, callbacks=[guard]).state_dict()
+    assert guard.skipped == 1
+    for strategy in ("replicas", "owners"):
+        assert facts[strategy] == ([1, 1], [True, True])
+        for name, value in alone.items():
+            torch.testing.assert_close(skipping[strategy][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_what_it_cannot_do_is_refused(base):
     *_, said = json.loads((base / "result.json").read_text())
     assert "AdamW is none: return thinrank.optim.build(self, config)" in said["other optimizer"]
     assert "needs whole gradients, which thinrank_ddp does not send: use 'norm'" in said["by value"]
+    assert "which thinrank_owned does not send: use 'norm'" in said["by value, owners"]
+
+
+BOTH = [
+    (["trainer.in_backward=project", "optimizer=galore"], "leave in_backward out"),
+    (["optimizer=galore", "optimizer.rank_allocation=gradient"], "use optimizer.rank_allocation=weight"),
+    (["trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed or 32-true"),
+    (["strategy.messages=small"], "messages must be one of auto, full"),
+    (["strategy.dtype=float16"], "dtype must be one of auto, float32, bfloat16"),
+    (["strategy.check_every=0"], "use null for never"),
+]
+LATER = ["optimizer=galore", "optimizer.rank_allocation=weight", "optimizer.rank_allocation_every=10"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "remedy"),
+    ("name", "arguments", "remedy"),
     [
-        (["trainer.in_backward=project", "optimizer=galore"], "leave in_backward out"),
-        (["optimizer=galore", "optimizer.rank_allocation=gradient"], "use optimizer.rank_allocation=weight"),
-        (["optimizer=galore", "strategy.messages=signs"], "use strategy.messages=auto, or a method such as fira"),
-        (["optimizer=adamw", "strategy.messages=majority"], "use strategy.messages=auto, or a method such as fira"),
-        (["trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed or 32-true"),
-        (["strategy.messages=small"], "messages must be one of auto, full"),
-        (["strategy.dtype=float16"], "dtype must be one of auto, float32, bfloat16"),
-        (["strategy.check_every=0"], "use null for never"),
+        *(("thinrank_ddp", *each) for each in BOTH),
+        ("thinrank_ddp", ["optimizer=galore", "strategy.messages=signs"], "or a method such as fira"),
+        ("thinrank_ddp", ["optimizer=adamw", "strategy.messages=majority"], "or a method such as fira"),
+        *(("thinrank_owned", *each) for each in BOTH),
+        ("thinrank_owned", ["optimizer=fira", "strategy.messages=signs"], "use messages='auto', or thinrank_ddp"),
+        ("thinrank_owned", ["optimizer=fira", "strategy.messages=majority"], "use messages='auto', or thinrank_ddp"),
+        ("thinrank_owned", LATER, "use optimizer.rank_allocation=weight without rank_allocation_every"),
     ],
-    ids=lambda value: value[-1] if isinstance(value, list) else "",
+    ids=lambda value: value[-1] if isinstance(value, list) else value if value.startswith("thinrank") else "",
 )
-def test_configurations_that_cannot_work_are_refused(arguments, remedy):
+def test_configurations_that_cannot_work_are_refused(name, arguments, remedy):
     with pytest.raises(Exception, match=remedy.replace(".", r"\.")) as caught:
-        load(PRETRAIN, ["strategy=thinrank_ddp", *arguments])
+        load(PRETRAIN, [f"strategy={name}", *arguments])
     assert type(caught.value).__name__ == "ConfigError"
+
+
+def test_replicas_may_share_ranks_out_later():
+    """What owners cannot is theirs alone."""
+    load(PRETRAIN, ["strategy=thinrank_ddp", *LATER])
 
 
 def test_the_strategy_is_known_by_name_without_lightning_being_imported_first():
@@ -194,9 +234,15 @@ def test_the_other_package_of_the_same_authors_is_answered(name):
 
 
 def test_settings_of_the_strategy_are_those_of_its_configuration():
-    from thinrank.trainers import ReplicatedConfig, ReplicatedStrategy
+    from thinrank.trainers import OwnedStrategy, ReplicatedConfig, ReplicatedStrategy, UserError
 
-    with pytest.raises(Exception, match="dtype must be one of"):
-        ReplicatedStrategy(dtype="half")
+    for kind in (ReplicatedStrategy, OwnedStrategy):
+        with pytest.raises(UserError, match="dtype must be one of"):
+            kind(dtype="half")
+        with pytest.raises(UserError, match="check_every must be at least 1 step"):
+            kind(check_every=0)
+    ReplicatedStrategy(messages="signs")
+    with pytest.raises(UserError, match="use messages='auto', or thinrank_ddp"):
+        OwnedStrategy(messages="signs")
     names = {field.name for field in dataclasses.fields(ReplicatedConfig)}
     assert {"messages", "dtype", "overlap", "check_every"} <= names

@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from thinrank.optim import DCTAdamWConfig, DionConfig, FiraConfig, GaLoreConfig, build
-from thinrank.trainers import OwnedConfig, ReplicatedConfig, UserError
+from thinrank.trainers import NonFiniteGuard, OwnedConfig, ReplicatedConfig, UserError
 from thinrank.trainers.pretrain import pretrain
+from thinrank.trainers.strategies.world import gathered
 
 GALORE = GaLoreConfig(rank=4, svd="power", update_proj_gap=7, lr=0.01)
 DION = DionConfig(rank=4)
@@ -37,10 +38,18 @@ class Own(pl.LightningModule):
         return self.make(self)
 
 
-def fit(optimizer, rank=0, world=1, accumulate=1, **options):
+class Broken(Own):
+    """In the fourth step the last rank's loss is no number."""
+
+    def training_step(self, batch, batch_idx):
+        bad = self.global_step == 3 and self.global_rank == self.trainer.world_size - 1
+        return super().training_step(batch, batch_idx) * (torch.nan if bad else 1.0)
+
+
+def fit(optimizer, rank=0, world=1, accumulate=1, kind=Own, **options):
     """Six steps of eight rows, of which this rank has its share; the trained module."""
     torch.manual_seed(rank)  # a rank's weights are not the first's until the strategy makes them
-    module = Own(optimizer)
+    module = kind(optimizer)
     rows = torch.randn(48, 6, generator=torch.Generator().manual_seed(1)).view(6, accumulate, world, -1, 6)[:, :, rank]
     loader = DataLoader(TensorDataset(rows.reshape(-1, 6)), batch_size=rows.shape[2])
     with warnings.catch_warnings():
@@ -117,8 +126,18 @@ def main(base):
         "other optimizer": refusal(lambda module: torch.optim.AdamW(module.parameters()), **parallel),
         "by value": refusal(own, **parallel, **by_value),
     }
+    by_owners = {**parallel, "strategy": "thinrank_owned"}
+    shared = fit(own, accumulate=2, **by_owners)
+    facts, skipping = {"state on": shared.trainer.optimizers[0].state_ranks}, {}
+    for name, how in (("replicas", parallel), ("owners", by_owners)):
+        guard = NonFiniteGuard()
+        skipping[name] = dict(fit(own, kind=Broken, callbacks=[guard], **how).state_dict())
+        alike = [all(torch.equal(each[n], skipping[name][n]) for n in each) for each in gathered(skipping[name])]
+        facts[name] = gathered(guard.skipped), alike
+    said["by value, owners"] = refusal(own, **by_owners, **by_value)
     if rank == 0:
         torch.save([weights, clipped], Path(base) / "own.pt")
+        torch.save([shared.state_dict(), skipping, facts], Path(base) / "owners.pt")
         (Path(base) / "result.json").write_text(json.dumps([first["run"], second["run"], said]))
     leave()
 

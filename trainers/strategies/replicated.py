@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,9 +13,9 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from thinrank.optim import MatrixOptimizer
 from thinrank.optim.remembering import MEMORIES_EVERY
-from thinrank.optim.replicated import BUCKET_BYTES, EMBEDDINGS, MESSAGES, equalise
+from thinrank.optim.replicated import BUCKET_BYTES, equalise
 from thinrank.trainers.errors import UserError
-from thinrank.trainers.strategies.config import MESSAGE_DTYPES
+from thinrank.trainers.strategies.config import MESSAGE_DTYPES, OwnedConfig, ReplicatedConfig
 from thinrank.trainers.strategies.one_file import unwrapped
 from thinrank.trainers.versions import require_lightning
 
@@ -38,7 +39,13 @@ class ReplicatedStrategy(DDPStrategy):
         memories_every: steps between two means of what ranks remember apart (Dion, LDAdam, feedback); None: never.
         bucket_bytes: least payload of a message.
         options: of Lightning's `DDPStrategy`, but for those of DDP's wrapper.
+
+    Raises:
+        UserError: for bad values, or a Lightning that has not been tested; in `fit` for optimizers that do not suit.
     """
+
+    CONFIG: type[ReplicatedConfig] = ReplicatedConfig
+    NAME = "thinrank_ddp"
 
     def __init__(
         self,
@@ -52,26 +59,21 @@ class ReplicatedStrategy(DDPStrategy):
         bucket_bytes: int = BUCKET_BYTES,
         **options: Any,
     ) -> None:
-        for name, value, allowed in (
-            ("messages", messages, MESSAGES),
-            ("embeddings", embeddings, EMBEDDINGS),
-            ("dtype", dtype, tuple(MESSAGE_DTYPES)),
-        ):
-            if value not in allowed:
-                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
-        require_lightning()
-        super().__init__(**options)
         self._exchange: dict[str, Any] = {
             "messages": messages,
             "embeddings": embeddings,
-            "dtype": MESSAGE_DTYPES[dtype],
+            "dtype": dtype,
             "overlap": overlap,
             "check_every": check_every,
             "memories_every": memories_every,
-            "bucket_bytes": bucket_bytes,
         }
-
-    NAME = "thinrank_ddp"
+        try:
+            self.CONFIG(**self._exchange)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        require_lightning()
+        super().__init__(**options)
+        self._exchange |= {"dtype": MESSAGE_DTYPES[dtype], "bucket_bytes": bucket_bytes}
 
     def configure_ddp(self) -> None:
         """Gives all ranks the first one's weights and buffers; nothing is wrapped."""
@@ -91,7 +93,7 @@ class ReplicatedStrategy(DDPStrategy):
         except ValueError as error:
             raise UserError(str(error)) from error
         self.precision_plugin.clip_grad_by_norm = _clip_by_norm
-        self.precision_plugin.clip_grad_by_value = _clip_by_value
+        self.precision_plugin.clip_grad_by_value = partial(_clip_by_value, self.NAME)
 
     def _join(self, optimizer: MatrixOptimizer) -> None:
         optimizer.replicate(**self._exchange)
@@ -131,6 +133,7 @@ class OwnedStrategy(ReplicatedStrategy):
     (`MatrixOptimizer.own`).
     """
 
+    CONFIG = OwnedConfig
     NAME = "thinrank_owned"
 
     def _join(self, optimizer: MatrixOptimizer) -> None:
@@ -143,8 +146,8 @@ def _clip_by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
     found.clip_grad_norm_(clip_val)
 
 
-def _clip_by_value(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+def _clip_by_value(strategy: str, optimizer: torch.optim.Optimizer, clip_val: float) -> None:
     raise UserError(
-        f"gradient_clip_algorithm='value' with {clip_val:g} needs whole gradients, which thinrank_ddp does not send: "
+        f"gradient_clip_algorithm='value' with {clip_val:g} needs whole gradients, which {strategy} does not send: "
         "use 'norm'"
     )
