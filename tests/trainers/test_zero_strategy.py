@@ -113,7 +113,9 @@ def curve(folder):
 def test_a_module_that_knows_nothing_of_zero(base):
     """Accumulation, and clipping by the Trainer."""
     alone = tiny_replicas.fit(tiny_replicas.own, accumulate=2, gradient_clip_val=0.1).state_dict()
-    for found in torch.load(base / "own.pt", weights_only=True):
+    by_name = torch.load(base / "own.pt", weights_only=True)
+    assert sorted(by_name) == [1, 2, 3]
+    for found in by_name.values():
         for name, value in alone.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 

@@ -67,17 +67,18 @@ def main(base):
     for steps, strategy in ((3, zero(1)), (6, zero(3)), (9, StrategyConfig(name="ddp"))):
         pretrain(config(base, "moves", strategy=strategy, **{**MOVES, "max_steps": steps}))
 
-    parallel = {"rank": rank, "world": 2, "strategy": "thinrank_zero2", "devices": 2, "gradient_clip_val": 0.1}
-    weights = fit(own, accumulate=2, **parallel).state_dict()
-    parallel["strategy"] = "thinrank_zero3"
-    partitioned = fit(own, accumulate=2, **parallel).state_dict()
+    parallel = {"rank": rank, "world": 2, "devices": 2, "gradient_clip_val": 0.1}
+    by_name = {}
+    for stage in (1, 2, 3):
+        parallel["strategy"] = f"thinrank_zero{stage}"
+        by_name[stage] = fit(own, accumulate=2, **parallel).state_dict()
     said = {
         "other optimizer": refusal(lambda module: torch.optim.AdamW(module.parameters()), **parallel),
         "by value": refusal(own, **parallel, gradient_clip_algorithm="value"),
         "half": refusal(own, **parallel, precision="16-true"),
     }
     if rank == 0:
-        torch.save([weights, partitioned], Path(base) / "own.pt")
+        torch.save(by_name, Path(base) / "own.pt")
         (Path(base) / "result.json").write_text(json.dumps([ended, said, skipped]))
     leave()
 
