@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from cases import CONFIGS, small
 from torch import nn
 
 from thinrank.optim import build
+from thinrank.optim.owned import own
 from thinrank.optim.replicated import ReplicaDrift, replicate
 
 BATCH, STEPS = 8, 20
@@ -371,11 +373,11 @@ def test_what_has_no_gradient_anywhere_stays(ranks):
     assert ranks(2).run(untouched) == [(True, [0.0, 1.0], True, 0)] * 2
 
 
-def skips_a_step(bad):
+def skips_a_step(bad, join):
     """One rank's gradient is no number: everybody sees it in the norm, throws the step away and goes on."""
     model = seeded_model()
     optimizer = build(model, CONFIGS["galore/power"])
-    replicate(model, optimizer)
+    join(model, optimizer)
     run(model, optimizer, mine(), steps=range(2))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     (loss(model, 2, *mine()) * (torch.nan if bad and dist.get_rank() == 1 else 1.0)).backward()
@@ -386,13 +388,45 @@ def skips_a_step(bad):
     return bool(norm.isfinite()), same, run(model, optimizer, mine(), steps=range(3, 6))
 
 
-def test_a_step_that_one_rank_cannot_take_is_taken_by_none(ranks):
-    for (finite, same, found), (fine, also, expected) in zip(
-        ranks(2).run(skips_a_step, True), ranks(2).run(skips_a_step, False), strict=True
-    ):
+JOINS = pytest.mark.parametrize("join", [replicate, partial(own, even_from=64)], ids=["replicas", "owners"])
+
+
+@JOINS
+def test_a_step_that_one_rank_cannot_take_is_taken_by_none(ranks, join):
+    answers, unharmed = (ranks(2).run(skips_a_step, bad, join) for bad in (True, False))
+    for (finite, same, found), (fine, also, expected) in zip(answers, unharmed, strict=True):
         assert (finite, same) == (False, True)
         assert (fine, also) == (True, True)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(torch.equal(value, answers[0][2][name]) for name, value in answers[1][2].items())
+
+
+def steps_all_the_same(join=None):
+    """By a gradient that is no number on the last share, where nobody has looked at the norm."""
+    found = {}
+    for name, config in TINY.items():
+        model = seeded_model()
+        optimizer = build(model, config)
+        if join is not None:
+            join(model, optimizer)
+        own_shares = shares(2) if join is None else mine()
+        run(model, optimizer, own_shares, steps=range(2))
+        optimizer.zero_grad()
+        sum(loss(model, 2, share) * (torch.nan if share.stop == BATCH else 1.0) for share in own_shares).backward()
+        optimizer.step()
+        found[name] = run(model, optimizer, own_shares, steps=range(3, 5))
+    return found
+
+
+@JOINS
+def test_without_a_guard_a_bad_gradient_spoils_on_all_ranks_what_it_spoils_in_one_process(ranks, join):
+    first, second = ranks(2).run(steps_all_the_same, join)
+    for name, alone_ in steps_all_the_same().items():
+        spoilt = {key for key, value in alone_.items() if not value.isfinite().all()}
+        assert spoilt
+        assert {key for key, value in first[name].items() if not value.isfinite().all()} == spoilt, name
+        for key, value in first[name].items():
+            torch.testing.assert_close(second[name][key], value, rtol=0, atol=0, equal_nan=True)
 
 
 def thrown_away():
