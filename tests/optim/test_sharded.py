@@ -1,6 +1,7 @@
 """Weights in pieces on several ranks: N ranks that each hold rows of them equal one process."""
 
 import copy
+import re
 import warnings
 from dataclasses import replace
 
@@ -550,6 +551,23 @@ def test_what_cannot_be_is_refused_in_one_sentence(ranks):
     ):
         assert word in sentence
         assert "\n" not in sentence
+
+
+def uneven_columns():
+    """Five columns on two ranks: cut by FSDP2, and by hand, which torch allows."""
+    mesh, layers = init_device_mesh("cpu", (2,)), [nn.Linear(5, 6, bias=False) for _ in range(2)]
+    layers[1].weight = nn.Parameter(distribute_tensor(layers[1].weight.data, mesh, [Shard(1)]))
+    try:
+        fully_shard(layers[0], mesh=mesh, shard_placement_fn=lambda p: Shard(1))
+    except NotImplementedError as error:
+        return str(error), refused(lambda: build(layers[1], CONFIGS["galore/power"]))
+    return "it was cut", ""
+
+
+def test_columns_that_ranks_do_not_divide_are_refused_by_torch_and_here(ranks):
+    for of_torch, ours in ranks(2).run(uneven_columns):
+        assert re.fullmatch(r"FSDP does not support uneven sharding on dim 1: .*6, 5.*\(world size: 2\)", of_torch)
+        assert re.search(r"weight is placed as .*Shard\(dim=1\).* use fully_shard without shard_placement_fn", ours)
 
 
 def routed():
