@@ -326,6 +326,24 @@ def test_an_elastic_slurm_job_outlives_a_node(capsys):
     assert "--no-kill --kill-on-bad-exit=0" in text
 
 
+def test_an_elastic_kubernetes_job_has_ended_with_the_pod_of_the_rendezvous(capsys):
+    for words, policy in ((), None), (("job.min_nodes=1",), {"rules": [{"succeededIndexes": "0"}]}):
+        _, text = submit_script(capsys, "--dry-run", *K8S, "job.nodes=2", *words)
+        _, job = yaml.safe_load_all(text)
+        assert job["spec"].get("successPolicy") == policy
+
+
+@pytest.mark.parametrize(
+    "kind", [("job=slurm",), K8S, ("job=torchrun", "job.hosts=[a, b]")], ids=lambda words: words[0]
+)
+def test_how_long_an_elastic_job_waits_for_more_nodes(capsys, kind):
+    for words, seconds in (((), "30"), (("job.last_call_seconds=120",), "120")):
+        _, text = submit_script(capsys, "--dry-run", *kind, "job.nodes=2", "job.min_nodes=1", *words)
+        assert f",last_call_timeout={seconds} " in text
+    _, text = submit_script(capsys, "--dry-run", *kind, "job.nodes=2")
+    assert "last_call" not in text
+
+
 def test_a_pod_hands_the_signal_on_waits_for_the_save_and_says_75(cluster, tmp_path, capsys):
     _, text = submit_script(capsys, "--dry-run", *K8S[:3], "job.mount=/", "job.nodes=2", f"run.dir={tmp_path}/run")
     saves = (
@@ -385,6 +403,7 @@ def test_slurms_ways_to_write_a_time(time_limit, seconds):
         (JobConfig, {"processes_per_node": 0}, "processes_per_node must be at least 1, got 0"),
         (JobConfig, {"max_restarts": -1}, "max_restarts must be at least 0, got -1"),
         (JobConfig, {"save_seconds": 0}, "save_seconds must be at least 1 second, got 0"),
+        (JobConfig, {"last_call_seconds": 0}, "last_call_seconds must be at least 1 second, got 0"),
         (JobConfig, {"tee": "yes"}, "tee must be 0 to 3, or RANK:STREAMS"),
         (JobConfig, {"env": {"A B": "c"}}, "env must name variables"),
         (JobConfig, {"python": ""}, "python must name an interpreter"),

@@ -99,14 +99,18 @@ class Nodes:
     def said(self):
         return "\n".join(Path(f"{self.log}-{number}.log").read_text()[-3000:] for number in (0, 1))
 
+    def kill(self, node):
+        """What the loss of a machine leaves of a node: no agent, and no rank."""
+        worker = self.worker(node)
+        self.agents[node].kill()
+        self.agents[node].wait()
+        if worker is not None:
+            os.kill(worker, signal.SIGKILL)
+
     def end(self):
         for node, agent in enumerate(self.agents):
             if agent.poll() is None:
-                worker = self.worker(node)
-                agent.kill()
-                agent.wait()
-                if worker is not None:
-                    os.kill(worker, signal.SIGKILL)
+                self.kill(node)
 
 
 @pytest.fixture
@@ -128,27 +132,43 @@ def verdict(folder, *more):
     return done.returncode, (done.stdout + done.stderr).strip()
 
 
-def test_a_preempted_job_goes_on_and_survives_the_death_of_a_rank(tmp_path, start, capsys):
-    """What a batch script sees of it are the marker and the verdicts 75 and 0; the dead rank costs a restart."""
+@pytest.fixture
+def job(tmp_path, capsys):
+    """Writes a corpus; ``job(*words)`` gives the lines of a job with further words, one for each node."""
     draw = random.Random(0)
     (tmp_path / "corpus").mkdir()
     for name in "abcdefgh":
         text = " ".join(draw.choice(["def", "return", "self", "in"]) for _ in range(600))
         (tmp_path / "corpus" / f"{name}.txt").write_text(text)
-    code, text = submit_script(capsys, *words(tmp_path, tmp_path.name))
-    assert code == 0
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    assert len(lines) == 2
-    run = tmp_path / "run"
 
-    def step():
-        status = run / "status.json"
-        return json.loads(status.read_text()).get("step", 0) if status.exists() else 0
+    def lines(*more):
+        code, text = submit_script(capsys, *words(tmp_path, tmp_path.name), *more)
+        assert code == 0, text
+        found = [line for line in text.splitlines() if not line.startswith("#")]
+        assert len(found) == 2
+        return found
+
+    return lines
+
+
+def step(run):
+    """The last step that the run has told of."""
+    status = run / "status.json"
+    return json.loads(status.read_text()).get("step", 0) if status.exists() else 0
+
+
+def history(run):
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_preempted_job_goes_on_and_survives_the_death_of_a_rank(tmp_path, start, job):
+    """What a batch script sees of it are the marker and the verdicts 75 and 0; the dead rank costs a restart."""
+    lines, run = job(), tmp_path / "run"
 
     # preempted: every agent gets the signal, as from Slurm's --signal=USR1@…
     _, before = verdict(run)
     nodes = start(lines)
-    nodes.wait_for(lambda: step() >= 20)
+    nodes.wait_for(lambda: step(run) >= 20)
     for agent in nodes.agents:
         agent.send_signal(signal.SIGUSR1)
     assert nodes.codes() == [1, 1], nodes.said()  # torchrun lets no exit code through
@@ -164,16 +184,16 @@ def test_a_preempted_job_goes_on_and_survives_the_death_of_a_rank(tmp_path, star
     # the same lines again, and a rank dies
     _, before = verdict(run)
     nodes = start(lines)
-    nodes.wait_for(lambda: step() >= marker["step"] + 20)
+    nodes.wait_for(lambda: step(run) >= marker["step"] + 20)
     killed = nodes.worker(1)
     assert killed is not None
     os.kill(killed, signal.SIGKILL)
     assert nodes.codes() == [0, 0], nodes.said()
-    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    first, second, third = [line["step"] for line in history if line["event"] == "start"]
+    events = history(run)
+    first, second, third = [line["step"] for line in events if line["event"] == "start"]
     assert (first, second) == (0, marker["step"])
     assert second + 20 <= third < 160
-    assert history[-1]["state"] == "finished"
+    assert events[-1]["state"] == "finished"
     assert not (run / "preempted").exists()
     assert verdict(run, "--since", before) == (0, f"{run}: finished at step 160")
 
@@ -183,3 +203,20 @@ def test_a_preempted_job_goes_on_and_survives_the_death_of_a_rank(tmp_path, star
         assert len(list(folder.glob("*/attempt_*/0/stderr.log"))) >= 2
     said = [path.read_text() for path in run.glob("logs/node-*/**/stdout.log")]
     assert sum(text.startswith("preflight   2 ranks on ") for text in said) >= 2
+
+
+def test_an_elastic_job_goes_on_without_a_node(tmp_path, start, job):
+    """The second machine is gone, with its agent and its rank. The first one's rank dies of the broken connection; its
+    agent waits until the other has missed its heartbeats (15 s), and starts again from the newest checkpoint, alone."""
+    lines, run = job("job.min_nodes=1", "job.last_call_seconds=1"), tmp_path / "run"
+    assert all("--nnodes 1:2 " in line for line in lines)
+    nodes = start(lines)
+    nodes.wait_for(lambda: step(run) >= 20)
+    nodes.kill(1)
+    assert nodes.codes() == [0, -signal.SIGKILL], nodes.said()
+    events = history(run)
+    (first, both), (second, alone) = [(line["step"], line["world"]) for line in events if line["event"] == "start"]
+    assert (first, both, alone) == (0, 2, 1)
+    assert 20 <= second < 160
+    assert events[-1]["state"] == "finished"
+    assert verdict(run)[0] == 0

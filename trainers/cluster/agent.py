@@ -50,12 +50,15 @@ def agent(
         address: how the other nodes reach this one; None for its host name.
     """
     reach = [f"--local-addr {address}"] if address else []
+    # read_timeout is also how long a node waits for the one that holds the rendezvous
+    meeting = f"is_host={is_host},join_timeout={job.join_seconds},read_timeout={job.join_seconds}"
+    if job.elastic:
+        meeting += f",last_call_timeout={job.last_call_seconds}"
     return [
         f"{shlex.quote(job.python)} -m torch.distributed.run",
         f"--nnodes {nodes} --nproc-per-node {job.processes} --max-restarts {job.max_restarts}",
         f"--rdzv-backend c10d --rdzv-endpoint {endpoint} --rdzv-id {identity}",
-        # read_timeout is also how long a node waits for the one that holds the rendezvous
-        f"--rdzv-conf is_host={is_host},join_timeout={job.join_seconds},read_timeout={job.join_seconds}",
+        f"--rdzv-conf {meeting}",
         *reach,
         f"--signals-to-handle {SIGNALS} --shutdown-timeout {job.shutdown_seconds}",
         f"--log-dir {logs} --redirects 3 --tee {job.tee}",

@@ -40,6 +40,10 @@ class JobConfig:
         metadata={"help": "what a step and a save take together at most; all notice and grace times follow from it"},
     )
     join_seconds: int = field(default=900, metadata={"help": "seconds for all machines to meet"})
+    last_call_seconds: int = field(
+        default=30,
+        metadata={"help": "elastic: how long min_nodes machines wait for more, at the start and after each loss"},
+    )
     log_dir: str | None = field(
         default=None, metadata={"help": "folder of every rank's output; null: logs in the run folder"}
     )
@@ -56,7 +60,7 @@ class JobConfig:
         for name, least in (("nodes", 1), ("gpus_per_node", 0), ("max_restarts", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}: give a larger number")
-        for name in ("save_seconds", "join_seconds"):
+        for name in ("save_seconds", "join_seconds", "last_call_seconds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 second, got {getattr(self, name)}: leave it out")
         if self.min_nodes is not None and not 1 <= self.min_nodes <= self.nodes:

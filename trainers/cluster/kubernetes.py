@@ -100,6 +100,9 @@ def _job(config: SubmitConfig, job: KubernetesJob, words: Sequence[str]) -> dict
             "completions": job.nodes,
             "parallelism": job.nodes,
             "backoffLimit": job.max_failures,
+            # A pod that takes the place of a lost one may come when the run has finished, and then meets nobody: where
+            # the pod of the rendezvous has ended well, all have.
+            **({"successPolicy": {"rules": [{"succeededIndexes": "0"}]}} if job.elastic else {}),
             "podFailurePolicy": {
                 "rules": [
                     # another pod would fail alike: configuration, preflight, guard
