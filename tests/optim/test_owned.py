@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import CONFIGS
-from test_replicated import CLIPPED, PLAIN, STEPS, TINY, alone, apart, mine, run, seeded_model, shares, table_run
+from test_replicated import CLIPPED, PLAIN, STEPS, TINY, alone, apart, bound, mine, run, seeded_model, shares, table_run
 from test_sharded import HALF, KEPT, dtype_of, how_far, looks, refused, wide
 
 from thinrank.optim import build
 from thinrank.optim.owned import own
-from thinrank.optim.replicated import ReplicaDrift
+from thinrank.optim.replicated import ReplicaDrift, replicate
 
 
 def owned(configs, parts=1, dtype=torch.float32, how=None, **options):
@@ -34,6 +34,31 @@ def test_owners_that_tell_their_updates_are_one_process(ranks, ranks_, configs):
             assert apart(found[name], expected) <= wide(name), name
         for found in answers[1:]:
             assert all(torch.equal(value, answers[0][name][key]) for key, value in found[name].items()), name
+
+
+def projecting_all(configs, join, tied):
+    found = {}
+    for name, config in configs.items():
+        model = seeded_model(dist.get_rank(), tied=tied)
+        optimizer = build(model, config)
+        join(model, optimizer)
+        found[name] = run(model, optimizer, mine()), dict(optimizer.wire.payload)
+    return found
+
+
+@pytest.mark.parametrize("join", [replicate, own])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
+def test_embeddings_and_head_are_projected_like_matrices(ranks, join, tied):
+    targets = ["all-linear", r".*embed.*", *([] if tied else [r".*head.*"])]  # what is tied has one name
+    configs = {name: replace(CONFIGS[name], targets=targets) for name in ("galore/power", "muon", "dion")}
+    first, second = ranks(2).run(projecting_all, configs, join, tied)
+    vectors = sum(p.numel() for p in seeded_model(tied=tied).parameters() if p.ndim < 2 and p.requires_grad)
+    for name, config in configs.items():
+        model = seeded_model(tied=tied)
+        (found, sent), (other, _) = first[name], second[name]
+        assert apart(found, run(model, build(model, config), shares(2))) <= bound(name), name
+        assert all(torch.equal(value, other[key]) for key, value in found.items()), name
+        assert sent["dense"] == 4 * STEPS * vectors  # nothing else travels as what is stepped element by element
 
 
 @pytest.mark.parametrize("how", [{"overlap": False}, {"bucket_bytes": 1}, {"even_from": 10**9}], ids=str)

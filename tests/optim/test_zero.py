@@ -187,6 +187,7 @@ RUNS = [
     (1, 1, TINY),
     (1, 2, PLAIN),
     (1, 4, TINY),
+    (2, 1, TINY),
     (2, 2, PLAIN),
     (2, 4, TINY),
     (3, 1, TINY),
