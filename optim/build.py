@@ -45,8 +45,8 @@ def route(
 
     Raises:
         ValueError: when a target, an exclusion, a role or a heads pattern matches nothing, when a rank is of no
-            projected matrix, when LoRA's factors would be projected, and when the heads of an attention weight cannot
-            be told apart.
+            projected matrix, when LoRA's factors would be projected or a weight that has some, and when the heads of an
+            attention weight cannot be told apart.
         RuntimeError: when a trainable parameter is in no group: it would never be stepped.
     """
     routing = _grouped(model, config, roles, ranks, heads)

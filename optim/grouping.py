@@ -262,6 +262,35 @@ def refuse_factors(names: Iterable[str], config: MethodConfig) -> None:
         )
 
 
+def refuse_adapted(names: Iterable[str], trained: Iterable[str], config: MethodConfig) -> None:
+    """Refuses to project a weight beside which LoRA's factors are trained: two low-rank updates of one matrix.
+
+    Factors belong to the module that has them, and with it to what is its own (`layer.weight`) or a direct child's,
+    which is what a wrapper wraps (`layer.base_layer.weight`). Factors that are frozen disturb nothing.
+
+    Args:
+        names: of the matrices that `config` projects.
+        trained: names of all trainable parameters.
+
+    Raises:
+        ValueError: when one of them is such a weight.
+    """
+    factors = {name[: found.start()]: name for name in trained if (found := re.search(FACTOR, name))}
+    both = {}
+    for name in names:
+        own = name.rpartition(".")[0]
+        for module in (own, own.rpartition(".")[0]):
+            if module in factors:
+                both[name] = factors[module]
+    if both:
+        weight, factor = next(iter(both.items()))
+        raise ValueError(
+            f"{config.name or type(config).__name__} together with LoRA on the same weight: both would move {weight}, "
+            f"which has {factor} beside it ({len(both):,} such weights in all): freeze it by requires_grad_(False) and "
+            "train the factors alone, or merge them into it"
+        )
+
+
 def unstepped(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[str]:
     """Names of the trainable parameters of `model` that are in none of the parameter `groups`, in the model's order.
 
@@ -303,8 +332,8 @@ def group_parameters(
         heads: regular expression on a name → the layout of its heads, where that cannot be found.
 
     Raises:
-        ValueError: for a rank of something that the method does not project, for factors of LoRA that it would, and as
-            in `stepped_matrices`.
+        ValueError: for a rank of something that the method does not project, for factors of LoRA that it would and
+            weights that have such factors, and as in `stepped_matrices`.
     """
     role = roles(model, overrides)
     parameters = dict(model.named_parameters())
@@ -320,6 +349,7 @@ def group_parameters(
     projected = [name for name in names if name in chosen and (name not in ranks or ranks[name] is not None)]
     if config.projects:
         refuse_factors(projected, config)
+        refuse_adapted(projected, names, config)
     layouts = head_groups(model, config, projected, heads)
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     vector_lr = embedding_lr if config.vector_lr is None else config.vector_lr

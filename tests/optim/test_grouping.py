@@ -256,6 +256,39 @@ def test_factors_beside_projected_weights_are_left_to_adamw_by_name():
     assert len(route(model, GaLoreConfig(rank=4), ranks=own).rows) == 3
 
 
+@pytest.mark.parametrize("style", ["peft", "parameters", "small letters"])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]().projects])
+def test_a_weight_that_has_factors_is_not_projected(name, style):
+    """With the factors left to AdamW it once was, so that a matrix had two updates of few directions."""
+    model = nn.ModuleDict({"layer": Adapted(style), "plain": nn.Linear(16, 12, bias=False)})
+    weight = model.get_parameter("layer.base_layer.weight").requires_grad_()
+    method: Any = METHODS[name]
+    config = method(rank=4, exclude=["lora_"])
+    sentence = (
+        rf"{name} together with LoRA on the same weight: both would move layer\.base_layer\.weight, which has "
+        r"layer\.lora_\w.* beside it \(1 such weights in all\): freeze it"
+    )
+    for make in (build, route):
+        with pytest.raises(ValueError, match=sentence):
+            make(model, config)
+    own = {"layer.base_layer.weight": None, "plain.weight": 4}
+    assert len(route(model, config, ranks=own).rows) == 4  # stepped whole
+    for factor in model.parameters():
+        factor.requires_grad_(factor is weight)
+    assert [row.name for row in route(model, method(rank=4)).rows] == ["layer.base_layer.weight"]
+
+
+def test_a_weight_beside_its_own_factors_is_not_projected_either():
+    """As torchtune and loralib name it: the wrapper has the weight and the factors."""
+    layer = nn.Linear(16, 12, bias=False)
+    layer.lora_A, layer.lora_B = nn.Parameter(torch.zeros(4, 16)), nn.Parameter(torch.zeros(12, 4))
+    with pytest.raises(ValueError, match=r"both would move layer\.weight, which has layer\.lora_B beside it"):
+        build(nn.ModuleDict({"layer": layer}), GaLoreConfig(rank=4, exclude=["lora_"]))
+    with pytest.raises(ValueError, match=r"both would move weight, which has lora_B beside it"):
+        build(layer, GaLoreConfig(rank=4, exclude=["lora_"]))
+    assert {row.rule for row in route(layer, MuonConfig(exclude=["lora_"])).rows} == {"adamw", "muon"}
+
+
 def test_a_name_that_only_looks_like_a_factor_is_projected():
     model = nn.ModuleDict({"explora_a": nn.Linear(16, 12, bias=False), "lora_alpha": nn.Linear(16, 12, bias=False)})
     assert {row.rule for row in route(model, GaLoreConfig(rank=4)).rows} == {"galore"}
