@@ -258,8 +258,7 @@ class LowRankConfig(RankedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.update_proj_gap, int) or self.update_proj_gap < 1:
-            raise ValueError(f"update_proj_gap must be at least 1 step, got {self.update_proj_gap!r}")
+        whole_steps("update_proj_gap", self.update_proj_gap)
         if not isinstance(self.stagger, bool):
             raise ValueError(f"stagger must be true or false, got {self.stagger!r}")
         if self.lazy_overlap is not None:

@@ -52,6 +52,7 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (GaLoreConfig, {"rank": True}, r"rank must be at least 1 .*, got True"),
     (GaLoreConfig, {"update_proj_gap": 0}, r"update_proj_gap must be at least 1 step, got 0"),
     (GaLoreConfig, {"update_proj_gap": 2.5}, r"update_proj_gap must be at least 1 step, got 2\.5"),
+    (GaLoreConfig, {"update_proj_gap": True}, r"update_proj_gap must be at least 1 step, got True"),
     (GaLoreConfig, {"scale": math.inf}, r"scale must be a number"),
     (GaLoreConfig, {"proj_type": "rigth"}, r"proj_type must be one of .*did you mean 'right'"),
     (GaLoreConfig, {"svd": "exakt"}, r"svd must be one of .*did you mean 'exact'"),
