@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from laws import LAW, decaying, eye_error, seeded
+from reference.welore import kept, welore
 from torch import Tensor, nn
 
 from thinrank.optim import (
@@ -96,6 +97,17 @@ def test_a_grid_finds_no_better_threshold_than_the_exact_one():
         assert max(share for share in grid if share <= reduction) <= exact <= reduction
 
 
+@given(spectra(), st.integers(0, 100))
+@LAW
+def test_what_is_kept_is_what_halving_an_interval_finds(values, percent):
+    values = [v.double() for v in values]
+    scaled = [stretched(v) for v in values]
+    distinct = torch.cat(scaled).unique()
+    assume(len(distinct) == 1 or float(distinct.diff().min()) > 1e-15)  # an interval is not halved for ever
+    found = keep_counts(scaled, global_threshold(scaled, percent / 100))
+    assert found == kept([v.tolist() for v in values], percent / 100)
+
+
 # --- a budget ---------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +136,24 @@ def test_a_budget_is_kept_and_used(values, budget, minimum, multiple, maximum):
     for threshold in [*torch.cat(values).unique().tolist(), math.inf]:
         other = bounded_counts(values, threshold, **options)
         assert cost(other) > budget or all(a >= b for a, b in zip(ranks, other, strict=True))
+
+
+@given(spectra(), st.integers(0, 100), st.integers(1, 4), st.none() | st.integers(3, 11))
+@settings(LAW, max_examples=40)
+def test_ranks_are_those_that_halving_an_interval_finds(values, percent, step, most):
+    """With a budget from that of the least ranks to that of the largest."""
+    values = [v.double() for v in values]
+    sides = [(len(v) + 3 * i, len(v)) for i, v in enumerate(values)]
+    scaled = [relative(v) for v in values]
+    distinct = torch.cat(scaled).unique()
+    assume(len(distinct) == 1 or float(distinct.diff().min()) > 1e-15)
+    least, largest = (
+        sum(r * (m + n) for r, (m, n) in zip(bounded_counts(scaled, t, minimum=step, maximum=most), sides, strict=True))
+        for t in (math.inf, 0.0)
+    )
+    budget = least + percent * (largest - least) // 100
+    ranks = allocate_ranks(scaled, sides, budget, minimum=step, maximum=most, multiple=step)
+    assert ranks == welore([v.tolist() for v in values], sides, budget, step=step, most=most)
 
 
 @given(spectra(), st.integers(1, 900), st.integers(1, 900))

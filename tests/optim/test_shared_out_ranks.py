@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from cases import small
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from laws import LAW, decaying, seeded
+from reference.welore import welore
 from torch import nn
 
 from thinrank.optim import (
@@ -69,6 +70,32 @@ def test_one_threshold_for_all_within_the_budget(shapes, rank, steady):
     assert found in chosen
     dearer = [other for other in chosen if sum(other) > sum(found)]
     assert all(sum(r * sum(m.sides) for m, r in zip(matrices, other, strict=True)) > budget for other in dearer)
+
+
+@given(
+    st.lists(st.tuples(st.integers(2, 40), st.integers(2, 24), st.integers(1, 24)), min_size=1, max_size=5),
+    st.integers(1, 20) | st.sampled_from([0.25, 0.5]),
+    st.integers(0, 2**31),
+    st.booleans(),
+)
+@settings(LAW, max_examples=40)
+def test_ranks_of_random_spectra_are_those_of_a_search_by_halves(shapes, rank, seed, steady):
+    """From the matrices on: their singular values are random numbers, and so are the ranks that they had before."""
+    spectra, matrices = [], []
+    for i, (long, short, held) in enumerate(shapes):
+        turned = decaying(long, short, ratio=1.0, seed=seed + i, dtype=torch.float64)  # all singular values are one
+        left, _, right = torch.linalg.svd(turned, full_matrices=False)
+        values = seeded(left.shape[1], seed=seed + i, dtype=torch.float64).exp()
+        spectra.append(values.tolist())
+        matrices.append(matrix(str(i), ((left * values) @ right).float(), rank, held=min(held, long, short)))
+    scaled = torch.cat([torch.tensor(each, dtype=torch.float64) / max(each) for each in spectra]).unique()
+    assume(len(scaled) == 1 or float(scaled.diff().min()) > 1e-5)  # what float32 tells apart
+    sides, step = [m.sides for m in matrices], step_of_ranks(matrices)
+    budget = sum(m.cost(rank) for m in matrices)
+    assume(sum(min(step, len(each)) * sum(both) for each, both in zip(spectra, sides, strict=True)) <= budget)
+    held = [int(m.held) for m in matrices] if steady else None
+    expected = welore(spectra, sides, budget, step=step, held=held)
+    assert list(share_out(matrices, steady=steady).values()) == expected
 
 
 def test_ranks_are_multiples_of_an_eighth_of_the_uniform_one():
