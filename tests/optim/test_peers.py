@@ -1,13 +1,16 @@
 """Other people's optimizers as black boxes: the same groups and gradients must lead to the same weights."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from laws import seeded
 from test_galore_parity import gradient
 from torch import nn
 
-from thinrank.optim import Apollo, Fira, GaLore
+from thinrank.optim import Apollo, Fira, GaLore, Muon
+from thinrank.optim.lowrank import subspace
 
 SHAPES = {"tall": (24, 10), "wide": (9, 31), "square": (12, 12)}
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
@@ -72,6 +75,65 @@ def test_pytorch_optimizer_within_a_gap(name):
         lambda weights: theirs([{**group(weights), "projection_type": "std"}], **options),
         30,
     )
+
+
+def apart(mine, theirs, steps):
+    """For each shape, how far two walks end apart, in lengths of theirs."""
+    start = walk(lambda weights: torch.optim.SGD(weights, lr=0.0), 0)
+    ends = zip(walk(mine, steps), walk(theirs, steps), start, strict=True)
+    return [float((own - other).norm() / (other - old).norm()) for own, other, old in ends]
+
+
+@pytest.mark.parametrize("adjusted", [False, True], ids=["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
+def test_pytorch_optimizer_muon(nesterov, adjusted):
+    """The same step where its `use_adjusted_lr` is False and our `adjust_lr` "original", or True and "match_rms_adamw",
+    with its three coefficients, which are Jordan's, and its products, which are bfloat16 and nothing else: eight bits,
+    rounded in other places, through five iterations that do not converge."""
+    theirs = package("pytorch_optimizer").Muon
+    options: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+
+    def ours(weights, nesterov=nesterov):
+        scale = "match_rms_adamw" if adjusted else "original"
+        return Muon(weights, nesterov=nesterov, adjust_lr=scale, ns_dtype="bfloat16", **options)
+
+    def other(weights):
+        group = {"params": weights, "use_muon": True}
+        return theirs([group], nesterov=nesterov, use_adjusted_lr=adjusted, **options)
+
+    assert max(apart(ours, other, 10)) <= 0.03
+    assert min(apart(lambda weights: ours(weights, not nesterov), other, 10)) > 0.1  # which could be told apart
+
+
+@pytest.mark.parametrize("per", ["channel", "tensor"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_pytorch_optimizer_apollo(shape, per, monkeypatch):
+    """Its APOLLO is another step: what it scales is not the gradient G but G P Pᵀ, whose rank is P's, and the columns
+    of P are not orthonormal. What can be compared is what both scale by: our step with its P, sent through P Pᵀ, is
+    its step. With its `scale`, which enters there by its power 3/2, at one, and with gradients that shrink and are
+    forgotten soon, so that the limiters, which see different norms, have nothing to do."""
+    theirs = package("pytorch_optimizer").APOLLO
+    group: dict[str, Any] = {"rank": 4, "update_proj_gap": 1000, "scale": 1.0}
+    options: dict[str, Any] = {"lr": 0.01, "betas": (0.3, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    own, other = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    torch.manual_seed(0)
+    peer = theirs([{**group, "params": [other], "projection_type": "std"}], scale_type=per, **options)
+    mine = Apollo([own], scale_type=per, **group, **options)
+    wide = shape[0] < shape[1]
+    for step in range(8):
+        grad = seeded(*shape, seed=step) * 0.2**step
+        for weight in (own, other):
+            weight.grad = grad.clone()
+            weight.data.zero_()  # so that it is the update, and nothing of that is rounded away
+        peer.step()
+        drawn = peer.state[other]["projector"].ortho_matrix
+        drawn = drawn if wide else drawn.T  # (short, rank)
+        monkeypatch.setattr(subspace, "gaussian_projection", lambda *_, drawn=drawn, **__: drawn)
+        mine.step()
+        ours, seen = own.detach(), other.detach()
+        assert int(torch.linalg.matrix_rank(seen)) == 4 < int(torch.linalg.matrix_rank(ours))
+        image = drawn @ (drawn.T @ ours) if wide else ours @ drawn @ drawn.T
+        assert float((image - seen).norm()) <= 1e-5 * float(seen.norm())
 
 
 def test_moves_are_seen():
