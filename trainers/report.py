@@ -173,6 +173,7 @@ def page(report: Mapping[str, Any]) -> str:
                 ("skipped steps", _shown(training.get("skipped_steps"))),
                 ("restarts", _shown(run.get("restarts"))),
                 ("processes × micro-batches", f"{training.get('world')} × {training.get('accumulate')}"),
+                ("strategy", _shown(report["config"].get("strategy", {}).get("name"))),
                 *((key.replace("_", " "), _shown(value)) for key, value in report["memory"].items()),
             ],
         )

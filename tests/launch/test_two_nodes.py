@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from small_run import run_words, write_corpus
 from submitting import ROOT, submit_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # half a minute on an idle machine
@@ -26,32 +26,10 @@ def words(base, port_name):
         "job.join_seconds=300",
         "job.env={GLOO_SOCKET_IFNAME: lo}",
         f"job.python={sys.executable}",
-        f"run.dir={base}/run",
         "run.preflight.slow_factor=100",  # two ranks and a suite share the processor here
-        "model.hidden_size=16",
-        "model.intermediate_size=32",
-        "model.num_hidden_layers=1",
-        "model.num_attention_heads=2",
-        "data=files",
-        f"data.train=[{base}/corpus/*.txt]",
-        "data.validation_fraction=0.3",
-        f"data.cache_dir={base}/cache",
-        "data.tokenizer=bytes",
-        "data.sequence_length=16",
-        "data.validation_tokens=64",
-        "data.final_validation_tokens=64",
-        "optimizer=galore",
-        "optimizer.rank=4",
-        "trainer=debug",
+        *run_words(base, "run"),
         "trainer.max_steps=160",
         "trainer.checkpoint_every=20",
-        "trainer.validate_every=0",
-        "trainer.batch_size=4",
-        "trainer.precision=32-true",
-        "trainer.accelerator=cpu",
-        "trainer.tensorboard=false",
-        "trainer.export=false",
-        "trainer.sample_tokens=0",
     ]
 
 
@@ -135,11 +113,7 @@ def verdict(folder, *more):
 @pytest.fixture
 def job(tmp_path, capsys):
     """Writes a corpus; ``job(*words)`` gives the lines of a job with further words, one for each node."""
-    draw = random.Random(0)
-    (tmp_path / "corpus").mkdir()
-    for name in "abcdefgh":
-        text = " ".join(draw.choice(["def", "return", "self", "in"]) for _ in range(600))
-        (tmp_path / "corpus" / f"{name}.txt").write_text(text)
+    write_corpus(tmp_path)
 
     def lines(*more):
         code, text = submit_script(capsys, *words(tmp_path, tmp_path.name), *more)
