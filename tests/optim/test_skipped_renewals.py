@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CONFIGS
 from laws import eye_error, seeded
 from torch import nn
 
@@ -15,6 +16,7 @@ from thinrank.optim.methods import ldadam
 from thinrank.optim.rule import Step
 
 LOGGER = "thinrank.optim.skipped"
+META = torch.device("meta")
 
 
 def step(optimizer, params, count, spoilt=None, value=float("nan")):
@@ -187,7 +189,7 @@ def test_moments_stay_with_columns_that_stay(transport):
 
 
 @pytest.mark.parametrize("name", ["dct_adamw", "ldadam", "dion", "trion", "dion2"])
-def test_no_number_of_a_step_is_read_by_the_host(name):
+def test_what_keeps_its_subspace_is_told_and_not_looked_at(name):
     """Tensors without data refuse to be read: a GPU would have been waited for."""
     rule = ranked(name).matrix_rule()
     assert rule is not None
@@ -199,6 +201,36 @@ def test_no_number_of_a_step_is_read_by_the_host(name):
     assert list(which) == [0, 1, 2]
     assert held.is_meta
     assert held.shape == (3,)
+
+
+BETWEEN = [13, 14, 16]
+"""Counts of updates at which nothing is due: the gap of `cases` is 3, and GaLore+'s search is over."""
+NOT_ON_META = {"galore/stochastic": "rounds by random numbers of the device's own generator, and this device has none"}
+
+
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.matrix_rule() is not None])
+def test_no_number_of_a_matrixs_step_between_renewals_is_read_by_the_host(name):
+    """The matrices of the others, AdamW's, are in the next test."""
+    rule = CONFIGS[name].matrix_rule()
+    assert rule is not None
+    state = rule.init((3, 9, 6), META)
+    on_cpu = {"gap": 9.0, "renewed": 13.0}  # where a host may read them (`Renewals.init`)
+    state |= {key: torch.full((3,), value) for key, value in on_cpu.items() if key in state}
+    update = rule.update(torch.empty(3, 9, 6, device="meta"), state, Step(count=BETWEEN, keys=[7, 8, 9], held=[]))
+    assert update.materialise().is_meta
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_number_of_an_elementwise_step_is_read_by_the_host(name):
+    if name in NOT_ON_META:
+        pytest.skip(NOT_ON_META[name])
+    rule = CONFIGS[name].element_rule()
+    kinds = [(shape, dtype) for shape in ((9, 6), (7,), (80, 64)) for dtype in (torch.float32, torch.bfloat16)]
+    weights = [torch.empty(shape, dtype=dtype, device=META) for shape, dtype in kinds]  # the last two are coded
+    states = [rule.init(weight) | {"step": torch.tensor(3.0)} for weight in weights]  # counts are read, on the CPU
+    grads = [torch.empty_like(weight) for weight in weights]
+    rule.step_(weights, grads, states, lr=0.1, weight_decay=0.1, seeds=range(len(weights)))
+    assert all(weight.is_meta for weight in weights)
 
 
 def test_counts_lie_on_the_device_until_somebody_asks(monkeypatch):
