@@ -1,4 +1,4 @@
-"""Laws of Adam's direction, momentum, heads, norms, products and Newton-Schulz, for any shape and size."""
+"""Laws of Adam's direction, momentum, heads, norms, bases, dither, products, Newton-Schulz, for any shape and size."""
 
 import math
 from typing import Any
@@ -7,15 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import LAW, seeded
+from laws import LAW, eye_error, seeded
 from reference.muon import moved
 
 from thinrank.optim.linalg.adam import adam_direction
+from thinrank.optim.linalg.basis import svd_bases
+from thinrank.optim.linalg.fixed import dct_matrix, dct_rows_fft
 from thinrank.optim.linalg.heads import head_norms, largest_heads, take_heads
 from thinrank.optim.linalg.momentum import momentum_direction
-from thinrank.optim.linalg.norms import cosh_rms, row_norms
+from thinrank.optim.linalg.norms import all_finite, cosh_rms, frobenius, peak, row_norms
 from thinrank.optim.linalg.orthogonal import SETS, newton_schulz
 from thinrank.optim.linalg.products import product
+from thinrank.optim.linalg.quantise import dither
 
 SIDE = st.integers(1, 9)
 SEED = st.integers(0, 999)
@@ -132,6 +135,35 @@ def test_rows_are_measured_one_by_one(long, short, power, lies, seed):
     torch.testing.assert_close(turned, found, rtol=1e-5, atol=0)
 
 
+@given(SIDE, SIDE, st.integers(-15, 15), st.integers(0, 9), SEED)
+@LAW
+def test_frobenius_norms_are_lengths_of_all_entries_and_add_up_as_squares(long, short, power, cut, seed):
+    x = seeded(2, long, short, seed=seed) * 10.0**power
+    expected = torch.tensor([math.hypot(*one.flatten().tolist()) for one in x], dtype=torch.float64)
+    torch.testing.assert_close(frobenius(x).double(), expected, rtol=1e-5, atol=0)
+    parts = [frobenius(part).double() ** 2 for part in (x[:, :cut], x[:, cut:])]  # of which one may have no rows
+    torch.testing.assert_close(sum(parts), expected**2, rtol=2e-5, atol=0)
+    torch.testing.assert_close(frobenius(x.mT), frobenius(x), rtol=1e-6, atol=0)
+
+
+ENTRY = st.floats(width=32) | st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 3.0 * 2.0**126, 2.0**-149])
+
+
+@given(st.lists(st.lists(ENTRY, min_size=6, max_size=6), min_size=1, max_size=3))
+@LAW
+def test_the_largest_magnitude_is_a_number_where_all_entries_are(entries):
+    """Exactly, of numbers of any size."""
+    x = torch.tensor(entries).view(-1, 2, 3)
+    largest, finite = peak(x), all_finite(x)
+    assert largest.shape == finite.shape == (len(entries), 1, 1)
+    for one, found, fine in zip(entries, largest.flatten().tolist(), finite.flatten().tolist(), strict=True):
+        assert fine == all(math.isfinite(entry) for entry in one)
+        if any(math.isnan(entry) for entry in one):
+            assert math.isnan(found)
+        else:
+            assert found == max(abs(entry) for entry in one)
+
+
 @given(SIDE, SIDE, st.floats(0.0, 25.0), SEED)
 @LAW
 def test_cosh_is_between_that_of_zero_and_of_the_largest_entry(long, short, size, seed):
@@ -144,6 +176,70 @@ def test_cosh_is_between_that_of_zero_and_of_the_largest_entry(long, short, size
     torch.testing.assert_close(found.double(), x.double().cosh().square().mean((-2, -1)).sqrt(), rtol=1e-5, atol=0)
     assert torch.equal(cosh_rms(-x), found)
     assert bool((cosh_rms(1.5 * x) >= found).all())
+
+
+# --- bases ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 4), max_size=2), st.integers(1, 40), st.booleans(), st.booleans(), SEED)
+@LAW
+def test_cosines_by_an_fft_are_those_of_the_matrix(batch, n, transposed, double, seed):
+    """Of rows however many and however they lie; the lengths of rows stay, and a sum has the sum of the cosines."""
+    x = seeded(*batch, n, seed=seed, dtype=torch.float64 if double else torch.float32)
+    if transposed and batch:
+        x = x.mT.contiguous().mT
+    found = dct_rows_fft(x)
+    assert found.dtype is x.dtype
+    assert found.shape == x.shape
+    assert not transposed or not x.numel() or found.stride() == x.stride()
+    close: dict[str, Any] = {"rtol": 0, "atol": (1e-13 if double else 1e-5) * n**0.5}
+    torch.testing.assert_close(found.double(), x.double() @ dct_matrix(n).T, **close)
+    torch.testing.assert_close(found.norm(dim=-1), x.norm(dim=-1), **close)
+    other = seeded(*x.shape, seed=seed + 1, dtype=x.dtype)
+    torch.testing.assert_close(dct_rows_fft(x - 2.0 * other), found - 2.0 * dct_rows_fft(other), **close)
+
+
+@given(SIDE, SIDE, st.integers(1, 9), st.booleans(), st.integers(-12, 12), SEED)
+@LAW
+def test_two_bases_from_one_factorisation_make_a_matrix_diagonal(long, short, rank, transposed, power, seed):
+    """With falling singular values on the diagonal, so that what both leave out is the least that is possible."""
+    rank = min(rank, long, short)
+    x = seeded(2, long, short, seed=seed, dtype=torch.float64) * 10.0**power
+    left, right = svd_bases(x, rank, transposed=transposed)
+    assert left.shape == (2, long, rank)
+    assert right.shape == (2, short, rank)
+    values = torch.linalg.svdvals(x)
+    for i in range(2):
+        assert max(eye_error(left[i]), eye_error(right[i])) < 1e-12
+    core = left.mT @ x @ right / values[:, :1, None]
+    torch.testing.assert_close(core, (values[:, :rank] / values[:, :1]).diag_embed(), rtol=0, atol=1e-12)
+
+
+# --- dither -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=4), st.integers(1, 300), st.integers(1, 9))
+@LAW
+def test_a_matrix_has_its_dither_alone_and_in_a_batch(counts, width, block):
+    found = dither(counts, width, torch.device("cpu"), block)
+    assert found.shape[-1] == min(width, block)
+    assert found.ndim == (1 if len(set(counts)) == 1 else 4)
+    assert bool((found >= 0).all())
+    assert bool((found < 1).all())
+    for i, count in enumerate(counts):
+        assert torch.equal(
+            dither([count], width, torch.device("cpu"), block), found if found.ndim == 1 else found[i, 0, 0]
+        )
+
+
+@given(st.integers(0, 10**6), st.integers(2, 60), st.integers(1, 256))
+@LAW
+def test_the_dither_of_a_place_leaves_no_gap_in_any_run_of_steps(first, steps, place):
+    """n steps along the golden ratio leave gaps of at most 1.9/n on the circle (three gaps: Sós 1958). Places up to 193
+    are rounded to 2⁻¹⁷."""
+    values = sorted(float(dither([first + i], 256, torch.device("cpu"))[place - 1]) for i in range(steps))
+    gaps = [after - before for before, after in zip(values, [*values[1:], values[0] + 1.0], strict=True)]
+    assert max(gaps) <= 1.9 / steps + 2 * 2.0**-17
 
 
 # --- products and orthogonal factors ----------------------------------------------------------------------------------
