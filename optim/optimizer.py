@@ -13,6 +13,7 @@ from torch import Tensor
 
 from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket, Layout
+from thinrank.optim.exchange.shards import Span
 from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.inner.half import HalfWeights
 from thinrank.optim.lowrank.subspace import width
@@ -255,7 +256,8 @@ class MatrixOptimizer(Stepping):
     def _assemble(self, index: int) -> Layout:
         group = self.param_groups[index]
         members: dict[
-            tuple[MatrixView, int, str, Any, Any, Any, bool, Axis | None], list[tuple[torch.nn.Parameter, str]]
+            tuple[MatrixView, int, str, Any, Any, Any, bool, tuple[Span, ...], Axis | None],
+            list[tuple[torch.nn.Parameter, str]],
         ] = {}
         rest: list[tuple[torch.nn.Parameter, int]] = []
         for name, param, rank in zip(self.names(index), group["params"], ranks_of(group), strict=True):
@@ -274,6 +276,7 @@ class MatrixOptimizer(Stepping):
                     like.dtype,
                     param.device,
                     self._mine(param),
+                    self._cut_at(param),
                     self._axis(param),
                 )
                 members.setdefault(kind, []).append((param, name))

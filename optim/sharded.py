@@ -175,6 +175,13 @@ class Sharded(OwnRanks):
             return None
         return Axis(rows=self._carrier.everybody, note=lambda size, ranks: self._wire.note([("sums", size)], ranks))
 
+    def _cut_at(self, param: Tensor) -> tuple[Span, ...]:
+        """Every rank's piece of a matrix that is stepped by rows, with others that are cut alike; () of all others.
+
+        Under ZeRO-1 and ZeRO-2 equal matrices are cut at different rows.
+        """
+        return () if self._axis(param) is None else tuple(self._cut[param].spans)
+
     def _rows_here(self, param: Tensor, view: MatrixView) -> MatrixView:
         """The view of this rank's rows of a matrix that is stepped by rows."""
         return replace(view, stop=length(self._cut[param].spans[self._carrier.rank]) // view.columns)

@@ -30,10 +30,9 @@ class Uneven(nn.Module):
 
     all_alike = True
 
-    def __init__(self):
+    def __init__(self, sides=((6, 9), (9, 7), (3, 7), (2, 3), (3, 2), (6, 1), (1, 5))):
         super().__init__()
         self.embed, self.place = nn.Embedding(13, 9), nn.Embedding(5, 9)
-        sides = ((6, 9), (9, 7), (3, 7), (2, 3), (3, 2), (6, 1), (1, 5))
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in sides)
         self.gain = nn.Parameter(torch.ones(1))
         self.lm_head = nn.Linear(9, 13, bias=False)
@@ -46,9 +45,9 @@ class Uneven(nn.Module):
         return self.lm_head(x)
 
 
-def uneven():
+def uneven(**options):
     torch.manual_seed(7)
-    return Uneven()
+    return Uneven(**options)
 
 
 def ways(optimizer):
@@ -98,3 +97,33 @@ def test_pieces_of_different_lengths_train_as_whole_weights(ranks, train, ranks_
     different, nothing = (set().union(*(found[name][1][i] for name in UNEVEN)) for i in (0, 1))
     assert {"rows", "delta", "piece"} <= different
     assert ({"rows", "delta", "piece"} if ranks_ == 4 else {"piece"}) <= nothing
+
+
+ALIKE = {"sides": ((4, 8),) * 3}
+"""Three matrices of eight rows, one after the other: four ranks cut them after row 6, row 4 and row 2."""
+
+
+def under_zero1(configs):
+    from test_zero import engine
+    from test_zero import run as run_zero
+
+    found = {}
+    for name, config in configs.items():
+        zero, optimizer = engine(config, 1, model=uneven(**ALIKE))
+        cut = [place.spans for place in optimizer._cut.values() if place.way == "rows"]
+        found[name] = run_zero(zero), cut
+    return found
+
+
+@pytest.mark.timeout(240)
+def test_equal_matrices_that_are_cut_at_different_rows(ranks):
+    """They were to be stepped together, and the pieces of a rank did not fit on each other."""
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    configs = {name: UNEVEN[name] for name in ("galore/power", "dion")}
+    found = ranks(4).run(under_zero1, configs, timeout=220)[0]
+    for name, config in configs.items():
+        model = uneven(**ALIKE)
+        expected = run(model, build(model, config), shares(4))
+        assert apart(found[name][0], expected) <= bound(name), name
+        rows = [[length(span) // 4 for span in spans] for spans in found[name][1]]
+        assert rows == [[6, 2, 0, 0], [0, 4, 4, 0], [0, 0, 2, 6]]
