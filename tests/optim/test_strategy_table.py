@@ -60,10 +60,31 @@ def test_the_table_says_what_the_code_decides():
     assert found == wanted, "\n".join(wanted)
 
 
-@pytest.mark.parametrize("page", ["many-processes.md"])
+@pytest.mark.parametrize("page", ["many-processes.md", "what-works-where.md"])
 def test_tests_that_the_page_names_exist(page):
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", (ROOT / "docs" / page).read_text())
     assert any(test for _, test in named)
     for file, test in named:
         assert (ROOT / file).is_file(), file
         assert not test or f"def {test}(" in (ROOT / file).read_text(), test
+
+
+def test_what_works_where_has_no_empty_cell_and_no_claim_without_a_test():
+    text = (ROOT / "docs" / "what-works-where.md").read_text()
+    notes = re.findall(r"^\[\^(\w+)\]: (.*)$", text, re.MULTILINE)
+    titles, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"
+    )
+    assert all(f"`thinrank_{name}`" in " ".join(titles) for name in ("ddp", "owned", "fsdp2", "zero1"))
+    assert len(rows) >= 20
+    for feature, *cells in rows:
+        assert len(cells) == len(titles) - 1, feature
+        for title, cell in zip(titles[1:], cells, strict=True):
+            said = re.match(r"(yes|no|whole|not shown yet|not shown)\b(?: \([^()]+\))?(?:\[\^\w+\])*$", cell)
+            assert said, (feature, title, cell)
+            assert said[1] != "yes" or "[^" in cell, (feature, title)
+            assert said[1] != "no" or "(" in cell, (feature, title)
+    assert len({name for name, _ in notes}) == len(notes)
+    assert {name for name, _ in notes} == set(re.findall(r"\[\^(\w+)\](?!:)", text))
+    for name, note in notes:
+        assert re.search(r"`tests/[\w/]+\.py::test_\w+`", note), name
