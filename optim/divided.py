@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.exchange.replicas import Group
-from thinrank.optim.exchange.shards import SPREAD_BYTES, Carrier, Span, even, length, rows_of
+from thinrank.optim.exchange.shards import SPREAD_BYTES, Carrier, Span, common, even, length, rows_of
 from thinrank.optim.exchange.wire import Wire
 from thinrank.optim.lowrank.renewals import Renewals
 from thinrank.optim.lowrank.rule import LowRank
@@ -24,7 +24,7 @@ from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.places import EVEN_FROM, Place
 from thinrank.optim.rule import MatrixRule, State, Step, Tells
 
-__all__ = ["SPREAD_BYTES", "Cuts", "Divided", "Member", "Nobody", "Span", "even", "length", "rows_of"]
+__all__ = ["SPREAD_BYTES", "Cuts", "Divided", "Member", "Nobody", "Span", "common", "even", "length", "rows_of"]
 
 
 class Nobody(Carrier):
@@ -179,7 +179,7 @@ class Divided:
 
     def state(self, member: Member, rank: int) -> State:
         """What `rank` keeps of the state of a parameter, on the meta device."""
-        key = member.param, member.place.owner in (None, rank), member.place.spans[rank]
+        key = member.param, member.place.owner in (None, rank), member.place.steps[rank]
         if key not in self._states:
             self._carrier.rank = rank
             self._states[key] = self._optimizer._own_state(member.name, member.param, member.group, member.rank)

@@ -6,11 +6,13 @@ Every rank decides for itself and finds the same, as does whoever plans a run wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from thinrank.optim.exchange.replicas import batches
 from thinrank.optim.exchange.shards import Span, even, length, owners
 from thinrank.optim.linalg.quantise import BLOCK
 
@@ -59,13 +61,15 @@ class Place:
         spans: each rank's piece.
         shape: of the whole weight.
         owner: the rank that steps it; None where every rank steps its own piece.
-        way: `piece`: element by element, nothing travels (8-bit moments: where pieces are whole blocks). `rows`: whole
-            rows lie on each rank, and the method's small sums travel (`Axis`). `here`: it lies on its owner whole.
+        way: `piece`: element by element, nothing travels (8-bit moments: where pieces are whole blocks). `rows`: each
+            rank steps whole rows, and the method's small sums travel (`Axis`). `here`: it lies on its owner whole.
             `delta`: its gradient goes to the owner, and what is to be added comes back. `whole`: the weight itself goes
             to the owner as well, and comes back, for steps that look at it (8-bit moments in blocks of the whole,
             16-bit weights that are rounded by a master or by chance). Of replicas (`own`), `told`: what the update is
             made of travels; `all`: every rank steps it.
         dtype: of what is stepped.
+        rows: of `rows`, where a cut goes through a row: which whole ones each rank steps. What it lacks of their
+            gradient comes from its neighbours, and as much of the update goes back. None: `spans` are whole rows.
     """
 
     spans: Sequence[Span]
@@ -73,6 +77,12 @@ class Place:
     owner: int | None
     way: str
     dtype: torch.dtype
+    rows: Sequence[Span] | None = None
+
+    @property
+    def steps(self) -> Sequence[Span]:
+        """What each rank steps where all step something."""
+        return self.spans if self.rows is None else self.rows
 
     @property
     def size(self) -> int:
@@ -95,7 +105,7 @@ def of_pieces(weights: Sequence[Stepped], spans: Sequence[Sequence[Span]]) -> li
         if length(spans[i][owner]) == weights[i].size:
             ways[i] = "here"
     return [
-        Place(own, weight.shape, owner, way, weight.dtype)
+        Place(own, weight.shape, owner, way, weight.dtype, _moved_rows(own, weight.columns) if way == "rows" else None)
         for weight, own, owner, way in zip(weights, spans, found, ways, strict=True)
     ]
 
@@ -108,10 +118,19 @@ def _way_of_pieces(weight: Stepped, spans: Sequence[Span]) -> str:
         return "whole"
     if not weight.matrix:
         return "piece"
-    several = sum(length(span) > 0 for span in spans) > 1
-    columns = weight.columns
-    rows = columns and several and all(start % columns == stop % columns == 0 for start, stop in spans)
-    return "rows" if rows else "delta"
+    whole = _whole_rows(spans, weight.columns) if weight.columns else []
+    return "rows" if sum(length(span) > 0 for span in whole) > 1 else "delta"
+
+
+def _whole_rows(spans: Sequence[Span], columns: int) -> list[Span]:
+    """The pieces with their ends moved to the next end of a row, before or after."""
+    found = [[(end + columns // 2) // columns * columns for end in span] for span in spans]
+    return [(start, stop) if start < stop else (0, 0) for start, stop in found]
+
+
+def _moved_rows(spans: Sequence[Span], columns: int) -> Sequence[Span] | None:
+    rows = _whole_rows(spans, columns)
+    return None if rows == list(spans) else rows
 
 
 def of_replicas(weights: Sequence[Stepped], ranks: int, even_from: int = EVEN_FROM) -> list[Place]:
@@ -142,13 +161,13 @@ def _way_of_replicas(weight: Stepped, even_from: int) -> str:
 
 
 def chunks(places: Sequence[Place], ranks: int) -> list[list[int]]:
-    """Which weights, by number, are brought together: first those that nobody owns, then weights of all owners alike,
-    so that they have something to do at the same time."""
+    """Which weights, by number, are brought together: first those of which nothing is brought, then weights of all
+    owners alike, so that they have something to do at the same time, and last rows that cuts go through."""
     queues: list[list[int]] = [[] for _ in range(ranks)]
     for i, place in enumerate(places):
         if place.owner is not None:
             queues[place.owner].append(i)
-    found: list[list[int]] = [[i for i, place in enumerate(places) if place.owner is None]]
+    found: list[list[int]] = [[i for i, place in enumerate(places) if place.owner is None and place.rows is None]]
     held = [0] * ranks
     for turn in range(max(map(len, queues))):
         for owner, queue in enumerate(queues):
@@ -159,7 +178,8 @@ def chunks(places: Sequence[Place], ranks: int) -> list[list[int]]:
                     held = [0] * ranks
                 found[-1].append(queue[turn])
                 held[owner] += size
-    return found
+    moved = (i for i, place in enumerate(places) if place.rows is not None)
+    return [*found, *batches(moved, lambda i: 4 * max(map(length, places[i].steps)), CHUNK_BYTES)]
 
 
 def at(owner: int, size: int, ranks: int) -> list[Span]:
@@ -171,3 +191,25 @@ def cost(shape: tuple[int, ...]) -> float:
     """Of a step of a whole weight, in the order of its products."""
     rows, columns = shape[0] if shape else 1, math.prod(shape[1:])
     return float(rows) * columns * min(rows, columns)
+
+
+def blocks(key: str, span: Span) -> Span:
+    """Which entries of a tensor of state belong to those of the weight: one each, or one scale for a block of codes."""
+    return (span[0] // BLOCK, -(-span[1] // BLOCK)) if key.endswith("_scale") else span
+
+
+def held_where(place: Place, key: str, like: Tensor, along: Mapping[str, int]) -> Sequence[Span]:
+    """Which entries of a tensor of state each rank has, its rows first.
+
+    Args:
+        key, like: its name, and a tensor of its whole shape.
+        along: of what is stepped by rows, which dimension these are, by name.
+    """
+    if key in along:
+        rows, columns = like.shape[along[key]], math.prod(place.shape[1:])
+        each = like.numel() // max(rows, 1)
+        return [(start // columns * each, stop // columns * each) for start, stop in place.steps]
+    if place.way == "piece" and key != "step":
+        return [blocks(key, span) for span in place.spans]
+    owner = place.owner or 0  # or it is the same everywhere
+    return at(owner, like.numel(), len(place.spans))

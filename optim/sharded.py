@@ -16,13 +16,12 @@ from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange.dtensors import DTensorShards, here, is_sharded
 from thinrank.optim.exchange.replicas import anywhere, from_first, gathered, norm_of_all
-from thinrank.optim.exchange.shards import Carrier, Parcel, Shards, Span, length
+from thinrank.optim.exchange.shards import Carrier, Move, Parcel, Shards, length
 from thinrank.optim.exchange.wire import Count, Wire
 from thinrank.optim.inner.half import HalfWeights
-from thinrank.optim.linalg.quantise import BLOCK
 from thinrank.optim.matrix import MatrixView
 from thinrank.optim.own_ranks import OwnRanks, ranks_of
-from thinrank.optim.places import Place, Stepped, chunks, of_pieces
+from thinrank.optim.places import Place, Stepped, blocks, chunks, held_where, of_pieces
 from thinrank.optim.rule import ByRows, MatrixRule, Probe, State, Step, Tells
 from thinrank.optim.update import Update
 
@@ -180,11 +179,11 @@ class Sharded(OwnRanks):
 
         Under ZeRO-1 and ZeRO-2 equal matrices are cut at different rows.
         """
-        return () if self._axis(param) is None else tuple(self._cut[param].spans)
+        return () if self._axis(param) is None else tuple(self._cut[param].steps)
 
     def _rows_here(self, param: Tensor, view: MatrixView) -> MatrixView:
         """The view of this rank's rows of a matrix that is stepped by rows."""
-        return replace(view, stop=length(self._cut[param].spans[self._carrier.rank]) // view.columns)
+        return replace(view, stop=length(self._cut[param].steps[self._carrier.rank]) // view.columns)
 
     def _along(
         self, param: Tensor, whole: Mapping[str, Tensor], group: dict[str, Any], rank: int | float | None
@@ -206,10 +205,10 @@ class Sharded(OwnRanks):
     def _here(self, param: Tensor, whole: State, group: dict[str, Any], rank: int | float | None) -> State:
         """This rank's part of a whole state."""
         place = self._cut[param]
-        span = place.spans[self._carrier.rank]
+        span = place.steps[self._carrier.rank]
         if place.way == "piece":
             return {
-                key: value if key == "step" else value.reshape(-1)[slice(*_blocks(key, span))]
+                key: value if key == "step" else value.reshape(-1)[slice(*blocks(key, span))]
                 for key, value in whole.items()
             }
         if place.way != "rows":
@@ -297,10 +296,13 @@ class Sharded(OwnRanks):
     def _bring(self, params: Sequence[Tensor]) -> None:
         assert self._shards is not None
         parcels: list[Parcel] = []
+        moves: list[Move] = []
         for param in params:
             place, weight, grad = self._cut[param], self._shards.weight(param), self._shards.gradient(param)
             assert grad is not None
-            if place.way == "rows" or (place.way == "here" and self._mine(param)):
+            if place.rows is not None:
+                moves.append(Move(grad, place.spans, place.rows, "gradients"))
+            elif place.way == "rows" or (place.way == "here" and self._mine(param)):
                 self._brought[param] = (self._shaped(param, grad), self._shaped(param, weight))
             elif place.owner is None:
                 self._brought[param] = (grad, weight)
@@ -308,30 +310,38 @@ class Sharded(OwnRanks):
                 parcels.append(Parcel(place.owner, place.spans, grad.dtype, "gradients", piece=grad))
                 if place.way == "whole":
                     parcels.append(Parcel(place.owner, place.spans, place.dtype, "weights", piece=weight))
-        whole = iter(self._carrier.bring(parcels))
+        whole, rows = iter(self._carrier.bring(parcels)), iter(self._carrier.move(moves))
         for param in params:
             place = self._cut[param]
-            if place.owner is None or place.way == "here":
+            if place.way not in ("delta", "whole") and place.rows is None:
                 continue
-            grad = next(whole)
+            grad = next(whole) if place.rows is None else next(rows)
             weight = next(whole) if place.way == "whole" else None
             if grad is not None:
+                shape = place.shape if place.rows is None else (-1, math.prod(place.shape[1:]))
                 if weight is None:  # a step from nothing: what it leaves is what is to be added
-                    weight = torch.zeros(place.shape, dtype=torch.float32, device=grad.device)
-                self._brought[param] = (grad.view(place.shape), weight.view(place.shape))
+                    weight = torch.zeros_like(grad, dtype=torch.float32)
+                self._brought[param] = (grad.view(shape), weight.view(shape))
 
     def _give(self, params: Sequence[Tensor]) -> None:
         assert self._shards is not None
-        away = [p for p in params if self._cut[p].way in ("delta", "whole")]
-        parcels = []
+        away = [p for p in params if self._cut[p].way in ("delta", "whole") or self._cut[p].rows is not None]
+        parcels: list[Parcel] = []
+        moves: list[Move] = []
         for param in away:
             place = self._cut[param]
+            if place.rows is not None:
+                own = self._brought[param][1].view(-1).to(place.dtype)
+                moves.append(Move(own, place.rows, place.spans, "updates"))
+                continue
             assert place.owner is not None
             whole = self._brought[param][1].view(-1) if self._mine(param) else None
             kind = "updates" if place.way == "delta" else "weights"
             parcels.append(Parcel(place.owner, place.spans, place.dtype, kind, whole=whole))
-        for param, piece in zip(away, self._carrier.give(parcels), strict=True):
+        given, rows = iter(self._carrier.give(parcels)), iter(self._carrier.move(moves))
+        for param in away:
             place, weight = self._cut[param], self._shards.weight(param)
+            piece = next(given) if place.rows is None else next(rows)
             if place.way == "whole":
                 weight.copy_(piece)
                 continue
@@ -431,7 +441,7 @@ class Sharded(OwnRanks):
             names = self._initial_state(name, self._like(param).to("meta"), group, rank)
             along = self._along(param, names, group, rank) if place.way == "rows" else {}
             for key, like in names.items():
-                spans = self._held_where(place, key, like, along)
+                spans = held_where(place, key, like, along)
                 piece = torch.empty(0, dtype=like.dtype, device=device)
                 if length(spans[carrier.rank]):
                     piece = _turned(self.state[param][key], along.get(key, 0)).reshape(-1).to(device)
@@ -449,18 +459,6 @@ class Sharded(OwnRanks):
         finally:
             self.state.update(held)
 
-    @staticmethod
-    def _held_where(place: Place, key: str, like: Tensor, along: Mapping[str, int]) -> Sequence[Span]:
-        """Which entries of a tensor of state each rank has, its rows first."""
-        if key in along:
-            rows, columns = like.shape[along[key]], math.prod(place.shape[1:])
-            each = like.numel() // max(rows, 1)
-            return [(start // columns * each, stop // columns * each) for start, stop in place.spans]
-        if place.way == "piece" and key != "step":
-            return [_blocks(key, span) for span in place.spans]
-        owner = place.owner or 0  # or it is the same everywhere
-        return [(0, like.numel()) if rank == owner else (0, 0) for rank in range(len(place.spans))]
-
     def state_dict(self) -> dict[str, Any]:
         """As in torch. Of sharded weights, what one process would have, on every rank; every rank must call it then,
         and `full_state_dict` takes less memory."""
@@ -476,11 +474,6 @@ class Sharded(OwnRanks):
         for key, value in (self._here(param, whole, group, rank) if self._apart else whole).items():
             if key in own:
                 own[key].copy_(value)
-
-
-def _blocks(key: str, span: Span) -> Span:
-    """Which entries of a tensor of state belong to those of the weight: one each, or one scale for a block of codes."""
-    return (span[0] // BLOCK, -(-span[1] // BLOCK)) if key.endswith("_scale") else span
 
 
 def _turned(value: Tensor, dim: int, *, back: bool = False) -> Tensor:

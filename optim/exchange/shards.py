@@ -54,6 +54,12 @@ class Shards(Protocol):
         ...
 
 
+def common(one: Span, other: Span) -> Span:
+    """What both have; nothing, somewhere, where they have nothing."""
+    start, stop = max(one[0], other[0]), min(one[1], other[1])
+    return start, max(start, stop)
+
+
 def even(size: int, ranks: int, unit: int = 1) -> list[Span]:
     """`size` units, each of `unit` entries, cut into pieces as equal as torch cuts them: ⌈size/ranks⌉ units for each
     rank until there are none left."""
@@ -109,6 +115,22 @@ class Parcel:
     kind: str
     piece: Tensor | None = None
     whole: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A tensor that lies in pieces and is to lie in other ones.
+
+    Attributes:
+        piece: this rank's, as it lies (1-D).
+        lies, goes: each rank's piece, before and after.
+        kind: what it is, for the count.
+    """
+
+    piece: Tensor
+    lies: Sequence[Span]
+    goes: Sequence[Span]
+    kind: str
 
 
 def travels(parcel: Parcel) -> bool:
@@ -232,6 +254,41 @@ class Carrier:
                     whole[start:stop] = _as(received[rank], places[rank], size, parcel.dtype)
                     places[rank] += size
             found.append(whole)
+        return found
+
+    def move(self, moves: Sequence[Move]) -> list[Tensor]:
+        """This rank's piece of each tensor as it is to lie (1-D)."""
+        if not moves:
+            return []
+        sends: list[list[Tensor]] = [[] for _ in range(self.ranks)]
+        sizes = [0] * self.ranks
+        counted: list[tuple[str, int]] = []
+        for each in moves:
+            first, wide = each.lies[self.rank][0], each.piece.element_size()
+            for rank in range(self.ranks):
+                if rank == self.rank:
+                    continue
+                start, stop = common(each.lies[self.rank], each.goes[rank])
+                if start < stop:
+                    sends[rank].append(each.piece[start - first : stop - first])
+                    counted.append((each.kind, (stop - start) * wide))
+                sizes[rank] += length(common(each.lies[rank], each.goes[self.rank])) * wide
+        received = self._swap(sends, sizes, counted)
+        found: list[Tensor] = []
+        places = [0] * self.ranks
+        for each in moves:
+            first, wide = each.goes[self.rank][0], each.piece.element_size()
+            piece = each.piece.new_empty(length(each.goes[self.rank]))
+            for rank in range(self.ranks):
+                start, stop = common(each.lies[rank], each.goes[self.rank])
+                size = (stop - start) * wide
+                if rank == self.rank:
+                    own = each.piece[start - each.lies[rank][0] : stop - each.lies[rank][0]]
+                    piece[start - first : stop - first] = own
+                elif size:
+                    piece[start - first : stop - first] = _as(received[rank], places[rank], size, each.piece.dtype)
+                    places[rank] += size
+            found.append(piece)
         return found
 
     def _own(self, parcel: Parcel) -> Tensor:

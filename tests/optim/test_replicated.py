@@ -21,12 +21,12 @@ BATCH, STEPS = 8, 20
 class Language(nn.Module):
     """Tied embeddings, matrices of three shapes, one that is frozen, one never used, one now and then."""
 
-    def __init__(self, tied: bool = True, all_alike: bool = False):
+    def __init__(self, tied: bool = True, all_alike: bool = False, inner: int = 24):
         super().__init__()
         self.all_alike = all_alike
         self.embed = nn.Embedding(13, 8)
-        self.up = nn.Linear(8, 24)
-        self.down = nn.Linear(24, 8, bias=False)
+        self.up = nn.Linear(8, inner)
+        self.down = nn.Linear(inner, 8, bias=False)
         self.square = nn.Linear(8, 8)
         self.frozen = nn.Linear(8, 8)
         self.frozen.requires_grad_(False)

@@ -210,6 +210,41 @@ def test_ranks_under_zero_are_one_process(ranks, stage, ranks_, configs):
         assert apart(found[0][name], expected) <= wide(name), name
 
 
+ROWS = {name: CONFIGS[name] for name in ("galore/power", "dion", "ldadam/8bit")}
+
+
+def cut_through_rows(stage):
+    """By name: weights and state after training, and who steps `up`, as one rank knows it."""
+    found = {}
+    for name, config in ROWS.items():
+        model = seeded_model(all_alike=True, inner=27)
+        zero, optimizer = engine(config, stage, model=model)
+        train(zero)
+        found[name] = zero.weights(), optimizer.full_state_dict(), optimizer._cut[model.up.weight]
+        zero.release()
+    return found
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(("stage", "ranks_"), [(2, 4), (3, 2)])
+def test_rows_that_a_cut_goes_through_are_stepped_by_one_of_their_ranks(ranks, stage, ranks_):
+    """A matrix of 27 rows is not brought to an owner: its ranks lend each other what is lacking of whole rows."""
+    found = ranks(ranks_).run(cut_through_rows, stage, timeout=140)[0]
+    for name, config in ROWS.items():
+        model = seeded_model(all_alike=True, inner=27)
+        optimizer = build(model, config)
+        expected = run_alone(model, optimizer, shares(ranks_))
+        weights, state, place = found[name]
+        assert (place.way, place.rows is not None) == ("rows", True), name
+        assert apart(names_alike(weights), expected) <= wide(name), name
+        alone_ = optimizer.state_dict()["state"]
+        assert state["state"].keys() == alone_.keys()
+        for key, own in alone_.items():
+            assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in state["state"][key].items()}
+        whole = {str(i): own["step"] for i, own in alone_.items()}
+        assert {str(i): own["step"] for i, own in state["state"].items()} == whole
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_micro_batches_and_clipping(ranks, stage):
     """DeepSpeed accumulates, and clips by the norm of whole gradients."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from thinrank.optim.axis import Axis
 from thinrank.optim.build import BASES
-from thinrank.optim.divided import SPREAD_BYTES, Divided, Member, Span, even, length, rows_of
+from thinrank.optim.divided import SPREAD_BYTES, Divided, Member, Span, common, even, length, rows_of
 from thinrank.optim.grouping import Row
 from thinrank.optim.places import EVEN_FROM
 from thinrank.optim.rule import Step
@@ -254,9 +254,13 @@ class Pieces:
             leaves = comes = made = 0
             for row, member in (own[param] for param in chunk):
                 place = member.place
+                size, grad = place.size, self._gradient(row, member)
+                if place.rows is not None:
+                    leaves += grad * _away(place.spans, place.rows, rank)
+                    comes += grad * _away(place.rows, place.spans, rank)
+                    made += length(place.rows[rank]) * (grad + 4)
                 if place.way not in ("delta", "whole"):
                     continue
-                size, grad = place.size, self._gradient(row, member)
                 each = grad + (place.dtype.itemsize if place.way == "whole" else 0)
                 here = length(place.spans[rank])
                 if place.owner == rank:
@@ -277,6 +281,11 @@ class Pieces:
             if place.way == "rows":
                 first, renewal, between = (self._sums(member, count) for count in _counts(row))
                 tally.summed("sums", row.gap, between=between, renewal=renewal, first=first)
+            for rank in range(self.divided.ranks) if place.rows is not None else ():
+                there, back = _away(place.spans, place.steps, rank), _away(place.steps, place.spans, rank)
+                tally.sent("gradients", rank, 1, between=there * grad, renewal=there * grad)
+                size = back * place.dtype.itemsize
+                tally.sent("updates", rank, 1, between=size, renewal=size)
             if place.way not in ("delta", "whole"):
                 continue
             assert place.owner is not None
@@ -303,7 +312,7 @@ class Pieces:
         rule, (_, long, short) = member.steady()
         key = id(member.matrices[0][0]), (1, long, short), count
         if key not in self._known:
-            here = max(map(length, member.place.spans)) // max(short, 1)
+            here = max(map(length, member.place.steps)) // max(short, 1)
             meta, axis = torch.device("meta"), Counted()
             state = rule.init((1, here, short), meta)
             grad = torch.empty(1, here, short, dtype=member.place.dtype, device=meta)
@@ -361,6 +370,11 @@ class Zero(Pieces):
     def _small(self, rows: Sequence[Row]) -> dict[str, int]:
         groups = len({id(member.group) for member in self.divided if member.place.size})
         return {"present": FLOAT * len(rows), "norms": groups * (NORM if self.stage == 3 else FLOAT)}
+
+
+def _away(lies: Sequence[Span], goes: Sequence[Span], rank: int) -> int:
+    """Entries that leave `rank` where pieces are to lie elsewhere."""
+    return length(lies[rank]) - length(common(lies[rank], goes[rank]))
 
 
 def in_a_row(sizes: Sequence[int], ranks: int) -> list[list[Span]]:

@@ -43,8 +43,8 @@ CONFIGS = {
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.up = nn.Linear(12, 40)
-        self.down = nn.Linear(40, 12)
+        self.up = nn.Linear(12, 41)
+        self.down = nn.Linear(41, 12)
         self.square = nn.Linear(12, 12, bias=False)
 
     def forward(self, x):
@@ -52,7 +52,8 @@ class Block(nn.Module):
 
 
 class Tiny(nn.Module):
-    """An embedding that is cut into pieces and one that is not, two blocks, and a head whose rows nobody divides."""
+    """An embedding that is cut into pieces and one that is not, two blocks with matrices of rows that nobody divides,
+    and a head of that kind."""
 
     def __init__(self):
         super().__init__()
