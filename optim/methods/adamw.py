@@ -16,6 +16,12 @@ from thinrank.optim.methods.config import MethodConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig(MethodConfig):
-    """torch's AdamW on every parameter, with a learning rate for each role."""
+    """torch's AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on every parameter, with a rate for each role.
+
+    Defaults: lr=0.001, betas=(0.9, 0.999) and eps=1e-08 are the paper's on Adam (Kingma & Ba 2015) and torch's;
+    weight_decay=0.0 is ours (torch's is 0.01).
+
+    Equations and shapes: `thinrank.optim.methods.adamw`.
+    """
 
     name: str = field(default="adamw", metadata={"help": "method (chosen by `optimizer=…`)"})

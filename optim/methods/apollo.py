@@ -11,10 +11,11 @@ from N(0, 1/r); at every step, for a gradient G (m × n, m ≥ n),
 for wide matrices with the sides exchanged. s is about sqrt(r/n) times what Adam in the whole space would give, hence
 a ≈ sqrt(n/r). The state is 2mr + 1 numbers: P is remade from a seed.
 
-The bias correction outside the norms, ε, 1e-8 added to ‖R‖, and decay after the update follow apollo-torch 1.0.3,
-whose outputs this room agrees with for `proj="svd"`; the rest is from the paper. As there, `scale` enters by its root:
-a = sqrt(scale), so that APOLLO-Mini's sqrt(128) is scale = 128. `scale_front` says there whether a is applied before
-the limiter; the limiter looks at a ratio of norms, in which a constant cancels, so it is accepted and does nothing.
+The bias correction outside the norms, ε, 1e-8 added to ‖R‖, and decay after the update are not in the paper: they were
+inferred from what apollo-torch 1.0.3 gives, seen from outside, and this room's outputs agree with it for `proj="svd"`;
+its code was neither taken nor followed. By descriptions of its options, borne out by its outputs, `scale` enters by
+its root: a = sqrt(scale), so that APOLLO-Mini's sqrt(128) is scale = 128; and `scale_front` says whether a is applied
+before the limiter, which looks at a ratio of norms: a constant cancels in it, so that the option does nothing here.
 Ours: one P for all matrices of a size (theirs: one each), and none for r = n; a limiter that has seen a norm of zero
 starts anew.
 """
@@ -37,7 +38,15 @@ ONE_SIDED = tuple(side for side in SIDES if side != "full")
 
 @dataclass(frozen=True, kw_only=True)
 class ApolloConfig(LowRankConfig):
-    """APOLLO as published: a factor for each channel, from a random projection of a quarter of the short side."""
+    """APOLLO as published (Zhu et al., MLSys 2025, arXiv 2412.05270): SGD with Adam's length for each channel, which is
+    read off a random projection of a quarter of the short side.
+
+    Defaults: the paper's are lr=0.01, scale=1.0, rank=0.25, proj=random, proj_type=std, scale_type=channel and
+    update_proj_gap=200; Fira's limiter with update_limit=1.01 and disable_nl=False is part of its step; eps=1e-06 and
+    scale_front=False are apollo-torch's; ours are weight_decay=0.0 and what the shared classes say.
+
+    Equations and shapes: `thinrank.optim.methods.apollo`.
+    """
 
     name: str = field(default="apollo", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=0.01, metadata={"help": "learning rate; scaled gradients run at sqrt(scale) × lr"})
@@ -97,7 +106,14 @@ class ApolloConfig(LowRankConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ApolloMiniConfig(ApolloConfig):
-    """APOLLO-Mini as published: one direction and one factor for each matrix."""
+    """APOLLO-Mini as published (Zhu et al., MLSys 2025, arXiv 2412.05270): SGD with Adam's length for each matrix,
+    which is read off one random direction.
+
+    Defaults: the paper's are rank=1, scale=128.0 (which enters by its root), scale_type=tensor and lr=0.01, to which it
+    prefers 0.02; the rest is APOLLO's, and ours what is ours there.
+
+    Equations and shapes: `thinrank.optim.methods.apollo`.
+    """
 
     name: str = field(default="apollo_mini", metadata={"help": "method (chosen by `optimizer=…`)"})
     rank: int | float | None = field(

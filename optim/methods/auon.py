@@ -33,7 +33,13 @@ MOST = len(JORDAN.triples)
 
 @dataclass(frozen=True, kw_only=True)
 class AuONConfig(NewtonSchulzConfig):
-    """AuON as its paper has it; `newton_schulz_steps` above zero is Hybrid-AuON."""
+    """AuON as its paper (arXiv 2509.24320) has it: momentum of unit norm; with `newton_schulz_steps`, Hybrid-AuON.
+
+    Defaults: the paper's are lr=0.055, newton_schulz_steps=0 and normalize_update=True; gamma=1.5 is the authors'
+    code's; ours are the rates of what is no matrix, and what the shared classes say.
+
+    Equations and shapes: `thinrank.optim.methods.auon`.
+    """
 
     name: str = field(default="auon", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=0.055, metadata={"help": "learning rate: a matrix moves by this in Frobenius norm"})

@@ -55,7 +55,12 @@ ALLOCATIONS = ("uniform", "weight", "gradient")
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Fields of every optimizer; a learning rate for each role, because matrices and embeddings want different ones."""
+    """Fields of every optimizer; a learning rate for each role, because matrices and embeddings want different ones.
+
+    Defaults, where a method does not say otherwise: lr=0.001, betas=(0.9, 0.999) and eps=1e-08 are the paper's on Adam
+    (Kingma & Ba 2015); ours are weight_decay=0.0, one rate for all roles (embedding_lr=None, vector_lr=None),
+    state_bits=32 and half_weights=nearest.
+    """
 
     name: str = field(default="", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=1e-3, metadata={"help": "learning rate of the matrices"})
@@ -152,7 +157,10 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixConfig(MethodConfig):
-    """Fields of every method with a rule of its own for matrices."""
+    """Fields of every method with a rule of its own for matrices.
+
+    Defaults, where a method does not say otherwise, are ours: scale=1.0, targets=['all-linear'] and exclude=[].
+    """
 
     scale: float = field(default=1.0, metadata={"help": "multiplies the learning rate of the matrices it steps"})
     targets: list[str] = field(
@@ -174,7 +182,11 @@ class MatrixConfig(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RankedConfig(MatrixConfig):
-    """Fields of every method that keeps fewer directions than a matrix has."""
+    """Fields of every method that keeps fewer directions than a matrix has.
+
+    Defaults, where a method does not say otherwise: rank=0.25 is what the GaLore paper's 60M, 350M and 1B models have;
+    ours are projection_dtype=float32, rank_allocation=uniform and rank_allocation_every=None.
+    """
 
     rank: int | float | None = field(
         default=0.25,
@@ -240,7 +252,11 @@ class RankedConfig(MatrixConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig(RankedConfig):
-    """Fields of every method whose subspace is renewed now and then."""
+    """Fields of every method whose subspace is renewed now and then.
+
+    Defaults, where a method does not say otherwise: update_proj_gap=200 is the GaLore paper's, and that all matrices
+    renew at once (stagger=False) in a fixed gap (lazy_overlap=None); none is ours.
+    """
 
     update_proj_gap: int = field(default=200, metadata={"help": "steps between two renewals of the subspace"})
     stagger: bool = field(

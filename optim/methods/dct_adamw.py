@@ -7,11 +7,16 @@ With the orthonormal DCT-II matrix C (its rows are the atoms), for a gradient G 
     M, V: a column that stays chosen keeps its moments, a new one starts from zero
     M ← β1 M + (1−β1) a ;  V ← β2 V + (1−β2) a² ;  W ← (1−η λ) W − η (M̂ / (sqrt(V̂) + ε)) C[idx]
 
-for wide matrices with the sides exchanged. The paper's: selection by l1 norm, gap 1, rotation of the moments by
-C[idx_old] C[idx_new]ᵀ, quantised error. Ours: slots that keep their column, which turns the rotation into setting a few
-columns to zero; correct quantisers (the published ones use 16 of 256 levels, or return neighbours in another order);
-one basis in both engines; one basis for each size; ages by column; bases other than the DCT; a residual in the place of
-error feedback.
+for wide matrices with the sides exchanged: it is always the shorter side that is compressed, which is how we read the
+paper's projections from the left and from the right. With r of n columns at least the share r/n of ‖A‖² is kept,
+whichever the side, so that as much state guarantees as much on both; the shorter one has the smaller C and the cheaper
+transform, m n² instead of m² n. (The authors' code takes the longer side for keys and values of two families of models,
+so that one C serves all layers; here every size has its own.) There is no `proj_type`.
+
+The paper's: selection by l1 norm, gap 1, rotation of the moments by C[idx_old] C[idx_new]ᵀ, quantised error. Ours:
+slots that keep their column, which turns the rotation into setting a few columns to zero; correct quantisers (the
+published ones use 16 of 256 levels, or return neighbours in another order); one basis in both engines; one basis for
+each size; ages by column; bases other than the DCT; a residual in the place of error feedback.
 """
 
 from __future__ import annotations
@@ -46,7 +51,14 @@ def check_columns(basis: str, norm: str, engine: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DCTAdamWConfig(LowRankConfig):
-    """DCT-AdamW with the paper's selection and gap, and rotated moments."""
+    """DCT-AdamW (Modoranu et al. 2025, arXiv 2505.17967): AdamW on the strongest columns of a fixed cosine basis.
+
+    Defaults: the paper's are update_proj_gap=1, basis=dct, norm=l1, transport=rotate, betas=(0.9, 0.999), eps=1e-08 and
+    residual=off; error_feedback=off is the authors' code's; ours are lr=0.001 (it has none to begin with), rank=0.25
+    (theirs 128 to 512), weight_decay=0.0, column_age=True, residual_limit=1.01 (Fira's) and engine=auto.
+
+    Equations and shapes: `thinrank.optim.methods.dct_adamw`.
+    """
 
     name: str = field(default="dct_adamw", metadata={"help": "method (chosen by `optimizer=…`)"})
     update_proj_gap: int = field(default=1, metadata={"help": "steps between two choices of columns"})

@@ -139,7 +139,14 @@ class DionRule(ToldFactors):
 
 @dataclass(frozen=True, kw_only=True)
 class DionConfig(OrthonormalConfig, RankedConfig):
-    """Dion with its authors' rate, decay and momentum; its right factor follows at every step, so there is no gap."""
+    """Dion (Ahn et al. 2025, arXiv 2504.05295): orthonormal updates of low rank from a full momentum, at every step.
+
+    Defaults: the authors' are lr=0.01, weight_decay=0.01, momentum=0.95, right_factor=column_norm, adjust_lr=spectral,
+    betas=(0.9, 0.95) and rank=0.25, the least of what they advise for small models; ours are
+    orthogonalizer=cholesky_qr (theirs draws random numbers), state_bits=32 and embedding_lr=0.003.
+
+    Equations and shapes: `thinrank.optim.methods.dion`.
+    """
 
     name: str = field(default="dion", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=0.01, metadata={"help": "learning rate of the matrices (theirs: 0.01 to 0.02)"})

@@ -17,7 +17,14 @@ from thinrank.optim.methods.trion import TrionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Dion2Config(TrionConfig):
-    """Dion2 with its authors' constants; `rank` is their share α, or a number of slices."""
+    """Dion2 (Ahn et al. 2025, arXiv 2512.16928): orthonormal updates of a weight's strongest rows or columns; `rank` is
+    the authors' share α of them, or a number.
+
+    Defaults: the authors' are rank=0.25, lr=0.01, weight_decay=0.01, momentum=0.95, norm=l1, adjust_lr=spectral,
+    eps=1e-08 and basis=identity; ours are orthogonalizer=jordan and embedding_lr=0.003.
+
+    Equations and shapes: `thinrank.optim.methods.dion2`.
+    """
 
     name: str = field(default="dion2", metadata={"help": "method (chosen by `optimizer=…`)"})
     eps: float = field(default=1e-8, metadata={"help": "added to Adam's denominator"})

@@ -28,7 +28,14 @@ from thinrank.optim.methods.galore import GaLoreConfig
 
 @dataclass(frozen=True, kw_only=True)
 class FiraConfig(GaLoreConfig):
-    """Fira as published; the defaults are those of the authors' pre-training recipe for 60M parameters."""
+    """Fira as published (Chen et al., NeurIPS 2025, arXiv 2410.01623): GaLore, and what it drops added back, scaled.
+
+    Defaults: the authors', of their pre-training recipe for 60M parameters, are lr=0.01, scale=0.25, rank=0.25,
+    update_proj_gap=200, proj_type=std, svd=exact, transport=keep and residual_limit=1.01; ours is what the shared
+    classes say is.
+
+    Equations and shapes: `thinrank.optim.methods.fira`.
+    """
 
     name: str = field(default="fira", metadata={"help": "method (chosen by `optimizer=…`)"})
     scale: float = field(

@@ -29,7 +29,14 @@ from thinrank.optim.rule import Decay
 
 @dataclass(frozen=True, kw_only=True)
 class GaLoreConfig(LowRankConfig):
-    """GaLore as published; the defaults are those of the authors' pre-training recipes and their AdamW."""
+    """GaLore as published (Zhao et al., ICML 2024, arXiv 2403.03507): Adam in the gradient's singular subspace.
+
+    Defaults: the authors', of their pre-training recipes and their AdamW, are lr=0.01, scale=0.25, update_proj_gap=200,
+    rank=0.25 (60M, 350M and 1B), proj_type=std, svd=exact, eps=1e-06 and weight_decay=0.0; ours are
+    targets=['all-linear'] (theirs: attention and mlp) and what the shared classes say is.
+
+    Equations and shapes: `thinrank.optim.methods.galore`.
+    """
 
     name: str = field(default="galore", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=0.01, metadata={"help": "learning rate; projected matrices run at scale × lr"})

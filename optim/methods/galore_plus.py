@@ -41,7 +41,15 @@ SIDES = ("std", "reverse_std", "left", "right")
 
 @dataclass(frozen=True, kw_only=True)
 class GaLorePlusConfig(LowRankConfig):
-    """GaLore+; rates and gap as GaLore's recipes have them, the rest ours."""
+    """GaLore+ (Liao et al. 2024, arXiv 2412.19820), in part reconstructed: GaLore with a basis shared by heads,
+    subspace iteration in the place of the SVD, and AdamW on the entries that the subspace misses most.
+
+    Defaults: the paper's is svd=power; GaLore's are lr=0.01, scale=0.25, update_proj_gap=200, rank=0.25 and
+    proj_type=std; ours, since the paper's were not at hand, are cross_heads=['q', 'k'], heads=1, head_select=max_norm
+    (the paper draws one), density=0.01, warmup=10, reselect=never, transport=rotate and convention=adamw.
+
+    Equations and shapes: `thinrank.optim.methods.galore_plus`.
+    """
 
     name: str = field(default="galore_plus", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=0.01, metadata={"help": "learning rate; projected matrices run at scale × lr"})

@@ -171,7 +171,15 @@ class LDAdamRule(KeepsErrors, ToldFactors):
 
 @dataclass(frozen=True, kw_only=True)
 class LDAdamConfig(RankedConfig):
-    """LDAdam with the paper's constants; the subspace is renewed at every step, so there is no gap to set."""
+    """LDAdam (Robert et al., ICLR 2025, arXiv 2410.16103): Adam in a subspace that is renewed at every step, with
+    feedback of what it lost.
+
+    Defaults: the authors' are lr=0.001, betas=(0.908, 0.99), rho=0.908, eps=1e-08, error_feedback=full and svd=exact;
+    ours are rank=0.25 (theirs 16, and 8 in their recipe for 350M), weight_decay=0.0 and negative_variance=zero (theirs:
+    absolute).
+
+    Equations and shapes: `thinrank.optim.methods.ldadam`.
+    """
 
     name: str = field(default="ldadam", metadata={"help": "method (chosen by `optimizer=…`)"})
     betas: tuple[float, float] = field(default=(0.908, 0.99), metadata={"help": "decay rates of Adam's two moments"})

@@ -39,7 +39,14 @@ from thinrank.optim.methods.config import LowRankConfig, choice, number
 
 @dataclass(frozen=True, kw_only=True)
 class MFACConfig(LowRankConfig):
-    """M-FAC on projected gradients; `betas[0]` is the momentum, `betas[1]` is AdamW's alone."""
+    """M-FAC (Frantar et al., NeurIPS 2021, arXiv 2107.03356) on projected gradients: steps along the inverse Fisher
+    matrix of the last ones; `betas[0]` is the momentum, `betas[1]` is AdamW's alone.
+
+    Defaults: the paper's is finish=momentum; ours are space=projected, window=32 (the paper's 1024), damping=0.001 (the
+    paper's 1e-5), rank=0.25, update_proj_gap=200, lr=0.001 and state_bits=32.
+
+    Equations and shapes: `thinrank.optim.methods.mfac`.
+    """
 
     name: str = field(default="mfac", metadata={"help": "method (chosen by `optimizer=…`)"})
     state_bits: int = field(

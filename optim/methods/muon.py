@@ -31,7 +31,13 @@ from thinrank.optim.methods.momentum import NewtonSchulzConfig, OrthonormalConfi
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig(NewtonSchulzConfig, OrthonormalConfig):
-    """Muon with its author's rate, momentum and coefficients."""
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum whose singular values are all set to one.
+
+    Defaults: the author's are lr=0.02, momentum=0.95, nesterov=True, orthogonalizer=jordan, adjust_lr=original,
+    betas=(0.9, 0.95) and weight_decay=0.0; ours are embedding_lr=0.003 (his: 3e-4) and eps=1e-08 (his: 1e-10).
+
+    Equations and shapes: `thinrank.optim.methods.muon`.
+    """
 
     name: str = field(default="muon", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(

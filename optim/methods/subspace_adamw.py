@@ -27,7 +27,15 @@ from thinrank.optim.methods.dct_adamw import TRANSPORTS, transport_named
 
 @dataclass(frozen=True, kw_only=True)
 class SubspaceAdamWConfig(LowRankConfig):
-    """AdamW in a subspace that follows the gradient, plus a scaled residual."""
+    """AdamW in a subspace that follows the gradient, plus a scaled residual; no single paper's (its parts: Halko et al.
+    2011, LDAdam, Fira).
+
+    Defaults: update_proj_gap=200 and rank=0.25 are the GaLore paper's, residual_limit=1.01 is Fira's, lr=0.001,
+    betas=(0.9, 0.999) and eps=1e-08 are Adam's; ours are transport=rotate, residual=full, scale=1.0 and
+    weight_decay=0.0.
+
+    Equations and shapes: `thinrank.optim.methods.subspace_adamw`.
+    """
 
     name: str = field(default="subspace_adamw", metadata={"help": "method (chosen by `optimizer=…`)"})
     transport: str = field(default="rotate", metadata={"help": "moments at a renewal: rotate, keep, reset"})

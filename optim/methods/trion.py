@@ -91,7 +91,15 @@ class TrionRule(ToldColumns):
 
 @dataclass(frozen=True, kw_only=True)
 class TrionConfig(OrthonormalConfig, RankedConfig):
-    """Trion with the paper's constants; columns are chosen at every step, so there is no gap to set."""
+    """Trion (Modoranu et al. 2025, arXiv 2505.17967): orthonormal updates on the strongest columns of a fixed cosine
+    basis, which are chosen at every step.
+
+    Defaults: the paper's are lr=0.01, weight_decay=0.01, momentum=0.95, basis=dct, norm=l1, adjust_lr=original,
+    betas=(0.9, 0.95) and eps=1e-10; ours are rank=0.25 (theirs: 128 to 512, a sixteenth to a half of the width),
+    orthogonalizer=jordan, engine=auto, state_bits=32 and embedding_lr=0.003.
+
+    Equations and shapes: `thinrank.optim.methods.trion`.
+    """
 
     name: str = field(default="trion", metadata={"help": "method (chosen by `optimizer=…`)"})
     lr: float = field(default=0.01, metadata={"help": "learning rate of the matrices"})
