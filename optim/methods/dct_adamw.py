@@ -8,10 +8,10 @@ With the orthonormal DCT-II matrix C (its rows are the atoms), for a gradient G 
     M ← β1 M + (1−β1) a ;  V ← β2 V + (1−β2) a² ;  W ← (1−η λ) W − η (M̂ / (sqrt(V̂) + ε)) C[idx]
 
 for wide matrices with the sides exchanged: it is always the shorter side that is compressed, which is how we read the
-paper's projections from the left and from the right. With r of n columns at least the share r/n of ‖A‖² is kept,
-whichever the side, so that as much state guarantees as much on both; the shorter one has the smaller C and the cheaper
-transform, m n² instead of m² n. (The authors' code takes the longer side for keys and values of two families of models,
-so that one C serves all layers; here every size has its own.) There is no `proj_type`.
+paper's projections from the left and from the right. The r of n columns of largest l2 norm keep at least the share r/n
+of ‖A‖², whichever the side, so that as much state guarantees as much on both; the shorter one has the smaller C and the
+cheaper transform, m n² instead of m² n. (The authors' code takes the longer side for keys and values of two families of
+models, so that one C serves all layers; here every size has its own.) There is no `proj_type`.
 
 The paper's: selection by l1 norm, gap 1, rotation of the moments by C[idx_old] C[idx_new]ᵀ, quantised error. Ours:
 slots that keep their column, which turns the rotation into setting a few columns to zero; correct quantisers (the
