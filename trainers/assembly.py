@@ -23,7 +23,7 @@ from thinrank.optim import MatrixOptimizer
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.replicated import COARSE, whole_messages_because
-from thinrank.optim.rule import remembers
+from thinrank.optim.rule import MatrixRule, remembers
 from thinrank.trainers import report
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
@@ -325,11 +325,11 @@ def _introduce(parts: Parts) -> None:
 def _exchange(parts: Parts) -> str | None:
     """What travels between the ranks at every step, in words."""
     strategy, rule = parts.config.strategy, parts.config.optimizer.matrix_rule()
-    if isinstance(strategy, FSDP2Config) and parts.shards > 1:
-        rows = f"rows of weights and gradients among {parts.shards} ranks"
-        if rule is None:
-            return rows
-        return f"{rows}; sums for matrices that are stepped by rows; gradients and updates of those that have an owner"
+    if isinstance(strategy, FSDP2Config) and (parts.shards > 1 or strategy.messages == "auto"):
+        near = f"rows of weights and gradients among {parts.shards} ranks"
+        if rule is not None:
+            near += "; sums for matrices that are stepped by rows; gradients and updates of those that have an owner"
+        return near if strategy.messages == "full" else f"{near}; between {strategy.replicas} replicas {_afar(rule)}"
     if parts.world.size == 1 or not isinstance(strategy, ReplicatedConfig):
         return None
     if rule is None:
@@ -343,6 +343,14 @@ def _exchange(parts: Parts) -> str | None:
     if remembers(rule):
         return "small factors of updates of matrices, of which each rank remembers its own part; other gradients"
     return "coordinates of matrices between renewals; gradients at renewals, and of everything else"
+
+
+def _afar(rule: MatrixRule | None) -> str:
+    """What replicas of sharded models exchange."""
+    cause = "this method has no subspace" if rule is None else whole_messages_because(rule, apart=False)
+    if cause is not None:
+        return f"whole gradients of pieces, because {cause}"
+    return "coordinates of matrices that are stepped by rows; gradients of pieces at renewals, and of everything else"
 
 
 def _wants_cuda(config: TrainingConfig, world: World) -> bool:

@@ -15,6 +15,7 @@ from test_replicated import run as run_alone
 from torch import nn
 
 from thinrank.optim import build
+from thinrank.optim.replicated import ReplicaDrift
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
 
@@ -33,6 +34,7 @@ def engine(config, stage, *, model=None, start=0, **settings: Any) -> Any:
     zero.load_deepspeed().utils.logging.logger.setLevel("ERROR")
     model = seeded_model(start, all_alike=True) if model is None else model
     optimizer = build(model, config)
+    optimizer.check_every = 7
     base = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage}}
     return zero.initialize(model, optimizer, {**base, **settings}), optimizer
 
@@ -359,6 +361,29 @@ def skips():
 def test_a_step_that_is_skipped_leaves_no_trace(ranks):
     for found in ranks(2).run(skips):
         assert all(was == said for was, said in found)
+
+
+def drifts(stage, name, key):
+    """What a rank says once the last bit of one number of the state is another on rank 1."""
+    zero, optimizer = engine(CONFIGS["galore/power"], stage)
+    optimizer.check_every = 3
+    train(zero, steps=range(2))
+    if dist.get_rank() == 1:
+        tensor = optimizer.state[zero.engine.module.get_parameter(name)][key]
+        tensor.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+    said = ""
+    try:
+        train(zero, steps=[2])
+    except ReplicaDrift as drift:
+        said = str(drift)
+    zero.release()
+    return said
+
+
+@pytest.mark.parametrize(("stage", "name", "key"), [(3, "up.weight", "basis"), (2, "embed.weight", "step")])
+def test_state_that_drifts_apart_stops_all_ranks(ranks, stage, name, key):
+    for sentence in ranks(2).run(drifts, stage, name, key):
+        assert f"drifted apart: {key} of {name} is not the same on all ranks after 3 steps" in sentence
 
 
 def rates(stage):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from thinrank.optim.axis import Axis
 from thinrank.optim.build import BASES
@@ -51,7 +52,7 @@ class Tally:
 
     def transfers(self, copies: int = 1) -> tuple[Transfer, ...]:
         """All of it, in processes that are there `copies` times."""
-        found = [_transfer(kind, own) for kind, own in self._summed.items()]
+        found = [replace(_transfer(kind, own), among=self._ranks) for kind, own in self._summed.items()]
         for kind, ranks in self._sent.items():
             mean = [sum(own) / self._ranks for own in zip(*ranks, strict=True)]
             found.append(_transfer(kind, mean, tuple(_transfer(kind, own) for own in ranks) * copies))
@@ -208,7 +209,7 @@ class Pieces:
 
     Attributes:
         divided: the optimizer, shared out among the processes that hold one model together.
-        replicas: groups of such processes.
+        replicas: groups of such processes, between which the framework averages gradients.
         engine: what the framework sends by itself.
         gathered: bytes of whole weights and gradients that a rank has at one time in the passes.
     """
@@ -220,12 +221,20 @@ class Pieces:
     _known: dict[tuple[int, tuple[int, int, int], int], int] = field(default_factory=dict)
 
     @classmethod
-    def of_rows(cls, around: Around, world: int, *, replicas: int = 1, reshard: bool = True) -> Pieces:
-        """FSDP2's rows, of groups of `world // replicas` processes."""
+    def of_rows(
+        cls, around: Around, world: int, *, replicas: int = 1, reshard: bool = True, averages: bool = True
+    ) -> Self:
+        """FSDP2's rows, of groups of `world // replicas` processes.
+
+        Args:
+            averages: the framework averages gradients over these groups.
+        """
         assert around.routing.stand_in is not None  # of `route`
         ranks = world // replicas
         rows = around.routing.rows
-        engine, gathered = _fsdp2(rows, ranks, replicas, around.precision, around.accumulate, reshard=reshard)
+        engine, gathered = _fsdp2(
+            rows, ranks, replicas, around.precision, around.accumulate, reshard=reshard, averages=averages
+        )
         return cls(Divided.pieces(around.routing.stand_in, ranks), replicas, engine, gathered)
 
     def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
@@ -396,7 +405,14 @@ def _most(each: Sequence[Held]) -> Held:
 
 
 def _fsdp2(
-    rows: Sequence[Row], ranks: int, replicas: int, precision: str, accumulate: int, *, reshard: bool
+    rows: Sequence[Row],
+    ranks: int,
+    replicas: int,
+    precision: str,
+    accumulate: int,
+    *,
+    reshard: bool,
+    averages: bool,
 ) -> tuple[tuple[Transfer, ...], int]:
     """What FSDP2 sends by itself, and what of it is whole on a rank at a time: the root's weights, of two blocks those,
     and of one the gradients.
@@ -417,7 +433,7 @@ def _fsdp2(
     gathered = (2 if reshard else 1) * sum(unit[0] for unit in units.values()) + root[0]
     scattered = sum(unit[1] for unit in (root, *units.values()))
     sizes = {"weights gathered": gathered * share, "gradients scattered": scattered * share}
-    if replicas > 1:
+    if replicas > 1 and averages:
         sizes["gradients over replicas"] = 2 * (replicas - 1) / replicas * scattered / ranks * accumulate
     everybody = ranks * replicas
     transfers = []

@@ -45,7 +45,7 @@ def page(plan: Footprint) -> str:
         wire: list[Sequence[str]] = [("on the wire, a step", "MiB of payload", "leave a process")]
         for label, when in _whens(plan):
             wire.append((label, mib(plan.traffic.payload(when)), mib(plan.traffic.leaving(when, plan.world))))
-        if any(each.ranks for each in plan.traffic.transfers):
+        if plan.traffic.is_unlike:
             most = [plan.traffic.fullest(when, plan.world) for _, when in _whens(plan)]
             own = ["leave the one that sends most", *map(mib, most)]
             wire = [(*row, cell) for row, cell in zip(wire, own, strict=True)]
@@ -79,10 +79,12 @@ def comparison(plans: Mapping[str, Footprint]) -> str:
     if several is not None:
         share = 2 * (several.world - 1) / several.world
         lines.append(f"sent: payload of a step between renewals, in one, and in the mean; {share:.2f} times it leaves")
-        apart = [name for name, plan in plans.items() if any(each.ranks for each in plan.traffic.transfers)]
+        apart = [name for name, plan in plans.items() if plan.traffic.is_unlike]
         if apart:
             lines.append(f"where state is shared out, the mean over processes, all of which leaves: {', '.join(apart)}")
         for name, plan in plans.items():
+            among = sorted({each.among for each in plan.traffic.transfers if each.ranks and each.among})
+            lines += [f"{name}: of what {n} replicas exchange, {2 * (n - 1) / n:.2f} times leaves" for n in among]
             if plan.traffic.framework:
                 lines.append(f"{name}: beside it the framework sends {mib(plan.traffic.by_framework(plan.world))}")
     return "\n".join(lines)

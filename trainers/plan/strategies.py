@@ -13,13 +13,21 @@ from typing import Any
 
 import torch
 
+from thinrank.optim.exchange.shards import length
 from thinrank.optim.grouping import Row
 from thinrank.optim.remembering import MEMORIES_EVERY, SIDE_BY_SIDE_BYTES
 from thinrank.optim.replicated import BUCKET_BYTES, COARSE
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.plan.held import Around, Held, Strategy, images_left
 from thinrank.trainers.plan.owners import Owners, Pieces, Zero
-from thinrank.trainers.plan.wire import FLOAT, Traffic, averaged_gradients, averaged_images, gradient_bytes
+from thinrank.trainers.plan.wire import (
+    FLOAT,
+    WHENS,
+    Traffic,
+    averaged_gradients,
+    averaged_images,
+    gradient_bytes,
+)
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
 
 
@@ -72,13 +80,13 @@ class Replicas:
         alone = Alone().held(rows, frozen, world)
         sends = [row for row in rows if row.sends_image and self.messages != "full"]
         left = images_left(sends) + gradient_bytes([row for row in rows if row not in sends])
-        letters = self._whole(rows)
+        letters = self.letters(rows)
         if self.dtype is None:  # gradients are views of what came
             arriving = letters + images_left(sends)
         else:
             arriving = letters + left + max((row.elements * row.itemsize for row in sends), default=0)
         brought = max(self._side_by_side(rows), default=0)
-        return replace(alone, gradients=left, buffers=self._largest_letter(rows), arriving=arriving, brought=brought)
+        return replace(alone, gradients=left, buffers=self.largest_letter(rows), arriving=arriving, brought=brought)
 
     def _asks(self, row: Row) -> bool:
         return bool(row.asked) and self.messages != "full"
@@ -97,7 +105,7 @@ class Replicas:
         every = self.memories_every
         return averaged_images(rows, dtype=self.dtype, messages=self.messages, world=world, memories_every=every)
 
-    def _whole(self, rows: Sequence[Row]) -> int:
+    def letters(self, rows: Sequence[Row]) -> int:
         """Bytes of the messages in a step that renews."""
         return sum(
             FLOAT * row.sketch
@@ -106,7 +114,7 @@ class Replicas:
             for row in rows
         )
 
-    def _largest_letter(self, rows: Sequence[Row]) -> int:
+    def largest_letter(self, rows: Sequence[Row]) -> int:
         """Bytes of the largest letter in a step that renews; letters are filled in the order of backward."""
         largest = letter = usual = 0
         for row in reversed(rows):
@@ -120,9 +128,57 @@ class Replicas:
                 usual += FLOAT * (row.image["coordinates"] + row.sketch)
             else:
                 usual += row.elements * row.itemsize
-            letter += self._whole([row])
+            letter += self.letters([row])
             largest = max(largest, letter)
         return largest
+
+
+@dataclass(frozen=True)
+class Islands(Pieces):
+    """`MatrixOptimizer.replicate` of weights in pieces: replicas exchange what a step needs of gradients' pieces.
+
+    Attributes:
+        dtype: of what they send.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def rank(self, rows: Sequence[Row], frozen: int, rank: int) -> Held:
+        """What one process holds. Gradients at a renewal are what has come."""
+        found, pieces = super().rank(rows, frozen, rank), self._pieces(rows, rank)
+        afar = Replicas(dtype=self.dtype)
+        came = found.gradients if self.dtype is None else found.gradients + afar.letters(pieces)
+        return replace(found, buffers=afar.largest_letter(pieces), arriving=came)
+
+    def sent(self, rows: Sequence[Row], world: int) -> Traffic:
+        near, ranks = super().sent(rows, world), self.divided.ranks
+        each = [averaged_images(self._pieces(rows, rank), dtype=self.dtype).transfers for rank in range(ranks)]
+        afar = []
+        for of_kind in zip(*each, strict=True):
+            between, renewal, averaged = (sum(own.size(when) for own in of_kind) / ranks for when in WHENS)
+            mean = replace(of_kind[0], between=between, renewal=renewal, averaged=averaged)
+            afar.append(replace(mean, ranks=of_kind * self.replicas, among=self.replicas))
+        return Traffic((*near.transfers, *afar), near.framework)
+
+    def _pieces(self, rows: Sequence[Row], rank: int) -> list[Row]:
+        """What `rank` has of each weight, as if it were one."""
+        found = []
+        for row, member in zip(rows, self.divided, strict=True):
+            place, here = member.place, length(member.place.spans[rank])
+            image = row.image if row.sends_image and place.way in ("rows", "here") else {}
+            own = {kind: numbers * here // max(place.size, 1) for kind, numbers in image.items()}
+            matrices = 0 if place.way == "piece" else 1
+            piece = replace(row, elements=here, image=own, sends_image=bool(own), matrices=matrices)
+            found.append(replace(piece, asked={}, remainder={}))
+        return found
+
+
+def _rows(config: Any, world: int, around: Around) -> Strategy:
+    settings = {"replicas": config.replicas, "reshard": config.reshard_after_forward}
+    if config.messages == "full":
+        return Pieces.of_rows(around, world, **settings)
+    islands = Islands.of_rows(around, world, averages=False, **settings)
+    return replace(islands, dtype=MESSAGE_DTYPES[config.dtype])
 
 
 def _zero(stage: int, config: Any, world: int, around: Around) -> Strategy:
@@ -137,9 +193,7 @@ STRATEGIES: dict[str, Callable[[Any, int, Around], Strategy]] = {
     "thinrank_owned": lambda config, world, around: Owners.of(
         around, world, messages=config.messages, dtype=MESSAGE_DTYPES[config.dtype]
     ),
-    "thinrank_fsdp2": lambda config, world, around: Pieces.of_rows(
-        around, world, replicas=config.replicas, reshard=config.reshard_after_forward
-    ),
+    "thinrank_fsdp2": _rows,
     **{f"thinrank_zero{stage}": partial(_zero, stage) for stage in (1, 2, 3)},
 }
 """From a strategy's configuration, the number of processes and what is around it to what it holds and sends, by `name`;

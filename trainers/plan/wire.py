@@ -31,8 +31,8 @@ class Transfer:
             everybody gets (all-reduce), 1 for one of which everybody gets a part (reduce-scatter), for parts that
             everybody gets (all-gather), and for what goes to one owner or comes from it.
         first: in the first steps, which search for a subspace; None: as in a renewal.
-        ranks: the same of each process, where they send unlike much, each byte to one other: then the figures above are
-            means over them, and all of it leaves.
+        ranks: the same of each process, where they send unlike much: then the figures above are means over them.
+        among: how many processes pass it round; 0: all do or, with `ranks`, each byte goes to one other.
     """
 
     kind: str
@@ -42,6 +42,7 @@ class Transfer:
     passes: int = 2
     first: float | None = None
     ranks: tuple[Transfer, ...] = ()
+    among: int = 0
 
     def size(self, when: str) -> float:
         """Bytes `between` renewals, in a `renewal`, in a `first` step, or `averaged`."""
@@ -50,9 +51,11 @@ class Transfer:
 
     def leaving(self, when: str, world: int, rank: int | None = None) -> float:
         """Bytes that leave a process of `world`: of the one that is number `rank`, or in the mean."""
-        if self.ranks:
-            return self.size(when) if rank is None else self.ranks[rank].size(when)
-        return self.passes * self.size(when) * (world - 1) / world
+        size = self.ranks[rank].size(when) if self.ranks and rank is not None else self.size(when)
+        if self.ranks and not self.among:
+            return size
+        group = self.among or world
+        return self.passes * size * (group - 1) / group
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,11 @@ class Traffic:
     transfers: tuple[Transfer, ...] = ()
     framework: tuple[Transfer, ...] = ()
 
+    @property
+    def is_unlike(self) -> bool:
+        """Whether processes send unlike much."""
+        return any(each.ranks for each in self.transfers)
+
     def payload(self, when: str, rank: int | None = None) -> float:
         """Bytes of the tensors `between` renewals, in a `renewal`, in a `first` step, or `averaged`; of the process
         that is number `rank`, or in the mean."""
@@ -76,8 +84,8 @@ class Traffic:
         )
 
     def leaving(self, when: str, world: int, rank: int | None = None) -> float:
-        """Bytes that leave each of `world` processes, in a ring: passes · (world − 1) / world of the payload, and all
-        of what goes to one other; of the process that is number `rank`, or in the mean."""
+        """Bytes that leave each of `world` processes, in a ring of n: passes · (n − 1) / n of the payload, and all of
+        what goes to one other; of the process that is number `rank`, or in the mean."""
         return sum(each.leaving(when, world, rank) for each in self.transfers)
 
     def fullest(self, when: str, world: int) -> float:

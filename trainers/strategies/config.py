@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,7 +14,22 @@ from thinrank.optim.replicated import EMBEDDINGS, MESSAGES, refuse_signs
 MESSAGE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """What messages are sent in, by the name that a configuration uses."""
 
+ISLANDS = ("full", "auto")
+"""What replicas of sharded models may exchange: whole gradients, by torch, or what a step needs, by the optimizer."""
+
 _BACKENDS = ("auto", "gloo", "nccl")
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuses a `value` that is none of `allowed` (ValueError)."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
+
+
+def steps_or_never(name: str, value: int | None) -> None:
+    """Refuses a number of steps below 1 (ValueError)."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1 step, got {value}: use null for never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +61,7 @@ class StrategyConfig:
                 f"name must be one of {', '.join(self.NAMES)}, got {self.name!r}: choose one of them, or another "
                 "strategy by strategy=NAME"
             )
-        if self.backend not in _BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {self.backend!r}: choose one of them")
+        one_of("backend", self.backend, _BACKENDS)
         if not self.timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {self.timeout}: leave it out for half an hour")
         if self.heartbeat_timeout is not None and not self.heartbeat_timeout > 0:
@@ -96,12 +111,9 @@ class ReplicatedConfig(StrategyConfig):
             ("embeddings", self.embeddings, EMBEDDINGS),
             ("dtype", self.dtype, tuple(MESSAGE_DTYPES)),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
+            one_of(name, value, allowed)
         for name in ("check_every", "memories_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 step, got {value}: use null for never")
+            steps_or_never(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +148,17 @@ class FSDP2Config(StrategyConfig):
         default=True,
         metadata={"help": "a block's whole weights are dropped after forward and fetched again in backward"},
     )
+    messages: str = field(
+        default="full",
+        metadata={"help": "between replicas: full (torch averages gradients), auto (coordinates where enough)"},
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "of messages=auto: auto (float32 for coordinates, a gradient's own), float32, bfloat16"},
+    )
+    check_every: int | None = field(
+        default=100, metadata={"help": "steps between two looks at whether what ranks hold alike is; null: never"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,6 +171,19 @@ class FSDP2Config(StrategyConfig):
             raise ValueError(
                 f"reshard_after_forward must be true or false, got {self.reshard_after_forward!r}: leave it out for "
                 "true"
+            )
+        one_of("messages", self.messages, ISLANDS)
+        one_of("dtype", self.dtype, tuple(MESSAGE_DTYPES))
+        steps_or_never("check_every", self.check_every)
+        if self.messages == "auto" and self.replicas == 1:
+            raise ValueError(
+                "messages=auto is for what replicas exchange, and replicas=1 is one group of all processes: set "
+                "replicas to 2 or more, or leave messages out"
+            )
+        if self.dtype != "auto" and self.messages != "auto":
+            raise ValueError(
+                f"dtype={self.dtype} is of what messages=auto sends, and with messages=full torch sends gradients in "
+                "the dtype in which it sums them up: set messages=auto, or leave dtype out"
             )
 
     def shards(self, ranks: int) -> int:
@@ -166,9 +202,13 @@ class ZeroConfig(StrategyConfig):
     )
     bucket: int = field(default=2**25, metadata={"help": "entries of gradients, or of weights, in a message"})
     overlap: bool = field(default=True, metadata={"help": "messages leave while backward goes on, on a GPU"})
+    check_every: int | None = field(
+        default=100, metadata={"help": "steps between two looks at whether what ranks hold alike is; null: never"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        steps_or_never("check_every", self.check_every)
         if self.bucket < 1:
             raise ValueError(f"bucket must be at least 1 entry, got {self.bucket}: leave it out for 2**25")
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from thinrank.optim import MatrixOptimizer
 from thinrank.optim.replicated import equalise
 from thinrank.trainers.errors import UserError
-from thinrank.trainers.strategies.config import FSDP2Config
+from thinrank.trainers.strategies.config import MESSAGE_DTYPES, FSDP2Config
 from thinrank.trainers.strategies.one_file import OneFile
 from thinrank.trainers.strategies.units import blocks, network, refuse
 from thinrank.trainers.versions import require_lightning, warn_of_newer_torch
@@ -47,6 +47,12 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
     Args:
         replicas: groups of consecutive processes that each hold the whole model in pieces; 1: all are one group.
         reshard_after_forward: a block's whole weights are dropped after forward and fetched again in backward.
+        messages: what replicas exchange. `full`: gradients, which torch averages in backward, of every micro-batch.
+            `auto`: once a step what its updates need of them, coordinates of matrices that are stepped by rows
+            (`MatrixOptimizer.replicate`); gradients are then clipped by the norm of what is left of them.
+        dtype: of the messages of `auto`: `auto` (float32 for coordinates, a gradient's own), `float32`, `bfloat16`.
+        check_every: steps between two looks at whether what several processes hold alike is still the same; None:
+            never.
         options: `process_group_backend` and `timeout` of Lightning's `ModelParallelStrategy`.
 
     Warns:
@@ -57,15 +63,35 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
             number of processes or a model that do not suit.
     """
 
-    def __init__(self, *, replicas: int = 1, reshard_after_forward: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        replicas: int = 1,
+        reshard_after_forward: bool = True,
+        messages: str = "full",
+        dtype: str = "auto",
+        check_every: int | None = 100,
+        **options: Any,
+    ) -> None:
         try:
-            FSDP2Config(replicas=replicas, reshard_after_forward=reshard_after_forward)
+            self._choice = FSDP2Config(
+                replicas=replicas,
+                reshard_after_forward=reshard_after_forward,
+                messages=messages,
+                dtype=dtype,
+                check_every=check_every,
+            )
         except ValueError as error:
             raise UserError(str(error)) from None
         require_lightning()
         warn_of_newer_torch("thinrank_fsdp2")
         super().__init__(save_distributed_checkpoint=False, **options)
         self.replicas, self.reshard_after_forward = replicas, reshard_after_forward
+
+    @property
+    def _islands(self) -> bool:
+        """Whether the optimizer exchanges between replicas, and torch knows of the processes of one alone."""
+        return self._choice.messages == "auto"
 
     # --- where the pieces lie -----------------------------------------------------------------------------------------
 
@@ -84,6 +110,12 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
             )
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def _pieces_mesh(self) -> DeviceMesh:
+        """The processes that torch cuts weights for and averages gradients over."""
+        assert self.device_mesh is not None
+        return self.device_mesh["shards"] if self._islands else self.device_mesh
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -108,14 +140,15 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
         refuse(root, units)
         policy = self._policy()
         self.precision_plugin.convert_module(module)
-        options = {"mesh": self.device_mesh, "reshard_after_forward": self.reshard_after_forward, "mp_policy": policy}
+        mesh = self._pieces_mesh
+        options = {"mesh": mesh, "reshard_after_forward": self.reshard_after_forward, "mp_policy": policy}
         for unit in units:
             self._from_first(unit)
             fully_shard(unit, **options)
         self._from_first(root)
         if root is module:  # what a step is given are data, targets among them, whose precision is the user's
             policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
-        fully_shard(root, mesh=self.device_mesh, mp_policy=policy)  # its weights are needed as soon as backward begins
+        fully_shard(root, mesh=mesh, mp_policy=policy)  # its weights are needed as soon as backward begins
         if root is module:
             for name in STEPS:
                 register_fsdp_forward_method(module, name)
@@ -134,7 +167,7 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
             return False
         meshes = [param.device_mesh for param in root.parameters() if isinstance(param, DTensor)]
         computes_in = root._get_fsdp_state()._mp_policy.param_dtype
-        return computes_in == self._policy().param_dtype and all(mesh == self.device_mesh for mesh in meshes)
+        return computes_in == self._policy().param_dtype and all(mesh == self._pieces_mesh for mesh in meshes)
 
     def _policy(self) -> MixedPrecisionPolicy:
         precision = str(self.precision_plugin.precision)
@@ -148,8 +181,27 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, MatrixOptimizer):
+                optimizer.check_every = self._choice.check_every
+            if self._islands:
+                self._exchange(optimizer)
         self.precision_plugin.clip_grad_by_norm = _clip_by_norm
-        self.precision_plugin.clip_grad_by_value = _clip_by_value
+        self.precision_plugin.clip_grad_by_value = _refuse_by_value if self._islands else _clip_by_value
+
+    def _exchange(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, MatrixOptimizer):
+            raise UserError(
+                f"messages='auto' leaves the exchange between replicas to thinrank's optimizers, and "
+                f"{type(optimizer).__name__} is none: return thinrank.optim.build(self, config) from "
+                "configure_optimizers, or use messages='full'"
+            )
+        assert self.device_mesh is not None
+        optimizer.replicate(
+            self.device_mesh["replicas"].get_group(),
+            dtype=MESSAGE_DTYPES[self._choice.dtype],
+            check_every=self._choice.check_every,
+        )
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -216,6 +268,13 @@ def _clip_by_norm(optimizer: Optimizer, clip_val: float) -> None:
         found.clip_grad_norm_(clip_val)
     else:
         torch.nn.utils.clip_grad_norm_([p for group in found.param_groups for p in group["params"]], clip_val)
+
+
+def _refuse_by_value(optimizer: Optimizer, clip_val: float) -> None:
+    raise UserError(
+        f"gradient_clip_algorithm='value' with {clip_val:g} needs whole gradients, which messages='auto' does not "
+        "send: use 'norm', or messages='full'"
+    )
 
 
 def _clip_by_value(optimizer: Optimizer, clip_val: float) -> None:

@@ -60,12 +60,22 @@ def build_strategy(config: StrategyConfig, world: World) -> tuple[Strategy | str
     if isinstance(config, FSDP2Config):
         from thinrank.trainers.strategies.fsdp2 import FSDP2Strategy
 
-        settings = {"replicas": config.replicas, "reshard_after_forward": config.reshard_after_forward}
-        return FSDP2Strategy(**settings, **options), environment
+        strategy = FSDP2Strategy(
+            replicas=config.replicas,
+            reshard_after_forward=config.reshard_after_forward,
+            messages=config.messages,
+            dtype=config.dtype,
+            check_every=config.check_every,
+            **options,
+        )
+        return strategy, environment
     if isinstance(config, ZeroConfig):
         from thinrank.trainers.strategies.zero import ZeroStrategy
 
-        return ZeroStrategy(config.stage, bucket=config.bucket, overlap=config.overlap, **options), environment
+        strategy = ZeroStrategy(
+            config.stage, bucket=config.bucket, overlap=config.overlap, check_every=config.check_every, **options
+        )
+        return strategy, environment
     # Every parameter of a language model takes part in every step, so nothing has to be searched for unused ones, and
     # its buffers are constant.
     strategy = DDPStrategy(broadcast_buffers=False, **options)

@@ -23,6 +23,7 @@ from thinrank.optim import MatrixOptimizer
 from thinrank.trainers import zero
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.module import CausalLM
+from thinrank.trainers.strategies.config import steps_or_never
 from thinrank.trainers.strategies.one_file import OneFile
 from thinrank.trainers.versions import require_lightning
 
@@ -50,6 +51,7 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
         stage: 1 (state and float32 masters in pieces), 2 (gradients as well), 3 (weights as well).
         bucket: entries of a message of gradients, and of weights.
         overlap: messages leave while backward goes on; on GPUs.
+        check_every: steps between two looks at whether what ranks hold alike is still the same; None: never.
         config: more of DeepSpeed's configuration.
         options: of Lightning's `DeepSpeedStrategy` that are no settings of DeepSpeed: `timeout`,
             `process_group_backend`, `cluster_environment`, `logging_level`.
@@ -65,11 +67,17 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
         *,
         bucket: int = 2**25,
         overlap: bool = True,
+        check_every: int | None = 100,
         config: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         if stage not in (1, 2, 3):
             raise UserError(f"stage must be 1, 2 or 3, got {stage}: choose one of them")
+        try:
+            steps_or_never("check_every", check_every)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self._check_every = check_every
         require_lightning()
         for name in options:
             if name not in OPTIONS:
@@ -154,6 +162,7 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
                 f"thinrank's ZeRO steps for one optimizer of thinrank, and configure_optimizers gave {names}: return "
                 "thinrank.optim.build(self, config), or use Lightning's strategy 'deepspeed_stage_2'"
             )
+        optimizers[0].check_every = self._check_every
         self._run = zero.initialize(
             module,
             optimizers[0],

@@ -23,6 +23,7 @@ from thinrank.optim import (
 )
 from thinrank.trainers.plan.held import Around
 from thinrank.trainers.plan.owners import Owners, Pieces
+from thinrank.trainers.plan.strategies import Islands
 
 STEPS, EVEN_FROM = 6, 600
 GALORE = GaLoreConfig(rank=3, svd="power", update_proj_gap=4)
@@ -78,8 +79,11 @@ def tiny(dtype=torch.float32, device="cpu"):
 def planned(config, world, strategy, dtype=torch.float32):
     routing = route(tiny(dtype, "meta"), config)
     around = Around(routing=routing)
-    plan = Owners.of(around, world, even_from=EVEN_FROM) if strategy == "owned" else Pieces.of_rows(around, world)
-    return routing.rows, plan
+    if strategy == "owned":
+        return routing.rows, Owners.of(around, world, even_from=EVEN_FROM)
+    if strategy == "islands":
+        return routing.rows, Islands.of_rows(around, world, replicas=2, averages=False)
+    return routing.rows, Pieces.of_rows(around, world)
 
 
 def when(rows, step):
@@ -94,23 +98,27 @@ def ran(configs, strategy, dtype=torch.float32):
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     found = {}
     for name, config in configs.items():
-        model = tiny(dtype)
-        if strategy == "fsdp2":
-            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model, meshes = tiny(dtype), None
+        if strategy != "owned":
+            shape = (2, dist.get_world_size() // 2) if strategy == "islands" else (1, dist.get_world_size())
+            meshes = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+            mesh = meshes["shards"]
             for layer in model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
         optimizer = build(model, config)
         if strategy == "owned":
             optimizer.own(even_from=EVEN_FROM, check_every=None)
+        if strategy == "islands" and meshes is not None:
+            optimizer.replicate(meshes["replicas"].get_group(), check_every=None)
         steps, before, left = [], {}, 0.0
         held = 0
         for step in range(STEPS):
             data = torch.randint(60, (4, 5), generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
             model(data).float().square().mean().backward()
             optimizer.gradient_norm()
-            if step == STEPS - 1:
-                held = optimizer.gradient_bytes()
+            if step == STEPS - 1 or strategy == "islands":  # whose gradients are there, whole, at renewals
+                held = max(held, optimizer.gradient_bytes())
             wire = optimizer.wire
             assert wire is not None
             optimizer.step()
@@ -125,8 +133,9 @@ def ran(configs, strategy, dtype=torch.float32):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("strategy", ["owned", "fsdp2"])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("world", "strategy"), [(2, "owned"), (2, "fsdp2"), (4, "owned"), (4, "fsdp2"), (4, "islands")]
+)
 def test_what_ranks_hold_and_send_is_what_was_planned(ranks, world, strategy):
     """To the byte, on every rank, in steps that choose, in the first ones and in all others."""
     answers = ranks(world).run(ran, CONFIGS, strategy, timeout=200)
@@ -135,7 +144,7 @@ def test_what_ranks_hold_and_send_is_what_was_planned(ranks, world, strategy):
         traffic = plan.sent(rows, world)
         for rank, answer in enumerate(answers):
             held, steps = answer[name]
-            own = plan.rank(rows, 0, rank)
+            own = plan.rank(rows, 0, rank % plan.divided.ranks)
             assert (own.weights, own.gradients, own.state) == held, (name, rank)
             for step, (kinds, left) in enumerate(steps):
                 now = when(rows, step)
