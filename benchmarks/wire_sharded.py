@@ -7,14 +7,14 @@ beside the formula.
     python benchmarks/wire_sharded.py --strategy zero3 --laid-out                   # its layout of 1b, without weights
 
 Weights of the preset's shapes and gradients drawn at random (what is counted does not depend on their values), in
-bfloat16; a first step, which chooses subspaces, and a second one; the norm of gradients is asked for in both. What leaves a rank is the mean over the ranks. FSDP2
-itself gathers weights before forward and before backward and scatters gradients: 3 × 2 bytes a weight × (N−1)/N. So
-does ZeRO-3; ZeRO-1 and 2 gather weights once.
+bfloat16; a first step, which chooses subspaces, and a second one; the norm of gradients is asked for in both. What
+leaves a rank is the mean over the ranks. FSDP2 itself gathers weights before forward and before backward and scatters
+gradients: 3 × 2 bytes a weight × (N−1)/N. So does ZeRO-3; ZeRO-1 and 2 gather weights once.
 
 Under ZeRO the engine is DeepSpeed's with its own settings, on tokens drawn at random, and its own messages are counted
 as well, by torch's functions through which they pass: of a small model ZeRO-3 gathers weights once and keeps them for
-backward, and ZeRO-1 and 2 sum gradients up for all. With `--laid-out` there is no engine: the optimizer steps pieces that lie as ZeRO
-lays them out and that all have one memory, so that 1b fits; its messages are real ones.
+backward, and ZeRO-1 and 2 sum gradients up for all. With `--laid-out` there is no engine: the optimizer steps pieces
+that lie as ZeRO lays them out and that all have one memory, so that 1b fits; its messages are real ones.
 
 The formula is a plan's (`thinrank.trainers.plan.owners`), which knows shapes alone: of weights in pieces a matrix that
 is cut along its long side sends nothing between renewals but its method's small sums, and one that is cut along the

@@ -16,7 +16,7 @@ from thinrank.optim.axis import Axis
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange.dtensors import DTensorShards, here, is_sharded
 from thinrank.optim.exchange.replicas import anywhere, from_first, gathered, norm_of_all
-from thinrank.optim.exchange.shards import Carrier, Move, Parcel, Shards, length
+from thinrank.optim.exchange.shards import Carrier, Move, Parcel, Shards, Span, length
 from thinrank.optim.exchange.wire import Count, Wire
 from thinrank.optim.inner.half import HalfWeights
 from thinrank.optim.matrix import MatrixView
