@@ -25,7 +25,7 @@ from pathlib import Path
 from machine import page, save
 from study_file import load_study
 
-from thinrank.optim.replicated import COARSE, ONE_WAY
+from thinrank.optim.messages import COARSE, ONE_WAY
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = {

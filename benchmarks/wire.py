@@ -26,7 +26,7 @@ import torch.distributed as dist
 from machine import page, save
 
 from thinrank.optim import METHODS, LowRankConfig, MethodConfig, build, route
-from thinrank.optim.replicated import MESSAGES
+from thinrank.optim.messages import MESSAGES
 from thinrank.trainers.models import PRESETS, build_model
 from thinrank.trainers.plan.wire import averaged_images
 

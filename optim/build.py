@@ -14,10 +14,10 @@ from thinrank.optim.grouping import Routing, Row, group_parameters, unstepped
 from thinrank.optim.heads import HeadLayout
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.lowrank.rule import LowRank
+from thinrank.optim.messages import KINDS, whole_messages_because
 from thinrank.optim.methods.config import MethodConfig, RankedConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.optimizers import OPTIMIZERS
-from thinrank.optim.replicated import KINDS, whole_messages_because
 from thinrank.optim.rule import MatrixRule, Remembers, remembers
 
 BASES = ("basis", "basis_long", "columns")

@@ -13,8 +13,8 @@ from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange.dtensors import DTensorShards
 from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Meeting, Part, anywhere, broadcast
 from thinrank.optim.lowrank.rule import LowRank
+from thinrank.optim.messages import MESSAGES, refuse_signs
 from thinrank.optim.methods.config import choice
-from thinrank.optim.replicated import MESSAGES, refuse_signs
 
 
 class Islands(Alike):

@@ -18,9 +18,10 @@ from thinrank.optim.exchange.wire import Wire
 from thinrank.optim.islands import Islands
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
+from thinrank.optim.messages import MESSAGES, ROWS, refuse_signs
 from thinrank.optim.methods.config import choice
 from thinrank.optim.places import EVEN_FROM, at, of_replicas
-from thinrank.optim.replicated import MESSAGES, ROWS, equalise, refuse_signs, refuse_wrapped
+from thinrank.optim.replicated import equalise, refuse_wrapped
 from thinrank.optim.rule import MatrixRule, Probe, State, Step, Tells
 from thinrank.optim.update import Update
 

@@ -17,8 +17,9 @@ from thinrank.optim.exchange.asking import answered
 from thinrank.optim.exchange.replicas import BUCKET_BYTES, Group, Letter, Meeting, Part, batches
 from thinrank.optim.exchange.wire import Count
 from thinrank.optim.linalg.products import fast_products
+from thinrank.optim.messages import sketch_bytes
 from thinrank.optim.methods.config import whole_steps
-from thinrank.optim.replicated import Replicated, sketch_bytes
+from thinrank.optim.replicated import Replicated
 from thinrank.optim.rule import MatrixRule, Probe, Remembers, remembers
 from thinrank.optim.update import Update
 

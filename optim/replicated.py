@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinrank.optim.backward import Hooks, InBackward, whole_because
+from thinrank.optim.backward import Hooks, InBackward
 from thinrank.optim.bucket import Bucket
 from thinrank.optim.exchange import local
-from thinrank.optim.exchange.bits import digits
 from thinrank.optim.exchange.replicas import (
     BUCKET_BYTES,
     Group,
@@ -25,45 +24,27 @@ from thinrank.optim.exchange.replicas import (
     gathered,
     rows_anywhere,
 )
-from thinrank.optim.exchange.signs import ONE_WAY as ONE_WAY  # for who counts bytes
 from thinrank.optim.exchange.signs import TALLIES
 from thinrank.optim.exchange.wire import Count, Wire
 from thinrank.optim.linalg.norms import SKETCH, signed_sums
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together
 from thinrank.optim.lowrank.rule import LowRank
+from thinrank.optim.messages import (
+    COARSE,
+    EMBEDDINGS,
+    KINDS,
+    MESSAGES,
+    NORMS,
+    REST,
+    ROWS,
+    sketch_bytes,
+    whole_messages_because,
+)
 from thinrank.optim.methods.config import choice, whole_steps
-from thinrank.optim.rule import MatrixRule, remembers, seed_of
+from thinrank.optim.rule import MatrixRule, seed_of
 
 _log = logging.getLogger(__name__)
-
-MESSAGES = ("auto", "full", *TALLIES)
-COARSE = tuple(TALLIES)
-"""Of these, those by which what a subspace misses of gradients travels in signs."""
-EMBEDDINGS = ("dense", "rows")
-ROWS = ("rows",)
-"""The place of a part that holds some rows of an embedding's gradient."""
-REST = ("rest",)
-"""And of coordinates, and of what they do not show of a gradient, by turns."""
-NORMS = ("norms",)
-"""And of a sketch, by which the norm of a mean gradient is known that nobody has."""
-
-KINDS = {"low": "coordinates", "at_entries": "entries"}
-"""What the parts of an image are called in the count of bytes."""
-
-
-def whole_messages_because(rule: MatrixRule | None, *, apart: bool = True) -> str | None:
-    """Why replicas send whole gradients of the matrices of `rule` at every step, in words; None where they do not, or
-    where no rule is.
-
-    Args:
-        apart: each rank may have a memory of its own, as replicas have, and owners have not.
-    """
-    if apart and remembers(rule):
-        return None
-    if isinstance(rule, LowRank) and not rule.stays and (rule.linear or rule.feedback.listens):
-        return "each step chooses a new subspace (set update_proj_gap above 1 for smaller messages)"
-    return whole_because(rule)
 
 
 class ReplicaDrift(RuntimeError):
@@ -435,25 +416,6 @@ class Replicated(InBackward):
         self._sketches.clear()
         if self._meeting is not None:
             self._meeting.begin()
-
-
-def sign_bytes(messages: str, ranks: int) -> dict[str, float]:
-    """Bytes that an entry of what travels in signs costs on its way up and down, by kind, with these messages (of
-    `COARSE`); `sizes` cost 4 a row and rank."""
-    return {"signs": 1 / 8, "votes": 1 / digits(TALLIES[messages].most(ranks))}
-
-
-def refuse_signs(messages: str, who: str) -> None:
-    if messages in COARSE:
-        raise ValueError(
-            f"messages={messages!r} is for replicas that all step everything, and {who} do not: use messages='auto', "
-            "or thinrank_ddp"
-        )
-
-
-def sketch_bytes(param: Tensor) -> int:
-    """Bytes of the sketch by which the norm of a parameter's gradient is known."""
-    return 4 * min(SKETCH, param.numel())
 
 
 def _elements(shape: tuple[int, int, int]) -> int:

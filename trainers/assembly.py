@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from thinrank.optim import MatrixOptimizer
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import leaves_remainder
-from thinrank.optim.replicated import COARSE, whole_messages_because
+from thinrank.optim.messages import COARSE, whole_messages_because
 from thinrank.optim.rule import MatrixRule, remembers
 from thinrank.trainers import report
 from thinrank.trainers.callbacks.checkpointing import Checkpointing

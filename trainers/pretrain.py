@@ -14,7 +14,7 @@ from typing import Any, cast
 from thinrank.optim import MethodConfig, SubspaceAdamWConfig
 from thinrank.optim.backward import MODES, whole_because
 from thinrank.optim.lowrank.remainder import leaves_remainder
-from thinrank.optim.replicated import COARSE
+from thinrank.optim.messages import COARSE
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig

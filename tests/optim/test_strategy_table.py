@@ -10,7 +10,7 @@ from torch import nn
 from thinrank.optim import METHODS, route
 from thinrank.optim.divided import Divided
 from thinrank.optim.lowrank.remainder import leaves_remainder
-from thinrank.optim.replicated import whole_messages_because
+from thinrank.optim.messages import whole_messages_because
 from thinrank.optim.rule import remembers
 
 ROOT = Path(__file__).parents[2]

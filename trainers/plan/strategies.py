@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from thinrank.optim.exchange.shards import length
+from thinrank.optim.divided import length
 from thinrank.optim.grouping import Row
+from thinrank.optim.messages import BUCKET_BYTES, COARSE
 from thinrank.optim.remembering import MEMORIES_EVERY, SIDE_BY_SIDE_BYTES
-from thinrank.optim.replicated import BUCKET_BYTES, COARSE
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.plan.held import Around, Held, Strategy, images_left
 from thinrank.trainers.plan.owners import Owners, Pieces, Zero

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from thinrank.optim.grouping import Row
+from thinrank.optim.messages import COARSE, ONE_WAY, sign_bytes
 from thinrank.optim.remembering import MEMORIES_EVERY
-from thinrank.optim.replicated import COARSE, ONE_WAY, sign_bytes
 
 FLOAT = 4
 """Bytes of a coordinate, of an entry, and of the flag that says whether a parameter had a gradient."""

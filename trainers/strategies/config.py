@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
+from thinrank.optim.messages import EMBEDDINGS, MESSAGES, refuse_signs
 from thinrank.optim.remembering import MEMORIES_EVERY
-from thinrank.optim.replicated import EMBEDDINGS, MESSAGES, refuse_signs
 
 MESSAGE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """What messages are sent in, by the name that a configuration uses."""

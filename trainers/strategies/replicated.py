@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from thinrank.optim import MatrixOptimizer
+from thinrank.optim.messages import BUCKET_BYTES
 from thinrank.optim.remembering import MEMORIES_EVERY
-from thinrank.optim.replicated import BUCKET_BYTES, equalise
+from thinrank.optim.replicated import equalise
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES, OwnedConfig, ReplicatedConfig
 from thinrank.trainers.strategies.one_file import unwrapped
