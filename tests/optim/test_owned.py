@@ -42,7 +42,9 @@ def projecting_all(configs, join, tied):
         model = seeded_model(dist.get_rank(), tied=tied)
         optimizer = build(model, config)
         join(model, optimizer)
-        found[name] = run(model, optimizer, mine()), dict(optimizer.wire.payload)
+        weights, wire = run(model, optimizer, mine()), optimizer.wire
+        assert wire is not None
+        found[name] = weights, dict(wire.payload)
     return found
 
 

@@ -41,7 +41,7 @@ class Uneven(nn.Module):
         x = self.embed(tokens) + self.place(torch.arange(tokens.shape[-1]))
         for layer in self.layers:
             y = torch.tanh(layer(x[..., : layer.in_features]))
-            x = x + self.gain * nn.functional.pad(y, (0, 9 - layer.out_features))
+            x = x + self.gain * nn.functional.pad(y, (0, 9 - y.shape[-1]))
         return self.lm_head(x)
 
 
