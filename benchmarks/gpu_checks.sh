@@ -12,7 +12,10 @@ run() { # run NAME COMMAND…: keeps the output, goes on after a failure, says s
     "${@:2}" 2>&1 | tee "$OUT/$1.log" || { echo "FAILED: $1"; failed=1; }
 }
 
-run gpu-tests "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
+# A process for each file: peaks of memory are those of its own runs.
+for tests in test_gpu trainers/test_plan_gpu trainers/test_fsdp2_strategy; do
+    run "gpu-tests-${tests##*/}" "$PYTHON" -m pytest -q -m gpu "tests/$tests.py"
+done
 run gpu-step-float32 "$PYTHON" benchmarks/step.py --presets 9m 130m --device cuda --out "$OUT/step-cuda-float32.md"
 run gpu-step-bfloat16 "$PYTHON" benchmarks/step.py --presets 130m 1b --device cuda --dtype bfloat16 --renewals 1 \
     --out "$OUT/step-cuda-bfloat16.md"
@@ -20,6 +23,7 @@ run gpu-renewal "$PYTHON" benchmarks/renewal.py --out "$OUT/renewal-cuda.md"
 run gpu-memory-7b "$PYTHON" benchmarks/memory.py
 run gpu-memory-1b-adamw "$PYTHON" benchmarks/memory.py --preset 1b --method adamw --bits 32 --in-backward off
 run gpu-memory-1b-galore "$PYTHON" benchmarks/memory.py --preset 1b --rank 512 --in-backward project
+run gpu-strategy-overhead "$PYTHON" benchmarks/strategy_overhead.py --out "$OUT/strategy-overhead-cuda.md"
 run gpu-pretrain "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain.py \
     run.dir="$(mktemp -d)/pretrain"
 for strategy in thinrank_ddp thinrank_owned thinrank_fsdp2 thinrank_zero1 thinrank_zero2 thinrank_zero3; do

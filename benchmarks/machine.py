@@ -14,6 +14,8 @@ import torch
 
 import thinrank
 
+_CPU = torch.device("cpu")
+
 
 def describe(device: torch.device) -> list[str]:
     """One line for each fact."""
@@ -32,16 +34,19 @@ def command_line() -> str:
     return f"`python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`"
 
 
-def page(title: str, facts: Sequence[str], head: Sequence[str], names: int = 1) -> list[str]:
-    """The lines of a page on the CPU's figures as far as its table's head: its command, its machine, and `facts`.
+def page(
+    title: str, facts: Sequence[str], head: Sequence[str], names: int = 1, *, device: torch.device = _CPU
+) -> list[str]:
+    """The lines of a page as far as its table's head: its command, its machine, and `facts`.
 
     Args:
         names: so many columns, from the first, are text; the others are figures.
+        device: where they were measured.
     """
     return [
         f"# {title}\n",
         command_line() + "\n",
-        *(f"- {line}" for line in (*describe(torch.device("cpu")), *facts)),
+        *(f"- {line}" for line in (*describe(device), *facts)),
         "",
         "| " + " | ".join(head) + " |",
         "|" + " --- |" * names + " ---: |" * (len(head) - names),

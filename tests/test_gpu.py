@@ -1,5 +1,11 @@
 """What only a GPU can show. The same rows run on the CPU in `tests/optim`; here the device is another."""
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +27,14 @@ def network(device: str) -> nn.Module:
     return model.to(device)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, device: str) -> None:
+def batches(steps: int, device: str) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        x = torch.randn(32, 96, generator=generator).to(device)
+        yield torch.randn(32, 96, generator=generator).to(device)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, device: str) -> None:
+    for x in batches(steps, device):
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
@@ -123,6 +133,25 @@ def test_one_rank_among_none_is_one_process(config: MethodConfig, how, tmp_path:
         assert optimizer.full_state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="the extra `deepspeed` is not installed")
+def test_one_rank_under_zero_is_one_process(tmp_path: Path):
+    """In a process of its own: DeepSpeed takes one accelerator for the life of a process, and in this one the CPU."""
+    program, out = Path(__file__).parent / "zero_on_one_rank.py", tmp_path / "apart.json"
+    done = subprocess.run(
+        [sys.executable, str(program), "cuda", str(out)],
+        env={**os.environ, "DS_ACCELERATOR": "cuda"},
+        capture_output=True,
+        text=True,
+        timeout=580,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    found = json.loads(out.read_text())
+    assert len(found) == 3 * len(METHODS)
+    assert {name: apart for name, apart in found.items() if not apart <= 1e-3} == {}
 
 
 @pytest.mark.parametrize("messages", ["signs", "majority"])
