@@ -3,6 +3,7 @@
     make bench                                       # 9m and 130m presets, on a GPU where there is one
     make bench ARGS="--presets 9m --out table.md"
     make bench ARGS="--only GaLore galore-torch"       # rows that begin so
+    make bench ARGS="--presets 130m --only apollo-torch Apollo 'torch Muon' Muon"
 
 Every method steps the same matrices (the linear layers of the preset) with the same gradients, in turns, so that a
 drifting machine hurts all alike; the table shows medians and ratios of medians. `step` is a step between renewals,
@@ -92,13 +93,24 @@ def fira(model: nn.Module, gap: int, rank: int) -> torch.optim.Optimizer:
     return cast("Any", FiraAdamW)([galore_group(model, gap, rank, "alpha")], lr=0.01, no_deprecation_warning=True)
 
 
+def apollo_torch(model: nn.Module, gap: int, rank: int) -> torch.optim.Optimizer:
+    from apollo_torch import APOLLOAdamW
+
+    group = galore_group(model, gap, rank, "scale") | {"scale": 1.0, "proj": "random", "scale_type": "channel"}
+    return cast("Any", APOLLOAdamW)([group], lr=0.01)
+
+
 def torch_muon(model: nn.Module, gap: int) -> torch.optim.Optimizer:
     return torch.optim.Muon(model.parameters(), lr=0.02)
 
 
 def contenders(rank: int) -> list[Contender]:
-    """Who is measured; `rank` is a quarter of the preset's width, for all. A peer stands before its method."""
-    plus = GaLorePlusConfig(rank=rank, cross_heads=[], warmup=0)
+    """Who is measured; `rank` is a quarter of the preset's width, for all. A peer stands before its method.
+
+    "shared heads" are those that share a basis by default; in the other rows of GaLore+ every matrix has its own.
+    """
+    shared = GaLorePlusConfig(rank=rank, warmup=0)
+    plus = replace(shared, cross_heads=[])
     return [
         Contender("torch AdamW, fused", torch_adamw(fused=True), renews=False),
         Contender("torch AdamW, foreach", torch_adamw(foreach=True), renews=False),
@@ -111,9 +123,15 @@ def contenders(rank: int) -> list[Contender]:
         ours("GaLorePlus, density 0", replace(plus, density=0.0)),
         ours("GaLorePlus, density 0, bfloat16", replace(plus, density=0.0, projection_dtype="bfloat16")),
         ours("GaLorePlus, density 1 %", plus),
+        ours("GaLorePlus, shared heads, density 0", replace(shared, density=0.0)),
+        ours(
+            "GaLorePlus, shared heads, density 0, bfloat16", replace(shared, density=0.0, projection_dtype="bfloat16")
+        ),
+        ours("GaLorePlus, shared heads, density 1 %", shared),
         Contender("fira 1.0.2", lambda model, gap: fira(model, gap, rank)),
         ours("Fira, svd=exact", FiraConfig(rank=rank)),
         ours("Fira, svd=power", FiraConfig(rank=rank, svd="power")),
+        Contender("apollo-torch 1.0.3", lambda model, gap: apollo_torch(model, gap, rank)),
         ours("Apollo", ApolloConfig(rank=rank)),
         ours("LDAdam", LDAdamConfig(rank=rank)),
         ours("DCTAdamW", DCTAdamWConfig(rank=rank)),
@@ -130,19 +148,31 @@ def contenders(rank: int) -> list[Contender]:
 
 
 class Matrices(nn.Module):
-    """The linear layers of a preset, without embeddings and head: what the methods differ in."""
+    """The linear layers of a preset, without embeddings and head: what the methods differ in.
+
+    They have the names and the configuration that they have in the model, by which heads are found.
+    """
 
     def __init__(self, preset: str, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         model = build_model(PRESETS[preset], 1024, seed=0, meta=True)
-        shapes = [m.weight.shape for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n]
-        self.layers = nn.ModuleList(
-            nn.Linear(columns, rows, bias=False, device=device, dtype=dtype) for rows, columns in shapes
-        )
+        self.config = model.config
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear) and "head" not in name:
+                own = nn.Linear(layer.in_features, layer.out_features, bias=False, device=device, dtype=dtype)
+                self._put(name.split("."), own)
         self.width = PRESETS[preset].hidden_size
         generator = torch.Generator(device).manual_seed(0)
         for p in self.parameters():
             p.grad = torch.randn(p.shape, generator=generator, device=device).mul_(1e-2).to(dtype)
+
+    def _put(self, path: list[str], layer: nn.Module) -> None:
+        holder: nn.Module = self
+        for part in path[:-1]:
+            if part not in dict(holder.named_children()):
+                holder.add_module(part, nn.Module())
+            holder = holder.get_submodule(part)
+        holder.add_module(path[-1], layer)
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
