@@ -7,7 +7,7 @@ beside the formula.
     python benchmarks/wire_sharded.py --strategy zero3 --laid-out                   # its layout of 1b, without weights
 
 Weights of the preset's shapes and gradients drawn at random (what is counted does not depend on their values), in
-bfloat16; a first step, which chooses subspaces, and a second one; the norm of gradients is asked for in both. What
+bfloat16; a first step, which chooses subspaces, and a second one; in both the norm of gradients is asked for. What
 leaves a rank is the mean over the ranks. FSDP2 itself gathers weights before forward and before backward and scatters
 gradients: 3 × 2 bytes a weight × (N−1)/N. So does ZeRO-3; ZeRO-1 and 2 gather weights once.
 

@@ -54,7 +54,8 @@ def optimizer_state(parts: Parts) -> dict[str, int]:
 
 def communication(parts: Parts) -> dict[str, float]:
     """What this rank has sent for the optimizer, in payload bytes a step since this start: all, by kind, and what whole
-    gradients would have been; {} where DDP or nobody sends. Ranks that hold pieces send unlike much: their mean."""
+    gradients would have been; and, in all, beside steps. {} where DDP or nobody sends. Ranks that hold pieces send
+    unlike much: their mean."""
     optimizer, steps = parts.trainer.optimizers[0], parts.trainer.global_step - parts.start
     found = sent(optimizer)
     if not found or not steps:
@@ -63,13 +64,14 @@ def communication(parts: Parts) -> dict[str, float]:
         ranks = gathered(dict(found))
         kinds = sorted({kind for each in ranks for kind in each})
         found = {kind: sum(each.get(kind, 0) for each in ranks) / len(ranks) for kind in kinds}
-    messages = found.pop("messages")
+    messages, rare = found.pop("messages"), found.pop("rare")
     params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
     return {
         "payload": sum(found.values()) / steps,
         **{kind: size / steps for kind, size in found.items()},
         "whole gradients": float(sum(param.numel() * param.element_size() for param in params)),
         "messages": messages / steps,
+        "beside steps, in all": float(rare),
     }
 
 
@@ -83,7 +85,7 @@ def measured_on_all(parts: Parts) -> dict[str, float | None]:
         "gradients_bytes": parts.held.gradients if parts.held.weights else 0,
         "state_bytes": int(optimizer.state_bytes()),  # pyright: ignore[reportAttributeAccessIssue]
     }
-    payload = found.total() - found["messages"] if found else None
+    payload = found.total() - found["messages"] - found["rare"] if found else None
     each = gathered((here, payload))
     most: dict[str, float | None] = {key: max(own[key] for own, _ in each) or None for key in here}
     if parts.config.trainer.in_backward == "step" and most["weights_bytes"]:

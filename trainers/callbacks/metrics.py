@@ -96,7 +96,8 @@ class TrainingMetrics(pl.Callback):
     | `tokens_per_sec`, `time/step` | tokens per second of all ranks; seconds per step |
     | `consumed_tokens` | tokens so far |
     | `comm/payload(MiB)`, `comm/<kind>(MiB)` | sent for the optimizer by this rank, a step |
-    | `comm/messages` | collectives for that, a step |
+    | `comm/messages` | messages of that, a step |
+    | `comm/rare(MiB)` | sent beside steps since the last reading: the start, checks, what is saved |
     | `memory/optimizer_state(MiB)` | tensors of the optimizer on this rank |
     | `memory/max_rss(GiB)`, `memory/max_active(GiB)` | peak of the process; peak of the CUDA allocator |
 
@@ -156,9 +157,9 @@ class TrainingMetrics(pl.Callback):
         self._sent = now
         if not new:
             return {}
-        messages = new.pop("messages")
+        messages, rare = new.pop("messages"), new.pop("rare") * steps / 2**20
         sizes = {f"comm/{kind}(MiB)": size / 2**20 for kind, size in new.items()}
-        return {"comm/payload(MiB)": sum(sizes.values()), **sizes, "comm/messages": messages}
+        return {"comm/payload(MiB)": sum(sizes.values()), **sizes, "comm/messages": messages, "comm/rare(MiB)": rare}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock.pause()
@@ -188,9 +189,12 @@ class TrainingMetrics(pl.Callback):
 
 
 def sent(optimizer: torch.optim.Optimizer) -> Counter[str]:
-    """Bytes of payload that an optimizer has sent so far, by kind, and its `messages`; nothing where none exchanges."""
+    """Bytes of payload that an optimizer has sent so far, by kind, with its `messages` and the bytes that no step
+    needed (`rare`); nothing where none exchanges."""
     wire = getattr(optimizer, "wire", None)
-    return Counter() if wire is None else Counter({**wire.payload, "messages": wire.messages})
+    if wire is None:
+        return Counter()
+    return Counter({**wire.payload, "messages": wire.messages, "rare": wire.rare.total()})
 
 
 def _measured(measured: dict[str, dict[str, float]]) -> dict[str, float]:
