@@ -5,7 +5,10 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_finetune
@@ -13,14 +16,16 @@ import tiny_pieces
 import torch
 from test_pretrain import final, same
 from tiny_pretrain import config, losses, signalled_at
-from tiny_training import TINY, VOCAB, PoolEnvironment, TinyData, rows, tiny_module, tiny_trainer
+from tiny_training import TINY, VOCAB, PoolEnvironment, TinyData, adamw, rows, tiny_model, tiny_module, tiny_trainer
 
 from thinrank.configs.load import load
 from thinrank.configs.schema import PRETRAIN
-from thinrank.optim import MuonConfig
-from thinrank.trainers import FSDP2Config, FSDP2Strategy, UserError
+from thinrank.optim import AdamWConfig, GaLoreConfig, MuonConfig
+from thinrank.trainers import FSDP2Config, FSDP2Strategy, NonFiniteGuard, UserError
 from thinrank.trainers import checkpoint as ckpt
+from thinrank.trainers.assembly import _exchange
 from thinrank.trainers.models import build_model
+from thinrank.trainers.module import CausalLM
 from thinrank.trainers.pretrain import Plan, pretrain
 from thinrank.trainers.strategies import World
 from thinrank.trainers.strategies.units import blocks, network
@@ -190,43 +195,148 @@ def test_what_it_cannot_do_is_refused(base, case, sentence):
 # --- replicas of shards
 
 
-def train(strategy, rank=0, world=1):
-    module = tiny_module(optimizer=MuonConfig(lr=0.02), clip_norm=0.5)
-    data = TinyData(rows(24), batch_size=8, rank=rank, world=world)
-    trainer = tiny_trainer(3, strategy=strategy, devices=world)
-    trainer.fit(module, data)
-    assert data.advanced == [8, 16, 24]
-    return trainer.strategy.lightning_module_state_dict()
+REPLICAS = {
+    "clipped": {"optimizer": MuonConfig(lr=0.02), "clip_norm": 0.5},
+    "coordinates": {"optimizer": GaLoreConfig(rank=4, svd="power", update_proj_gap=2, lr=0.02, eps=1e-3)},
+}
+"""Clipping is by the norm of what travels, which is that of one process where gradients do."""
+STEPS = 4
 
 
-def four():
-    import torch.distributed as dist
+class Rest(torch.utils.data.IterableDataset):
+    """What a run that goes on is given: the batches from `start` on."""
 
-    strategy = FSDP2Strategy(replicas=2, process_group_backend="gloo")
+    def __init__(self, batches, start):
+        self.batches, self.start = batches, start
+
+    def __iter__(self):
+        return (self.batches[i] for i in range(self.start, len(self.batches)))
+
+
+class Shares(TinyData):
+    def __init__(self, rank, world, parts, start):
+        super().__init__(rows(8 * STEPS), batch_size=8 // parts, rank=rank, world=world)
+        self.start = start
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Rest(self.train, self.start), batch_size=None)
+
+
+class Stumbles(CausalLM):
+    """The gradient of the second step is no number on the last rank, or in one process."""
+
+    def training_step(self, batch, batch_idx):
+        found = super().training_step(batch, batch_idx)
+        bad = self.global_step == 1 and self.global_rank + 1 == self.trainer.world_size
+        return {**found, "loss": found["loss"] * torch.nan} if bad else found
+
+
+def train(
+    name,
+    strategy: Any = "auto",
+    rank=0,
+    world=1,
+    parts=1,
+    stumbles=False,
+    until=STEPS,
+    resume: Any = None,
+    save=None,
+    **options: Any,
+) -> tuple[dict[str, Any], Any]:
+    """Steps on this rank's share of eight rows each; the whole weights on the first rank, and the Trainer."""
+    settings = {**REPLICAS[name], **options.pop("module", {}), "model": tiny_model(seed=0 if resume is None else 8)}
+    module, guard = tiny_module(**settings), NonFiniteGuard()
+    again: dict[str, Any] = {} if resume is None else {"ckpt_path": resume, "weights_only": True}
+    if stumbles:
+        module.__class__ = Stumbles
+    trainer = tiny_trainer(
+        until, strategy=strategy, devices=world, accumulate_grad_batches=parts, callbacks=[guard], **options
+    )
+    data = Shares(rank, world, parts, 0 if resume is None else STEPS // 2)
+    trainer.fit(module, data, **again)
+    assert guard.skipped == stumbles
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return trainer.strategy.lightning_module_state_dict(), trainer
+
+
+def replicas(messages="auto", **settings):
+    strategy = FSDP2Strategy(replicas=2, messages=messages, check_every=1, process_group_backend="gloo", **settings)
     strategy.cluster_environment = PoolEnvironment()
-    found = train(strategy, dist.get_rank(), 4)
-    return found, strategy.device_mesh.shape, strategy.distributed_sampler_kwargs
+    return strategy
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_two_replicas_of_two_shards_are_one_process(ranks):
-    answers = ranks(4).run(quiet, timeout=200)
-    assert [shape for _, shape, _ in answers] == [(2, 2)] * 4
-    assert [sampler["rank"] for *_, sampler in answers] == [0, 1, 2, 3]
-    assert [bool(found) for found, *_ in answers] == [True, False, False, False]
-    assert apart(answers[0][0], train("auto")) <= 2e-6
-
-
-def quiet():
-    import warnings
-
+def four(folder):
+    """What the first rank has in the end, by the run; what all say of their places; and what is refused."""
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # the logits are a view of what the last product gives; nothing writes into it
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    return four()
+    half = f"{folder}/half.ckpt"
+    ours: dict[str, Any] = {"rank": torch.distributed.get_rank(), "world": 4}
+    found = {f"{name} full": train(name, replicas("full"), **ours)[0] for name in REPLICAS}
+    found |= {f"{name} auto": train(name, replicas(), **ours)[0] for name in REPLICAS}
+    found["mixed"], _ = train("coordinates", replicas(dtype="bfloat16"), **ours, precision="bf16-mixed")
+    found["parts"], trainer = train("coordinates", replicas(), **ours, parts=2, stumbles=True)
+    assert trainer.optimizers[0].wire.payload["coordinates"] > 0
+    train("coordinates", replicas(), **ours, until=STEPS // 2, save=half)
+    torch.distributed.barrier()
+    found["resumed"], trainer = train("coordinates", replicas(), **ours, resume=half)
+    about = trainer.strategy.device_mesh.shape, trainer.strategy.distributed_sampler_kwargs["rank"]
+    by_value = {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}
+    said = refused(**ours, module={"optimizer": adamw}), refused(**ours, **by_value)
+    return found, about, said
+
+
+def refused(**options):
+    with pytest.raises(UserError) as caught:
+        train("coordinates", replicas(), **options)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def hybrid(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hybrid")
+    return ranks(4).run(four, str(folder), timeout=350), folder
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_two_replicas_of_two_shards_are_one_process(hybrid):
+    """Torch averages their gradients, or they exchange coordinates; in micro-batches, too, and when a rank stumbles."""
+    answers, _ = hybrid
+    assert [about for _, about, _ in answers] == [((2, 2), rank) for rank in range(4)]
+    assert [bool(found["resumed"]) for found, *_ in answers] == [True, False, False, False]
+    found = answers[0][0]
+    for name in REPLICAS:
+        expected, _ = train(name)
+        assert apart(found[f"{name} full"], expected) <= 2e-6
+        assert apart(found[f"{name} auto"], expected) <= 1e-5
+        assert apart(found[f"{name} auto"], found[f"{name} full"]) <= 1e-5
+    stumbled, _ = train("coordinates", stumbles=True)
+    assert apart(found["parts"], stumbled) <= 1e-5
+    assert apart(stumbled, found["coordinates full"]) > 1e-3
+    mixed, _ = train("coordinates", precision="bf16-mixed")
+    assert apart(found["mixed"], mixed) <= 1e-2
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_replicas_that_exchange_coordinates_go_on_from_one_file(hybrid):
+    """To the bit with as many ranks; and in one process, up to rounding."""
+    ((found, *_), *_), folder = hybrid
+    same(found["resumed"], found["coordinates auto"])
+    alone, _ = train("coordinates", resume=folder / "half.ckpt")
+    assert apart(alone, found["resumed"]) <= 1e-5
+
+
+@pytest.mark.slow
+def test_what_replicas_that_exchange_coordinates_cannot_do_is_refused(hybrid):
+    for *_, said in hybrid[0]:
+        assert "AdamW is none: return thinrank.optim.build(self, config)" in said[0]
+        assert "use 'norm', or messages='full'" in said[1]
 
 
 # --- what needs no ranks
@@ -241,6 +351,10 @@ def quiet():
         (["trainer.precision=16-mixed"], "got trainer.precision=16-mixed: use one of them"),
         (["strategy.replicas=0"], "leave it out for one group"),
         (["strategy.reshard_after_forward=2"], "reshard_after_forward must be true or false"),
+        (["strategy.messages=auto"], "set replicas to 2 or more, or leave messages out"),
+        (["strategy.messages=signs", "strategy.replicas=2"], "messages must be one of full, auto, got 'signs'"),
+        (["strategy.dtype=bfloat16", "strategy.replicas=2"], "set messages=auto, or leave dtype out"),
+        (["strategy.check_every=0"], "use null for never"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -256,14 +370,34 @@ def test_replicas_that_the_processes_cannot_be_divided_into_are_refused(tmp_path
         Plan.of(chosen, World(size=4, local_size=4))
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "what"),
+    [
+        (tiny_pieces.GALORE, "coordinates of matrices that are stepped by rows; gradients of pieces at renewals"),
+        (MuonConfig(), "whole gradients of pieces, because its step reads the gradient itself"),
+        (AdamWConfig(), "whole gradients of pieces, because this method has no subspace"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_run_says_what_travels_between_replicas(tmp_path, optimizer, what):
+    strategy = FSDP2Config(replicas=2, messages="auto")
+    parts: Any = SimpleNamespace(config=config(tmp_path, "run", optimizer=optimizer, strategy=strategy), shards=2)
+    said = _exchange(parts)
+    assert said is not None
+    assert said.startswith("rows of weights and gradients among 2 ranks")
+    assert f"; between 2 replicas {what}" in said
+
+
 def test_a_dry_run_says_what_a_rank_holds():
-    arguments = ["strategy=thinrank_fsdp2", "trainer.devices=2", "model=2m", "trainer.accelerator=cpu"]
+    arguments = ["strategy=thinrank_fsdp2", "trainer.devices=4", "model=2m", "trainer.accelerator=cpu"]
+    arguments += ["strategy.replicas=2", "strategy.messages=auto", "optimizer=galore", "optimizer.svd=power"]
     launch = Path(__file__).parents[2] / "launch" / "pretrain.py"
     done = subprocess.run(
         [sys.executable, str(launch), "--dry-run", *arguments], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert "MiB on each of 2 ranks" in done.stdout
+    assert "leave the one that sends most" in done.stdout
 
 
 def test_the_strategy_is_known_by_name():
@@ -279,8 +413,10 @@ def test_the_strategy_is_known_by_name():
 def test_settings_of_the_strategy_are_those_of_its_configuration():
     with pytest.raises(UserError, match="replicas must be a whole number of groups, at least 1, got 0"):
         FSDP2Strategy(replicas=0)
+    with pytest.raises(UserError, match="messages=auto is for what replicas exchange, and replicas=1 is one group"):
+        FSDP2Strategy(messages="auto")
     names = {field.name for field in dataclasses.fields(FSDP2Config)}
-    assert {"replicas", "reshard_after_forward"} <= names
+    assert {"replicas", "reshard_after_forward", "messages", "dtype", "check_every"} <= names
 
 
 def test_blocks_are_found_as_transformers_names_them_or_in_the_largest_list():

@@ -32,7 +32,11 @@ STRATEGIES = {
     "half thinrank_fsdp2": (FSDP2Config(), ("adamw", "galore", "fira")),
 }
 """By name, with the methods that run under it; with 16-bit weights where the name says `half`."""
-HYBRID = {"hybrid thinrank_fsdp2": (FSDP2Config(replicas=2), ("adamw", "galore", "fira"))}
+HYBRID = {
+    "hybrid thinrank_fsdp2": (FSDP2Config(replicas=2), ("adamw", "galore", "fira")),
+    "islands thinrank_fsdp2": (FSDP2Config(replicas=2, messages="auto", dtype="bfloat16"), ("galore",)),
+    "half islands thinrank_fsdp2": (FSDP2Config(replicas=2, messages="auto"), ("galore",)),
+}
 """On four ranks."""
 STEPS = 12
 

@@ -10,7 +10,7 @@ from thinrank.trainers.errors import UserError
 from thinrank.trainers.plan.held import Around
 from thinrank.trainers.plan.owners import Zero, in_a_row
 from thinrank.trainers.plan.strategies import Alone, Averaged, Replicas, is_planned, strategy_of
-from thinrank.trainers.plan.wire import Traffic, averaged_images, steady
+from thinrank.trainers.plan.wire import Traffic, Transfer, averaged_images, steady
 from thinrank.trainers.strategies import ReplicatedConfig, StrategyConfig
 
 MATRIX, TABLE, VECTOR = 24 * 10, 7 * 10, 24
@@ -42,6 +42,12 @@ def test_coordinates_travel_between_renewals_and_gradients_in_them():
     assert traffic.payload("averaged") == pytest.approx(rest + 12 + (4 * MATRIX + 4 * 4 * 24 * 3) / 5)
     assert traffic.leaving("between", 4) == pytest.approx(2 * 3 / 4 * traffic.payload("between"))
     assert traffic.leaving("between", 1) == 0
+
+
+def test_what_some_processes_pass_round_leaves_as_often_as_these_are_many():
+    own = (steady("dense", 30), steady("dense", 50))
+    every = Transfer(kind="dense", between=40, renewal=40, averaged=40.0, ranks=own * 4, among=4)
+    assert [every.leaving("between", 8, rank) for rank in (0, 1, None)] == [45, 75, 60]
 
 
 def test_messages_in_another_type_and_weights_of_16_bits():
