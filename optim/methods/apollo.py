@@ -12,12 +12,11 @@ for wide matrices with the sides exchanged. s is about sqrt(r/n) times what Adam
 a ≈ sqrt(n/r). The state is 2mr + 1 numbers: P is remade from a seed.
 
 The bias correction outside the norms, ε, 1e-8 added to ‖R‖, and decay after the update are not in the paper: they were
-inferred from what apollo-torch 1.0.3 gives, seen from outside, and this room's outputs agree with it for `proj="svd"`;
-its code was neither taken nor followed. By descriptions of its options, borne out by its outputs, `scale` enters by
-its root: a = sqrt(scale), so that APOLLO-Mini's sqrt(128) is scale = 128; and `scale_front` says whether a is applied
-before the limiter, which looks at a ratio of norms: a constant cancels in it, so that the option does nothing here.
-Ours: one P for all matrices of a size (theirs: one each), and none for r = n; a limiter that has seen a norm of zero
-starts anew.
+inferred from what apollo-torch 1.0.3 gives, seen from outside, and from descriptions of it; this room's outputs agree
+with its for `proj="svd"`. So were the two scales: `scale` enters by its root, a = sqrt(scale), so that APOLLO-Mini's
+sqrt(128) is scale = 128, and `scale_front` says whether a is applied before the limiter. That looks at a ratio of
+norms, in which a constant cancels, so that the option does nothing here. Ours: one P for all matrices of a size
+(theirs: one each), and none for r = n; a limiter that has seen a norm of zero starts anew.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ class Dion2Config(TrionConfig):
     the authors' share α of them, or a number.
 
     Defaults: the authors' are rank=0.25, lr=0.01, weight_decay=0.01, momentum=0.95, norm=l1, adjust_lr=spectral,
-    eps=1e-08 and basis=identity; ours are orthogonalizer=jordan and embedding_lr=0.003.
+    basis=identity and, from Dion, eps=1e-08; ours, or not known to be theirs, are orthogonalizer=jordan and
+    embedding_lr=0.003.
 
     Equations and shapes: `thinrank.optim.methods.dion2`.
     """

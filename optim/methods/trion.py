@@ -95,8 +95,8 @@ class TrionConfig(OrthonormalConfig, RankedConfig):
     basis, which are chosen at every step.
 
     Defaults: the paper's are lr=0.01, weight_decay=0.01, momentum=0.95, basis=dct, norm=l1, adjust_lr=original,
-    betas=(0.9, 0.95) and eps=1e-10; ours are rank=0.25 (theirs: 128 to 512, a sixteenth to a half of the width),
-    orthogonalizer=jordan, engine=auto, state_bits=32 and embedding_lr=0.003.
+    betas=(0.9, 0.95) and eps=1e-10; ours, or not known to be theirs, are rank=0.25 (theirs: 128 to 512, a sixteenth to
+    a half of the width), orthogonalizer=jordan, engine=auto, state_bits=32 and embedding_lr=0.003 (theirs: 3e-4).
 
     Equations and shapes: `thinrank.optim.methods.trion`.
     """
