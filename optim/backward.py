@@ -289,12 +289,15 @@ class InBackward(torch.optim.Optimizer):
         return found
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, norm: Tensor | None = None) -> Tensor:
         """Scales all gradients down together to a norm of at most `max_norm`; returns the norm before.
 
         With `in_backward("project")` a matrix counts with the norm of what is left of its gradient (`gradient_norm`).
+
+        Args:
+            norm: what `gradient_norm` gave since the last backward, where somebody has asked; None: it is asked now.
         """
-        norm = self.gradient_norm()  # where replicas have to meet, here
+        norm = self.gradient_norm() if norm is None else norm  # where replicas have to meet, here
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         for tensor in self._linear():
             tensor.mul_(factor.to(tensor.device))

@@ -251,7 +251,7 @@ class CausalLM(pl.LightningModule):
             return  # it has been told the norm
         own = self._own_optimizer
         if own is not None and self.clip_norm is not None:
-            own.clip_grad_norm_(self.clip_norm)  # nothing is left to clip where backward has stepped
+            own.clip_grad_norm_(self.clip_norm, self.gradient_norm())  # nothing is left where backward has stepped
         elif self.clip_norm is None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:

@@ -46,10 +46,10 @@ class Broken(Own):
         return super().training_step(batch, batch_idx) * (torch.nan if bad else 1.0)
 
 
-def fit(optimizer, rank=0, world=1, accumulate=1, kind=Own, **options):
+def fit(optimizer, rank=0, world=1, accumulate=1, kind=None, **options):
     """Six steps of eight rows, of which this rank has its share; the trained module."""
     torch.manual_seed(rank)  # a rank's weights are not the first's until the strategy makes them
-    module = kind(optimizer)
+    module = (kind or Own)(optimizer)
     rows = torch.randn(48, 6, generator=torch.Generator().manual_seed(1)).view(6, accumulate, world, -1, 6)[:, :, rank]
     loader = DataLoader(TensorDataset(rows.reshape(-1, 6)), batch_size=rows.shape[2])
     with warnings.catch_warnings():

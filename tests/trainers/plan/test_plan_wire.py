@@ -37,9 +37,15 @@ def kinds(traffic, when):
 def test_coordinates_travel_between_renewals_and_gradients_in_them():
     traffic = averaged_images(rows(GALORE))
     rest = 4 * (TABLE + VECTOR)
-    assert kinds(traffic, "between") == {"renewals": 0, "coordinates": 4 * 24 * 3, "dense": rest, "present": 12}
-    assert kinds(traffic, "renewal") == {"renewals": 4 * MATRIX, "coordinates": 0, "dense": rest, "present": 12}
-    assert traffic.payload("averaged") == pytest.approx(rest + 12 + (4 * MATRIX + 4 * 4 * 24 * 3) / 5)
+    usual = {"coordinates": 4 * 24 * 3, "norms": 4 * MATRIX}  # a sketch of so few entries is all of them
+    assert kinds(traffic, "between") == {"renewals": 0, **usual, "dense": rest, "present": 12}
+    assert kinds(traffic, "renewal") == {
+        "renewals": 4 * MATRIX,
+        **dict.fromkeys(usual, 0),
+        "dense": rest,
+        "present": 12,
+    }
+    assert traffic.payload("averaged") == pytest.approx(rest + 12 + 4 * MATRIX + 4 * 4 * 24 * 3 / 5)
     assert traffic.leaving("between", 4) == pytest.approx(2 * 3 / 4 * traffic.payload("between"))
     assert traffic.leaving("between", 1) == 0
 
@@ -53,8 +59,8 @@ def test_what_some_processes_pass_round_leaves_as_often_as_these_are_many():
 def test_messages_in_another_type_and_weights_of_16_bits():
     """Coordinates are float32 unless told otherwise; a gradient is as wide as its weight."""
     half = rows(GALORE, torch.bfloat16)
-    assert averaged_images(half).payload("between") == 4 * 24 * 3 + 2 * (TABLE + VECTOR) + 12
-    assert averaged_images(half, dtype=torch.bfloat16).payload("between") == 2 * (24 * 3 + TABLE + VECTOR + 3)
+    assert averaged_images(half).payload("between") == 4 * (24 * 3 + MATRIX) + 2 * (TABLE + VECTOR) + 12
+    assert averaged_images(half, dtype=torch.bfloat16).payload("between") == 2 * (24 * 3 + MATRIX + TABLE + VECTOR + 3)
     assert averaged_images(rows(GALORE), messages="full").payload("between") == 4 * ALL + 12
 
 
