@@ -167,6 +167,7 @@ class LaidOut:
     lies: dict[Tensor, Sequence[Span]]
     place: int
     group: dist.ProcessGroup | None = None
+    replicas: dist.ProcessGroup | None = None
     wire: Wire = field(default_factory=Wire)
 
     def __post_init__(self) -> None:

@@ -136,6 +136,7 @@ def test_what_it_cannot_do_is_refused(base):
         (["optimizer=galore", "optimizer.rank_allocation=gradient"], "use optimizer.rank_allocation=weight"),
         (["trainer.precision=16-mixed"], "use bf16-mixed, bf16-true or 32-true"),
         (["strategy.bucket=0"], "bucket must be at least 1 entry"),
+        (["strategy.check_every=0"], "use null for never"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
