@@ -49,7 +49,8 @@ def test_a_plan_of_replicas(call):
     assert numbers(lines["weights"]) == [round(weights / 2**20, 1)]
     assert numbers(lines["optimizer state"])[0] == pytest.approx((2 * coordinates + 8 * REST) / 2**20, abs=0.4)
     between = next(line for line in out.splitlines() if line.startswith("between renewals"))
-    assert numbers(between)[0] == pytest.approx((coordinates + 4 * REST) / 2**20, abs=0.06)
+    sketches = 4 * 4 * 7 * 1021  # by which the norms of gradients are known
+    assert numbers(between)[0] == pytest.approx((coordinates + sketches + 4 * REST) / 2**20, abs=0.06)
     assert numbers(between)[1] == pytest.approx(1.75 * numbers(between)[0], abs=0.1)
     assert "in the mean of 200 steps" in out
     assert "≈ peak" in out
@@ -81,7 +82,7 @@ def test_a_comparison_has_a_line_for_every_combination(call):
     assert list(found) == names
     weights, gradients, state, bases, buffers, *_, between, renewal, averaged = found["galore thinrank_ddp"]
     assert weights == renewal > between
-    assert gradients == between <= averaged < renewal
+    assert gradients < between <= averaged < renewal  # the norms of gradients are sent and not kept
     assert 0 < bases < state < found["adamw ddp"][2]
     assert found["galore ddp"][4] == weights >= buffers
 
