@@ -89,12 +89,14 @@ def test_pieces_of_different_lengths_train_as_whole_weights(ranks, train, ranks_
     """Twenty steps, seven renewals."""
     if train is under_zero3:
         pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-    found = ranks(ranks_).run(train, UNEVEN, timeout=220)[0]
-    for name, config in UNEVEN.items():
+    names = ("galore/power", "muon") if train is under_zero3 else UNEVEN  # whose passes take their time
+    configs = {name: UNEVEN[name] for name in names}
+    found = ranks(ranks_).run(train, configs, timeout=220)[0]
+    for name, config in configs.items():
         model = uneven()
         expected = run(model, build(model, config), shares(ranks_))
         assert apart(found[name][0], expected) <= bound(name), name
-    different, nothing = (set().union(*(found[name][1][i] for name in UNEVEN)) for i in (0, 1))
+    different, nothing = (set().union(*(found[name][1][i] for name in configs)) for i in (0, 1))
     assert {"rows", "delta", "piece"} <= different
     assert ({"rows", "delta", "piece"} if ranks_ == 4 else {"piece"}) <= nothing
 
