@@ -25,6 +25,7 @@ def owned(configs, parts=1, dtype=torch.float32, how=None, **options):
     return found
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("ranks_", "configs"), [(1, PLAIN), (2, CONFIGS), (4, PLAIN)], ids=["1", "2", "4"])
 def test_owners_that_tell_their_updates_are_one_process(ranks, ranks_, configs):
     answers = ranks(ranks_).run(owned, configs, timeout=240)

@@ -56,6 +56,7 @@ def by_rows(configs, parts=1, **options):
     return found
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("ranks_", "configs"), [(1, PLAIN), (2, CONFIGS), (4, PLAIN)], ids=["1", "2", "4"])
 def test_rows_on_ranks_are_whole_weights_in_one_process(ranks, ranks_, configs):
     answers = ranks(ranks_).run(by_rows, configs, timeout=240)
