@@ -42,7 +42,8 @@ def test_replicas():
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [float(line.split("loss ")[1]) for line in done.stdout.splitlines() if "loss" in line]
     assert losses[-1] < 0.5 * losses[0]
-    assert "0.27 of what gradients would have been" in done.stdout  # a quarter, renewals, and biases whole
+    # a quarter, an eighth for norms (1021 of 8192 entries; far less of larger weights), renewals, and biases whole
+    assert "0.39 of what gradients would have been" in done.stdout
 
 
 def test_every_example_is_run_here():
