@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from thinrank.optim.backward import whole_because
@@ -16,7 +17,8 @@ from thinrank.optim.rule import MatrixRule, remembers
 MESSAGES = ("auto", "full", *TALLIES)
 COARSE = tuple(TALLIES)
 """Of these, those by which what a subspace misses of gradients travels in signs."""
-EMBEDDINGS = ("dense", "rows")
+EMBEDDINGS = ("dense", "rows", "bfloat16", "rows_bfloat16")
+"""How gradients of embeddings travel, and, rounded, those of the head."""
 ROWS = ("rows",)
 """The place of a part that holds some rows of an embedding's gradient."""
 REST = ("rest",)
@@ -53,6 +55,14 @@ def refuse_signs(messages: str, who: str) -> None:
         raise ValueError(
             f"messages={messages!r} is for replicas that all step everything, and {who} do not: use messages='auto', "
             "or thinrank_ddp"
+        )
+
+
+def refuse_widened(embeddings: str, dtype: torch.dtype | None) -> None:
+    if "bfloat16" in embeddings and dtype not in (None, torch.bfloat16):
+        raise ValueError(
+            f"embeddings={embeddings!r} rounds gradients that messages of {dtype} would make wide again: leave the "
+            "messages' dtype at None ('auto' in a configuration)"
         )
 
 

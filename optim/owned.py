@@ -181,7 +181,7 @@ class Owned(Islands):
         place = self._cut[param]
         if place.way == "piece":
             piece = param.detach().view(-1)[slice(*place.spans[self._carrier.rank])]
-            grad = parts[0].value
+            grad = parts[0].value.to(param.dtype)
             if parts[0].place == ROWS:
                 grad = self._untouched_rows(param, grad.view(-1, param.shape[1]))
             self._brought[param] = (grad, piece)

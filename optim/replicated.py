@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.backward import Hooks, InBackward
-from thinrank.optim.bucket import Bucket
+from thinrank.optim.bucket import Bucket, Turn
 from thinrank.optim.exchange import local
 from thinrank.optim.exchange.replicas import (
     BUCKET_BYTES,
@@ -21,7 +21,7 @@ from thinrank.optim.exchange.replicas import (
     broadcast,
     connected,
     difference,
-    gathered,
+    refuse_other_models,
     rows_anywhere,
 )
 from thinrank.optim.exchange.signs import TALLIES
@@ -38,11 +38,12 @@ from thinrank.optim.messages import (
     NORMS,
     REST,
     ROWS,
+    refuse_widened,
     sketch_bytes,
     whole_messages_because,
 )
 from thinrank.optim.methods.config import choice, whole_steps
-from thinrank.optim.rule import MatrixRule, seed_of
+from thinrank.optim.rule import MatrixRule, State, seed_of
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +119,9 @@ class Replicated(InBackward):
                 what is outside of the subspace where a method needs whole gradients, or their `majority` (above).
             embeddings: how gradients of embeddings (groups of that role) travel that are stepped element by element:
                 `dense`, or `rows`: those that any rank's data has touched, after one byte a row has told which; the
-                rest are zeros anyway, so that nothing else changes. A tied head touches all.
+                rest are zeros anyway, so that nothing else changes. A tied head touches all. `bfloat16` sends them,
+                and the head's, rounded to that, half as many bytes of float32, while matrices keep their own;
+                `rows_bfloat16` both.
             dtype: of the messages; None: float32 for coordinates and the gradient's own dtype for gradients.
             overlap: messages leave while backward goes on; otherwise all of them at the end.
             check_every: compare a sample of weights and state over the ranks after so many steps; None: never.
@@ -127,11 +130,12 @@ class Replicated(InBackward):
         Raises:
             RuntimeError: without a process group.
             ValueError: for bad values, ranks whose parameters differ in names, shapes or dtypes, with `in_backward` or
-                ranks shared out by gradients, which need what is not there any more, and for signs where no matrix
-                has a use for them.
+                ranks shared out by gradients, which need what is not there any more, for signs where no matrix has a
+                use for them, and for rounded embeddings in messages of another `dtype`.
         """
         choice("messages", messages, MESSAGES)
         choice("embeddings", embeddings, EMBEDDINGS)
+        refuse_widened(embeddings, dtype)
         self.check_every = check_every
         self._refuse_alone()
         if self._hooks is not None:
@@ -149,13 +153,13 @@ class Replicated(InBackward):
                 "these settings has no use for it, or no subspace that stays for some steps: use messages='auto'"
             )
         params, wire = dict(self._named()), Wire()
-        _refuse_other_models(params, wire.rare, group)
+        refuse_other_models(params, wire.rare, group)
         broadcast((param.data for param in params.values()), wire.rare, group)
         if self._meeting_hooks is not None:
             self._meeting_hooks.remove()
         self._whole_messages, self._tally = messages == "full", messages if messages in TALLIES else None
-        groups = [group_ for group_ in self.param_groups if embeddings == "rows" and group_["role"] == "embedding"]
-        self._by_touched_rows = {p for own in groups for p in own["params"] if p.ndim == 2}
+        self._by_touched_rows = {p for p in self._of_roles("embedding") if p.ndim == 2 and "rows" in embeddings}
+        self._rounded = {p for p in self._of_roles("embedding", "head") if "bfloat16" in embeddings}
         self._touched: dict[Tensor, Tensor] = {}
         self._steps = 0
         trained = [param for param in reversed(params.values()) if param.requires_grad]
@@ -207,6 +211,11 @@ class Replicated(InBackward):
     def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for index, group in enumerate(self.param_groups):
             yield from zip(self.names(index), group["params"], strict=True)
+
+    def _of_roles(self, *roles: str) -> Iterator[torch.nn.Parameter]:
+        for group in self.param_groups:
+            if group["role"] in roles:
+                yield from group["params"]
 
     def _sends_coordinates(self, rule: MatrixRule | None) -> bool:
         linear = isinstance(rule, LowRank) and rule.linear
@@ -266,14 +275,17 @@ class Replicated(InBackward):
         assert param.grad is not None
         self._refuse_sparse_one(param)
         homes = self._met_homes(param)
-        if not homes and param in self._by_touched_rows and param not in self._homes:
+        if homes:
+            return self._parts(homes, param.grad)
+        if param in self._homes:
+            return [Part("gradients", param.grad)]
+        grad = param.grad.bfloat16() if param in self._rounded else param.grad
+        if param in self._by_touched_rows:
             assert self._meeting is not None
             rows = rows_anywhere(param.grad, self._meeting.wire, self._meeting.group)
             self._touched[param] = rows
-            return [Part("rows", param.grad[rows], ROWS)]
-        if not homes:
-            return [Part("gradients" if param in self._homes else "dense", param.grad)]
-        return self._parts(homes, param.grad)
+            return [Part("rows", grad[rows], ROWS)]
+        return [Part("dense", grad)]
 
     def _parts(self, homes: Sequence[tuple[LowRank, dict[str, Any], Bucket, int]], grad: Tensor) -> list[Part]:
         """What is sent of the gradient `grad` of matrices that send coordinates: all of it in steps that choose."""
@@ -313,10 +325,10 @@ class Replicated(InBackward):
     def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
         if parts[0].place == ROWS:
             param.grad = torch.zeros_like(param)
-            param.grad[self._touched.pop(param)] = parts[0].value
+            param.grad[self._touched.pop(param)] = parts[0].value.to(param.dtype)
             return
         if not parts[0].place:
-            param.grad = parts[0].value
+            param.grad = parts[0].value.to(param.dtype)
             if parts[0].kind == "renewals" and all(rule.linear for rule, *_ in self._met_homes(param)):
                 self._sketches[param] = torch.linalg.vector_norm(param.grad, dtype=torch.float32).view(1)
                 self._take_image(param)
@@ -337,10 +349,22 @@ class Replicated(InBackward):
         for prefix, image in images.items():
             self._images.add(param, prefix, image)
 
+    def _shares(self, turn: Turn, image: State) -> dict[str, Tensor]:
+        """What is known of how much of their gradients images hold: a sketch says it, where a parameter is one matrix
+        and this rank has all of its rows."""
+        views = {bucket.prefix for param in turn.params for _, bucket, _ in self._homes[param]}
+        if len(views) > 1 or not turn.step.axis.whole or any(param not in self._sketches for param in turn.params):
+            return {}
+        whole = torch.stack([torch.linalg.vector_norm(self._sketches[param]) for param in turn.params])
+        blocks = turn.bucket.view.blocks
+        kept = torch.linalg.vector_norm(image["low"].unflatten(0, (-1, blocks)).float(), dim=(1, 2, 3))
+        share = torch.where(whole > 0, (kept / whole).square(), 0.0).clamp_(0.0, 1.0)
+        return {"captured_energy": share.repeat_interleave(blocks)}
+
     def _usual_bytes(self, param: torch.nn.Parameter) -> int:
         homes = self._met_homes(param)
         if not homes:
-            return param.numel() * param.element_size()
+            return param.numel() * (2 if param in self._rounded else param.element_size())
         if self._sends_rest(homes[0][0]):
             return param.numel() // 8
         batches = ((rule, (bucket.view.blocks, *bucket.view.shape)) for rule, _, bucket, _ in homes)
@@ -420,25 +444,6 @@ class Replicated(InBackward):
 
 def _elements(shape: tuple[int, int, int]) -> int:
     return shape[0] * shape[1] * shape[2]
-
-
-def _refuse_other_models(params: Mapping[str, Tensor], wire: Count, group: Group | None) -> None:
-    for name, param in params.items():
-        if type(param.data) is not Tensor:
-            raise ValueError(
-                f"replicas hold whole parameters, and {name} is a {type(param.data).__name__}: leave the parameters "
-                "unsharded, or replicate out"
-            )
-    mine = {name: (tuple(param.shape), str(param.dtype), param.requires_grad) for name, param in params.items()}
-    device = next(param.device for param in params.values())
-    for rank, theirs in enumerate(gathered(mine, "start", device, wire, group)):
-        names = [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
-        if names or list(mine) != list(theirs):
-            name = names[0] if names else "the order of parameters"
-            raise ValueError(
-                f"replicas must have the same parameters; {name} differs between rank {rank} and this one: build the "
-                "same model and optimizer on every rank"
-            )
 
 
 def replicate(model: torch.nn.Module, optimizer: Replicated, group: Group | None = None, **options: Any) -> None:

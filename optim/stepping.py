@@ -128,6 +128,8 @@ class Stepping(Owned):
             if params[0] in self._images:
                 assert isinstance(rule, LowRank)  # no other rule lets gradients become images
                 image = self._images.stacked(params, bucket.prefix)
+                if record is not None and rule.subspace.orthonormal:
+                    record |= self._shares(turn, image)
                 update = rule.update_from(image, view.shape[1], turn.state, turn.step)
             else:
                 grads = [grad for p in params if (grad := self._gradient(p)) is not None]

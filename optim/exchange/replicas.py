@@ -448,3 +448,23 @@ def difference(
     wire.note([("checks", both.nbytes)], dist.get_world_size(group))
     differ = (both[0] != both[1].bitwise_not()).tolist()
     return next((name for name, other in zip(named, differ, strict=True) if other), None)
+
+
+def refuse_other_models(params: Mapping[str, Tensor], wire: Count, group: Group | None) -> None:
+    """Raises a ValueError, with its name, for the first parameter that differs between ranks, or is in pieces."""
+    for name, param in params.items():
+        if type(param.data) is not Tensor:
+            raise ValueError(
+                f"replicas hold whole parameters, and {name} is a {type(param.data).__name__}: leave the parameters "
+                "unsharded, or replicate out"
+            )
+    mine = {name: (tuple(param.shape), str(param.dtype), param.requires_grad) for name, param in params.items()}
+    device = next(param.device for param in params.values())
+    for rank, theirs in enumerate(gathered(mine, "start", device, wire, group)):
+        names = [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
+        if names or list(mine) != list(theirs):
+            name = names[0] if names else "the order of parameters"
+            raise ValueError(
+                f"replicas must have the same parameters; {name} differs between rank {rank} and this one: build the "
+                "same model and optimizer on every rank"
+            )

@@ -210,6 +210,25 @@ def test_touched_rows_go_to_those_who_have_them(ranks):
         assert 0 < sent["rows"] <= 4 * 4 * 8 * 24
 
 
+def rounds(embeddings):
+    model = seeded_model(tied=False)
+    optimizer = build(model, CONFIGS["galore/power"])
+    own(model, optimizer, embeddings=embeddings, even_from=64)
+    weights = run(model, optimizer, mine(), steps=range(5))
+    return weights, dict(optimizer.wire.payload)
+
+
+def test_pieces_of_embeddings_may_travel_in_bfloat16(ranks):
+    whole, rounded, both = (ranks(2).run(rounds, how)[0] for how in ("dense", "bfloat16", "rows_bfloat16"))
+    kinds = ("dense", "rows")
+    sent = [sum(payload.get(kind, 0) for kind in kinds) for _, payload in (whole, rounded, both)]
+    assert sent[0] > sent[1] >= sent[2] > 0
+    rest, same = ({k: v for k, v in payload.items() if k not in kinds} for _, payload in (rounded, whole))
+    assert rest == same
+    assert all(torch.equal(both[0][name], value) for name, value in rounded[0].items())
+    assert 0 < apart(rounded[0], whole[0]) < 2**-8
+
+
 def drifts():
     model = seeded_model()
     optimizer = build(model, CONFIGS["galore/power"])

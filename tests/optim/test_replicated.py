@@ -289,6 +289,60 @@ def test_rows_of_an_embedding_that_nobody_touched_need_not_travel(ranks):
         assert sent["present"] - all_sent["present"] == 4 * 200
 
 
+def rounds(embeddings):
+    """A model of ours with an untied head: what it sends of each kind, and where it gets."""
+    model = seeded_model(tied=False)
+    optimizer = build(model, small("galore", svd="power"))
+    replicate(model, optimizer, embeddings=embeddings)
+    weights = run(model, optimizer, mine(), steps=range(5))
+    assert optimizer.wire is not None
+    return weights, dict(optimizer.wire.payload)
+
+
+def test_embeddings_and_the_head_alone_may_travel_in_bfloat16(ranks):
+    """Half of their bytes; matrices and vectors keep theirs, and weights part by what rounding to 8 bits does."""
+    whole, rounded, both = (ranks(2).run(rounds, how)[0] for how in ("dense", "bfloat16", "rows_bfloat16"))
+    assert whole[1]["dense"] - rounded[1]["dense"] == 5 * 2 * 2 * 13 * 8
+    assert {**rounded[1], "dense": 0} == {**whole[1], "dense": 0}
+    assert 0 < both[1]["rows"] <= 5 * 2 * 13 * 8
+    assert both[1]["rows"] + both[1]["dense"] <= rounded[1]["dense"]
+    assert all(torch.equal(both[0][name], value) for name, value in rounded[0].items())
+    assert 0 < apart(rounded[0], whole[0]) < 2**-8
+    assert all(value.dtype is torch.float32 for value in rounded[0].values())
+
+
+def widens():
+    model = seeded_model()
+    with pytest.raises(ValueError, match="leave the messages' dtype at None"):
+        replicate(model, build(model, small("galore")), embeddings="bfloat16", dtype=torch.float32)
+
+
+def test_rounded_embeddings_in_wide_messages_are_refused(ranks):
+    ranks(2).run(widens)
+
+
+def shares_of_energy(how):
+    """Captured energy of each matrix at each step, as somebody who exchanges so measures it."""
+    model = seeded_model(all_alike=True)
+    optimizer = build(model, small("galore", svd="power"))
+    replicate(model, optimizer, messages=how)
+    found = []
+    for step in range(7):
+        optimizer.measure = True
+        run(model, optimizer, mine(), steps=[step], clip=0.1)
+        found.append(optimizer.measured["captured_energy"])
+    return found
+
+
+def test_captured_energy_is_known_where_coordinates_travel(ranks):
+    """These matrices have fewer entries than a sketch has sums, so that their norms are exact."""
+    found, expected = (ranks(2).run(shares_of_energy, how)[0] for how in ("auto", "full"))
+    for mine_, other in zip(found, expected, strict=True):
+        assert len(mine_) >= 3
+        assert mine_ == pytest.approx(other, abs=1e-4)
+    assert any(value < 0.99 for value in found[-1].values())
+
+
 def messages_in(dtype):
     model = seeded_model()
     optimizer = build(model, small("galore", svd="power"))

@@ -21,7 +21,7 @@ from thinrank.optim.places import EVEN_FROM
 from thinrank.optim.rule import Step
 from thinrank.trainers.plan.held import Around, Held
 from thinrank.trainers.plan.live import Live
-from thinrank.trainers.plan.wire import FLOAT, Traffic, Transfer, gradient_bytes, steady
+from thinrank.trainers.plan.wire import FLOAT, Traffic, Transfer, gradient_bytes, steady, width
 
 ENGINE_DTYPES = {"bf16-mixed": (2, 4), "bf16-true": (2, 4)}
 """Bytes of an entry as `thinrank_fsdp2` gathers weights and scatters gradients, by precision; others: the weights'."""
@@ -98,6 +98,7 @@ class Owners:
 
     divided: Divided
     dtype: torch.dtype | None = None
+    embeddings: str = "dense"
 
     @classmethod
     def of(
@@ -108,9 +109,11 @@ class Owners:
         messages: str = "auto",
         dtype: torch.dtype | None = None,
         even_from: int = EVEN_FROM,
+        embeddings: str = "dense",
     ) -> Owners:
         assert around.routing.stand_in is not None  # of `route`
-        return cls(Divided.owned(around.routing.stand_in, world, messages=messages, even_from=even_from), dtype)
+        divided = Divided.owned(around.routing.stand_in, world, messages=messages, even_from=even_from)
+        return cls(divided, dtype, embeddings)
 
     def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
         each = [self.rank(rows, frozen, rank) for rank in range(world)]
@@ -122,7 +125,7 @@ class Owners:
         ranks, bounded = self.divided.ranks, SPREAD_BYTES
         for row, member in zip(rows, self.divided, strict=True):
             place = member.place
-            sent = row.elements * (self.dtype.itemsize if self.dtype else row.itemsize)
+            sent = row.elements * (self.dtype.itemsize if self.dtype else width(row, self.embeddings))
             share = place.size if place.way == "all" else length(place.spans[rank])
             kept = 4 * sum(row.image.values()) if member.sends_image else share * row.itemsize
             gradients += kept if share else 0
@@ -151,7 +154,7 @@ class Owners:
         tally, own = Tally(world), None if self.dtype is None else self.dtype.itemsize
         for row, member in zip(rows, self.divided, strict=True):
             place, gap = member.place, row.gap if member.sends_image else 1
-            whole = row.elements * (own or row.itemsize)
+            whole = row.elements * (own or width(row, self.embeddings))
             parts = [("gradients" if row.matrices else "dense", whole, whole)]
             if member.sends_image:
                 images = row.image | {"norms": row.sketch}

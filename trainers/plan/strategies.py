@@ -27,6 +27,7 @@ from thinrank.trainers.plan.wire import (
     averaged_gradients,
     averaged_images,
     gradient_bytes,
+    width,
 )
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES
 
@@ -70,19 +71,22 @@ class Replicas:
         messages: `auto`, `full`, `signs` or `majority`.
         dtype: of the messages.
         memories_every: steps between two messages of what replicas remember apart; None: none are sent.
+        embeddings: how their gradients travel.
     """
 
     messages: str = "auto"
     dtype: torch.dtype | None = None
     memories_every: int | None = MEMORIES_EVERY
+    embeddings: str = "dense"
 
     def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
         alone = Alone().held(rows, frozen, world)
         sends = [row for row in rows if row.sends_image and self.messages != "full"]
         left = images_left(sends) + gradient_bytes([row for row in rows if row not in sends])
         letters = self.letters(rows)
-        if self.dtype is None:  # gradients are views of what came
-            arriving = letters + images_left(sends)
+        if self.dtype is None:  # gradients are views of what came, but for rounded ones
+            rounded = sum(row.elements * row.itemsize for row in rows if width(row, self.embeddings) != row.itemsize)
+            arriving = letters + images_left(sends) + rounded
         else:
             arriving = letters + left + max((row.elements * row.itemsize for row in sends), default=0)
         brought = max(self._side_by_side(rows), default=0)
@@ -102,15 +106,15 @@ class Replicas:
                     held = asked = 0
 
     def sent(self, rows: Sequence[Row], world: int) -> Traffic:
-        every = self.memories_every
-        return averaged_images(rows, dtype=self.dtype, messages=self.messages, world=world, memories_every=every)
+        how = {"dtype": self.dtype, "messages": self.messages, "memories_every": self.memories_every}
+        return averaged_images(rows, world=world, embeddings=self.embeddings, **how)
 
     def letters(self, rows: Sequence[Row]) -> int:
         """Bytes of the messages in a step that renews."""
         return sum(
             FLOAT * row.sketch
             if self._asks(row)
-            else row.elements * (self.dtype.itemsize if self.dtype else row.itemsize)
+            else row.elements * (self.dtype.itemsize if self.dtype else width(row, self.embeddings))
             for row in rows
         )
 
@@ -127,7 +131,7 @@ class Replicas:
             elif row.sends_image and self.messages != "full":
                 usual += FLOAT * (row.image["coordinates"] + row.sketch)
             else:
-                usual += row.elements * row.itemsize
+                usual += row.elements * width(row, self.embeddings)
             letter += self.letters([row])
             largest = max(largest, letter)
         return largest
@@ -188,10 +192,14 @@ def _zero(stage: int, config: Any, world: int, around: Around) -> Strategy:
 STRATEGIES: dict[str, Callable[[Any, int, Around], Strategy]] = {
     "ddp": lambda config, world, around: Averaged(),
     "thinrank_ddp": lambda config, world, around: Replicas(
-        config.messages, MESSAGE_DTYPES[config.dtype], config.memories_every
+        config.messages, MESSAGE_DTYPES[config.dtype], config.memories_every, config.embeddings
     ),
     "thinrank_owned": lambda config, world, around: Owners.of(
-        around, world, messages=config.messages, dtype=MESSAGE_DTYPES[config.dtype]
+        around,
+        world,
+        messages=config.messages,
+        dtype=MESSAGE_DTYPES[config.dtype],
+        embeddings=config.embeddings,
     ),
     "thinrank_fsdp2": _rows,
     **{f"thinrank_zero{stage}": partial(_zero, stage) for stage in (1, 2, 3)},

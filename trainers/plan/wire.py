@@ -111,6 +111,12 @@ def gradient_bytes(rows: Sequence[Row]) -> int:
     return sum(row.elements * row.itemsize for row in rows)
 
 
+def width(row: Row, embeddings: str) -> int:
+    """Bytes of an entry of a gradient on its way, where messages have no type of their own."""
+    rounded = "bfloat16" in embeddings and not row.matrices and row.role in ("embedding", "head")
+    return torch.bfloat16.itemsize if rounded else row.itemsize
+
+
 def steady(kind: str, size: int, passes: int = 2) -> Transfer:
     """What travels alike in every step."""
     return Transfer(kind=kind, between=size, renewal=size, averaged=float(size), passes=passes)
@@ -128,6 +134,7 @@ def averaged_images(
     messages: str = "auto",
     world: int = 1,
     memories_every: int | None = MEMORIES_EVERY,
+    embeddings: str = "dense",
 ) -> Traffic:
     """What `MatrixOptimizer.replicate` sends: coordinates of matrices (and entries), their gradients when a step
     chooses by them, and the gradients of everything else.
@@ -138,6 +145,7 @@ def averaged_images(
         messages: `auto`, `full` for whole gradients, `signs` or `majority` for signs of what subspaces miss of them.
         world: the processes, which what is counted, or gathered, of signs depends on.
         memories_every: steps between two messages of what replicas remember apart; None: none are sent.
+        embeddings: of `EMBEDDINGS`; all rows are counted.
     """
     # by kind: between renewals, in one, and in the mean
     sums: dict[str, list[float]] = {}
@@ -150,7 +158,7 @@ def averaged_images(
 
     own = None if dtype is None else dtype.itemsize
     for row in rows:
-        whole = row.elements * (own or row.itemsize)
+        whole = row.elements * (own or width(row, embeddings))
         if messages in COARSE and row.remainder:
             add("renewals", 0, whole, whole / row.gap)
             sizes = {kind: int(row.elements * each) for kind, each in signed.items()}

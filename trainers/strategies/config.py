@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from thinrank.optim.messages import EMBEDDINGS, MESSAGES, refuse_signs
+from thinrank.optim.messages import EMBEDDINGS, MESSAGES, refuse_signs, refuse_widened
 from thinrank.optim.remembering import MEMORIES_EVERY
 
 MESSAGE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -92,7 +92,10 @@ class ReplicatedConfig(StrategyConfig):
         metadata={"help": "of messages: auto (float32 for coordinates, a gradient's own), float32, bfloat16"},
     )
     embeddings: str = field(
-        default="dense", metadata={"help": "how their gradients travel: dense, or rows (those that any rank touched)"}
+        default="dense",
+        metadata={
+            "help": "how their gradients travel: dense, rows (touched ones), bfloat16 (and the head's), rows_bfloat16"
+        },
     )
     overlap: bool = field(default=True, metadata={"help": "messages leave while backward goes on"})
     check_every: int | None = field(
@@ -112,6 +115,7 @@ class ReplicatedConfig(StrategyConfig):
             ("dtype", self.dtype, tuple(MESSAGE_DTYPES)),
         ):
             one_of(name, value, allowed)
+        refuse_widened(self.embeddings, MESSAGE_DTYPES[self.dtype])
         for name in ("check_every", "memories_every"):
             steps_or_never(name, getattr(self, name))
 

@@ -33,7 +33,8 @@ class ReplicatedStrategy(DDPStrategy):
     Args:
         messages: `auto` (coordinates where they are enough), `full` (gradients), `signs` or `majority` (coordinates,
             and where a method needs more, signs of the rest, or the sign that most ranks have).
-        embeddings: how their gradients travel: `dense`, or `rows` (those that any rank touched).
+        embeddings: how their gradients travel: `dense`, `rows` (those that any rank touched), `bfloat16` (they and the
+            head's rounded to that), or `rows_bfloat16`.
         dtype: of the messages: `auto` (float32 for coordinates, a gradient's own), `float32`, `bfloat16`.
         overlap: messages leave while backward goes on.
         check_every: steps between two looks at whether the replicas are still equal; None: never.

@@ -62,6 +62,8 @@ def test_messages_in_another_type_and_weights_of_16_bits():
     assert averaged_images(half).payload("between") == 4 * (24 * 3 + MATRIX) + 2 * (TABLE + VECTOR) + 12
     assert averaged_images(half, dtype=torch.bfloat16).payload("between") == 2 * (24 * 3 + MATRIX + TABLE + VECTOR + 3)
     assert averaged_images(rows(GALORE), messages="full").payload("between") == 4 * ALL + 12
+    rounded = kinds(averaged_images(rows(GALORE), embeddings="rows_bfloat16"), "between")
+    assert rounded == kinds(averaged_images(rows(GALORE)), "between") | {"dense": 2 * TABLE + 4 * VECTOR}
 
 
 @pytest.mark.parametrize(("messages", "to_a_byte"), [("signs", 3), ("majority", 5)])
