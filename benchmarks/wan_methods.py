@@ -184,8 +184,8 @@ ABOUT = {
     "powersgd-2": "torch's PowerSGD hook, rank 2, in one bucket",
     "powersgd-4": "torch's PowerSGD hook, rank 4, in one bucket",
     "thinrank": "thinrank_ddp, GaLore of rank 1/4, float32; embeddings and head travel as gradients",
-    "thinrank-bf16": "the same, messages in bfloat16",
-    "thinrank-all-bf16": "the same, embeddings and head projected, too",
-    "thinrank-all-8-bf16": "the same, rank 1/8",
-    "thinrank-all-16-bf16": "the same, rank 1/16",
+    "thinrank-bf16": "thinrank_ddp, GaLore of rank 1/4, bfloat16; embeddings and head travel as gradients",
+    "thinrank-all-bf16": "thinrank_ddp, GaLore of rank 1/4, bfloat16; embeddings and head projected, too",
+    "thinrank-all-8-bf16": "as thinrank-all-bf16, rank 1/8",
+    "thinrank-all-16-bf16": "as thinrank-all-bf16, rank 1/16",
 }

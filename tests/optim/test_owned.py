@@ -215,6 +215,7 @@ def rounds(embeddings):
     optimizer = build(model, CONFIGS["galore/power"])
     own(model, optimizer, embeddings=embeddings, even_from=64)
     weights = run(model, optimizer, mine(), steps=range(5))
+    assert optimizer.wire is not None
     return weights, dict(optimizer.wire.payload)
 
 
