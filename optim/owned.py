@@ -65,11 +65,13 @@ class Owned(Islands):
             options: the others of `replicate`.
 
         Raises:
-            RuntimeError, ValueError: as `replicate`, and when steps have been taken, or ranks are shared out later;
-                nothing is changed then.
+            RuntimeError, ValueError: as `replicate`, and when steps have been taken, ranks are shared out later, or
+                weights are in pieces; nothing is changed then.
         """
         choice("messages", messages, MESSAGES)
         refuse_signs(messages, "owners")
+        if self._shards is not None:
+            raise ValueError("weights are in pieces, and the state with them: leave own out, or do not shard the model")
         self._refuse_allocation(self._allocation)
         self._refuse_stepped()
         before = dict(self.state)

@@ -376,6 +376,7 @@ def refusals():
     optimizer = build(model, CONFIGS["galore/power"])
     attempts = (
         lambda: optimizer.replicate(),
+        lambda: optimizer.own(),
         lambda: optimizer.in_backward("step"),
         lambda: optimizer.allocate_ranks("weight"),
         lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]}),
@@ -389,7 +390,15 @@ def test_what_cannot_be_is_refused_in_one_sentence(ranks):
     found = ranks(2).run(refusals)[0]
     for sentence, word in zip(
         found,
-        ("give mesh['replicate']", "'off'", "give the result as ranks", "at construction", "root", "rows"),
+        (
+            "give mesh['replicate']",
+            "leave own out",
+            "'off'",
+            "give the result as ranks",
+            "at construction",
+            "root",
+            "rows",
+        ),
         strict=True,
     ):
         assert word in sentence

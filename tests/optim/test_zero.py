@@ -311,9 +311,12 @@ def test_a_run_goes_on_anywhere(ranks):
 # --- precision, settings ----------------------------------------------------------------------------------------------
 
 
+ROUNDED = ("galore/power", "adamw", "fira", "ldadam", "dion", "muon")
+
+
 def in_half(stage):
     found = {}
-    for name in ("galore/power", "adamw"):
+    for name in ROUNDED if stage == 3 else ROUNDED[:2]:
         zero, _ = engine(CONFIGS[name], stage, bf16={"enabled": True})
         found[name] = run(zero)
         assert all(value.dtype is torch.float32 for value in zero.engine.module.parameters())  # as it came
@@ -328,7 +331,8 @@ def test_bfloat16_has_float32_masters(ranks, stage):
         exact = alone(CONFIGS[name], 2, all_alike=True)
         half = alone(CONFIGS[name], 2, all_alike=True, dtype=torch.bfloat16)
         assert {key for key, v in weights.items() if v.dtype is not torch.float32} == {"frozen.weight", "frozen.bias"}
-        assert apart(weights, exact) <= 2 * apart(half, exact), name
+        # LDAdam turns its basis at every step, by gradients that are rounded
+        assert apart(weights, exact) <= (4 if name == "ldadam" else 2) * apart(half, exact), name
 
 
 def skips():
