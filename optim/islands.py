@@ -108,7 +108,7 @@ class Islands(Alike):
         assert grad is not None
         homes = self._met_homes(param)
         if homes:
-            return self._parts(homes, self._shaped(param, grad))
+            return self._parts(param, homes, self._shaped(param, grad))
         return [Part("dense" if way == "piece" else "gradients", grad)]
 
     def _unpack_piece(self, param: torch.nn.Parameter, parts: list[Part]) -> None:

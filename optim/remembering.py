@@ -154,14 +154,13 @@ class Remembering(Replicated):
 
     # --- memories -----------------------------------------------------------------------------------------------------
 
-    def _memories(self) -> Iterator[tuple[Remembers, Bucket]]:
+    def _memories(self, untold: bool = True) -> Iterator[tuple[Remembers, Bucket]]:
         for group, layout in zip(self.param_groups, self._assembled(), strict=True):
             for bucket in layout.buckets:
                 rule, _ = self.rules(group, bucket.section, bucket.rank)
-                if self._remembers_apart(rule):
-                    assert isinstance(rule, Remembers)
-                    if rule.memory:
-                        yield rule, bucket
+                apart = self._remembers_apart(rule) or (untold and self._sends_rest(rule))
+                if apart and isinstance(rule, Remembers) and rule.memory:
+                    yield rule, bucket
 
     @torch.no_grad()
     def share_memories(self) -> None:
@@ -171,10 +170,11 @@ class Remembering(Replicated):
         gradients that adds up, as a random walk does.
         """
         if self._meeting is not None:
-            self._share_memories(self._meeting, self._meeting.wire)
+            self._share_memories(self._meeting, self._meeting.wire, untold=False)  # which does not add up
 
-    def _share_memories(self, meeting: Meeting, wire: Count) -> None:
-        for some in batches(self._memories(), lambda each: 4 * sum(p.numel() for p in each[1].params), BUCKET_BYTES):
+    def _share_memories(self, meeting: Meeting, wire: Count, *, untold: bool = True) -> None:
+        memories = self._memories(untold)
+        for some in batches(memories, lambda each: 4 * sum(p.numel() for p in each[1].params), BUCKET_BYTES):
             parts = [Part("memories", rule.recall(bucket.stacked, bucket.view.shape[1])) for rule, bucket in some]
             means = Letter(parts, meeting.group, None, wire).open()
             for (rule, bucket), mean in zip(some, means, strict=True):

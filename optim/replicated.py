@@ -28,7 +28,7 @@ from thinrank.optim.exchange.signs import TALLIES
 from thinrank.optim.exchange.wire import Count, Wire
 from thinrank.optim.linalg.norms import SKETCH, signed_sums
 from thinrank.optim.linalg.products import fast_products
-from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together
+from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together, with_untold
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.messages import (
     COARSE,
@@ -46,6 +46,10 @@ from thinrank.optim.methods.config import choice, whole_steps
 from thinrank.optim.rule import MatrixRule, State, seed_of
 
 _log = logging.getLogger(__name__)
+
+
+Untold = tuple[LowRank, Bucket, int, Tensor]
+"""A matrix, by its place in a bucket, and what will be left to tell of it after this step."""
 
 
 class ReplicaDrift(RuntimeError):
@@ -74,6 +78,8 @@ class Replicated(InBackward):
     def _forget_gradients(self) -> None:
         super()._forget_gradients()
         self._sketches: dict[Tensor, Tensor] = {}
+        self._untold: dict[Tensor, list[Untold]] = {}
+        self._to_remember: list[Untold] = []
 
     @abstractmethod
     def names(self, index: int) -> list[str]: ...
@@ -276,7 +282,7 @@ class Replicated(InBackward):
         self._refuse_sparse_one(param)
         homes = self._met_homes(param)
         if homes:
-            return self._parts(homes, param.grad)
+            return self._parts(param, homes, param.grad)
         if param in self._homes:
             return [Part("gradients", param.grad)]
         grad = param.grad.bfloat16() if param in self._rounded else param.grad
@@ -287,21 +293,32 @@ class Replicated(InBackward):
             return [Part("rows", grad[rows], ROWS)]
         return [Part("dense", grad)]
 
-    def _parts(self, homes: Sequence[tuple[LowRank, dict[str, Any], Bucket, int]], grad: Tensor) -> list[Part]:
+    def _parts(
+        self, param: Tensor, homes: Sequence[tuple[LowRank, dict[str, Any], Bucket, int]], grad: Tensor
+    ) -> list[Part]:
         """What is sent of the gradient `grad` of matrices that send coordinates: all of it in steps that choose."""
-        parts = []
+        parts, untold = [], []
         with fast_products(grad.device):
             for rule, group, bucket, i in homes:
                 step, state = bucket.step([i], group), bucket.state([i])
+                owed = rule.memory and self._sends_rest(rule)
                 if rule.chooses(state, step):
+                    if owed:  # all that has not been told
+                        owing = rule.recall(state, bucket.view.shape[1])
+                        bucket.view.of(grad).add_(owing)
+                        self._untold[param] = [(rule, bucket, i, torch.zeros_like(owing))]
                     return [Part("renewals", grad)]
                 matrix = local.bring([grad], bucket.view)
                 if self._sends_rest(rule):
                     low, rest = apart(matrix, rule.subspace, state)
+                    if owed:
+                        rest, left = with_untold(rest, rule.recall(state, rest.shape[-1]))
+                        untold.append((rule, bucket, i, left))
                     parts += [Part(KINDS["low"], low, REST), Part("", rest, REST, tally=self._tally)]
                 else:
                     image = rule.image(matrix, state, step, first=False)
                     parts += [Part(KINDS[key], value, (bucket.prefix, key)) for key, value in image.items()]
+        self._untold[param] = untold
         return parts if parts[0].place == REST else [*parts, self._sketch(grad, *homes[0][1:])]
 
     def _sketch(self, grad: Tensor, group: Mapping[str, Any], bucket: Bucket, i: int) -> Part:
@@ -323,6 +340,7 @@ class Replicated(InBackward):
         param.grad = grad
 
     def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
+        self._to_remember += self._untold.pop(param, [])  # of a parameter of which somebody has a gradient
         if parts[0].place == ROWS:
             param.grad = torch.zeros_like(param)
             param.grad[self._touched.pop(param)] = parts[0].value.to(param.dtype)
@@ -377,6 +395,9 @@ class Replicated(InBackward):
         self._sketches.clear()
         if self._meeting is None:
             return
+        for rule, bucket, i, left in self._to_remember:
+            rule.remember(left, bucket.state([i]))  # of one parameter: views
+        self._to_remember.clear()
         self._meeting.begin()
         self._check_if_due()
 
@@ -438,6 +459,8 @@ class Replicated(InBackward):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._sketches.clear()
+        self._untold.clear()
+        self._to_remember.clear()
         if self._meeting is not None:
             self._meeting.begin()
 

@@ -120,6 +120,25 @@ class QuantisedFeedback:
         state["error_scale"].copy_(scale)
 
 
+@dataclass(frozen=True, slots=True)
+class Unsent(NoFeedback):
+    """What a replica has not told the others of its gradients (`messages="signs"`), to be added to what it tells next.
+
+    What enters is the gradient as it is, and in one process, which has nobody to tell, nothing is ever remembered.
+    """
+
+    store: Feedback = ErrorFeedback()
+
+    def init(self, shape: tuple[int, int, int], device: torch.device) -> State:
+        return self.store.init(shape, device)
+
+    def error(self, state: State, short: int) -> Tensor:
+        return self.store.error(state, short)
+
+    def sent(self, entered: Tensor, image: Tensor, state: State) -> None:
+        self.store.sent(entered, image, state)
+
+
 class KeepsErrors:
     """The memory (`Remembers`) of a rule that has `feedback`."""
 
@@ -135,6 +154,11 @@ class KeepsErrors:
 
     def remember(self, value: Tensor, state: State) -> None:
         self.feedback.sent(value, torch.zeros_like(value), state)
+
+
+def unsent_named(name: str) -> NoFeedback:
+    """`off`, or how what signs did not tell is remembered: `full`, `8bit`, `4bit`."""
+    return NoFeedback() if name == "off" else Unsent(store=FEEDBACKS[name])
 
 
 FEEDBACKS: dict[str, Feedback] = {

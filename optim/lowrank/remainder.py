@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from thinrank.optim.lowrank.feedback import NoFeedback
@@ -35,3 +36,14 @@ def together(low: Tensor, rest: Tensor, subspace: Subspace, state: State) -> Ten
     """
     found = subspace.up(low - subspace.down(rest, state), state, rest.shape[-1]).materialise()
     return rest + found
+
+
+def with_untold(rest: Tensor, owing: Tensor) -> tuple[Tensor, Tensor]:
+    """`rest + owing`, which is to be told, and what signs and one size a row do not tell of it (all float32).
+
+    Error feedback (Seide et al. 2014; Karimireddy et al., arXiv 1901.09847): `left = x − mean|x| ∘ sign(x)` of a row;
+    that replicas do it with a remainder is ours. Where `rest` is no number, what is owed stays.
+    """
+    whole = rest + owing
+    left = whole - whole.abs().mean(-1, keepdim=True) * torch.where(whole < 0, -1.0, 1.0)
+    return whole, torch.where(left.isfinite().all(), left, owing)

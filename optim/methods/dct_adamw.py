@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from thinrank.optim.linalg.fixed import BASES, NORMS
-from thinrank.optim.lowrank.feedback import FEEDBACKS
+from thinrank.optim.lowrank.feedback import FEEDBACKS, unsent_named
 from thinrank.optim.lowrank.lift import RESIDUALS, lift_named
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import FixedColumns
@@ -38,6 +38,14 @@ TRANSPORTS = ("rotate", "keep", "reset")
 def transport_named(name: str, betas: tuple[float, float]) -> Transport:
     """`rotate`, `keep` or `reset`."""
     return {"rotate": Rotate(betas), "keep": Keep(), "reset": Reset()}[name]
+
+
+def check_sign_feedback(name: str, residual: str) -> None:
+    choice("sign_feedback", name, tuple(FEEDBACKS))
+    if residual == "off" and name != "off":
+        raise ValueError(
+            f"sign_feedback={name!r} is for messages of a residual, and residual is off: set it to off, too"
+        )
 
 
 def check_columns(basis: str, norm: str, engine: str) -> None:
@@ -82,11 +90,15 @@ class DCTAdamWConfig(LowRankConfig):
         },
     )
     residual_limit: float = field(default=1.01, metadata={"help": "largest growth of the residual's norm in a step"})
+    sign_feedback: str = field(
+        default="off",
+        metadata={"help": "what messages of signs leave out is kept for the next: off, full (precision), 8bit, 4bit"},
+    )
     engine: str = field(default="auto", metadata={"help": "how coordinates are computed: auto, matmul, fft (dct only)"})
 
     GROUP: ClassVar[tuple[str, ...]] = (
         *LowRankConfig.GROUP, "basis", "norm", "transport", "error_feedback", "column_age", "residual",
-        "residual_limit", "engine",
+        "residual_limit", "sign_feedback", "engine",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -96,6 +108,7 @@ class DCTAdamWConfig(LowRankConfig):
         choice("error_feedback", self.error_feedback, tuple(FEEDBACKS))
         choice("residual", self.residual, RESIDUALS)
         number("residual_limit", self.residual_limit, low=1.0)
+        check_sign_feedback(self.sign_feedback, self.residual)
         if self.residual != "off" and self.error_feedback != "off":
             raise ValueError(
                 f"error_feedback={self.error_feedback!r} keeps for later what residual={self.residual!r} applies now: "
@@ -106,7 +119,7 @@ class DCTAdamWConfig(LowRankConfig):
         if self.rank is None:
             return None
         return LowRank(
-            feedback=FEEDBACKS[self.error_feedback],
+            feedback=FEEDBACKS[self.error_feedback] if self.residual == "off" else unsent_named(self.sign_feedback),
             subspace=FixedColumns(
                 rank=self.rank,
                 every=self.update_proj_gap,

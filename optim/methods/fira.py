@@ -19,10 +19,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from thinrank.optim.lowrank.feedback import unsent_named
 from thinrank.optim.lowrank.lift import Residual
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, number
-from thinrank.optim.methods.dct_adamw import TRANSPORTS, transport_named
+from thinrank.optim.methods.dct_adamw import TRANSPORTS, check_sign_feedback, transport_named
 from thinrank.optim.methods.galore import GaLoreConfig
 
 
@@ -46,8 +47,12 @@ class FiraConfig(GaLoreConfig):
     )
     transport: str = field(default="keep", metadata={"help": "moments at a renewal: keep (the paper), rotate, reset"})
     residual_limit: float = field(default=1.01, metadata={"help": "largest growth of the residual's norm in a step"})
+    sign_feedback: str = field(
+        default="off",
+        metadata={"help": "what messages of signs leave out is kept for the next: off, full (precision), 8bit, 4bit"},
+    )
 
-    GROUP: ClassVar[tuple[str, ...]] = (*GaLoreConfig.GROUP, "transport", "residual_limit")
+    GROUP: ClassVar[tuple[str, ...]] = (*GaLoreConfig.GROUP, "transport", "residual_limit", "sign_feedback")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +60,7 @@ class FiraConfig(GaLoreConfig):
             raise ValueError("proj_type='full' leaves no rows to scale the residual by: choose std, left or right")
         choice("transport", self.transport, TRANSPORTS)
         number("residual_limit", self.residual_limit, low=1.0)
+        check_sign_feedback(self.sign_feedback, "full")
 
     def matrix_rule(self) -> LowRank | None:
         galore = super().matrix_rule()
@@ -62,6 +68,7 @@ class FiraConfig(GaLoreConfig):
             return None
         return replace(
             galore,
+            feedback=unsent_named(self.sign_feedback),
             transport=transport_named(self.transport, self.betas),
             lift=Residual(limit=self.residual_limit, alpha=self.scale, betas=self.betas),
             scale=1.0,  # alpha is the lift's

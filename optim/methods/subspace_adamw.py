@@ -18,11 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from thinrank.optim.lowrank.feedback import unsent_named
 from thinrank.optim.lowrank.lift import RESIDUALS, lift_named
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import PowerIteration
 from thinrank.optim.methods.config import LowRankConfig, choice, number
-from thinrank.optim.methods.dct_adamw import TRANSPORTS, transport_named
+from thinrank.optim.methods.dct_adamw import TRANSPORTS, check_sign_feedback, transport_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +44,31 @@ class SubspaceAdamWConfig(LowRankConfig):
         default="full", metadata={"help": "what the subspace misses: full (added back, scaled), sign (its signs), off"}
     )
     residual_limit: float = field(default=1.01, metadata={"help": "largest growth of the residual's norm in a step"})
+    sign_feedback: str = field(
+        default="off",
+        metadata={"help": "what messages of signs leave out is kept for the next: off, full (precision), 8bit, 4bit"},
+    )
 
-    GROUP: ClassVar[tuple[str, ...]] = (*LowRankConfig.GROUP, "transport", "residual", "residual_limit")
+    GROUP: ClassVar[tuple[str, ...]] = (
+        *LowRankConfig.GROUP,
+        "transport",
+        "residual",
+        "residual_limit",
+        "sign_feedback",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("transport", self.transport, TRANSPORTS)
         choice("residual", self.residual, RESIDUALS)
         number("residual_limit", self.residual_limit, low=1.0)
+        check_sign_feedback(self.sign_feedback, self.residual)
 
     def matrix_rule(self) -> LowRank | None:
         if self.rank is None:
             return None
         return LowRank(
+            feedback=unsent_named(self.sign_feedback),
             subspace=PowerIteration(rank=self.rank, every=self.update_proj_gap, dtype=self.dtype),
             transport=transport_named(self.transport, self.betas),
             inner=self.adam(),

@@ -1,6 +1,7 @@
 """What a subspace misses of gradients, sent in signs: collective, splitting, and whole runs against a slow one."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,15 +10,16 @@ from cases import CONFIGS, small
 from test_replicated import STEPS, Language, loss, mine, run, seeded_model, shares
 from test_replicated import apart as furthest
 
-from thinrank.optim import METHODS, Fira, build
+from thinrank.optim import METHODS, DCTAdamWConfig, Fira, SubspaceAdamWConfig, build
 from thinrank.optim.exchange.bits import digits, pack_bits, pack_counts, unpack_bits, unpack_counts
 from thinrank.optim.exchange.signs import TALLIES, Signs
-from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together
+from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together, with_untold
 from thinrank.optim.lowrank.subspace import FixedColumns, PowerIteration
 from thinrank.optim.replicated import replicate
 from thinrank.optim.rule import Step
 
 METHODS_WITH_REST = ("fira", "fira/power", "subspace_adamw/sign", "subspace_adamw/full", "dct_adamw/gap")
+REMEMBERING = ("fira/feedback", "subspace_adamw/feedback", "dct_adamw/feedback of signs")
 
 
 def config_of(name):
@@ -25,6 +27,12 @@ def config_of(name):
         return small("subspace_adamw", residual="full", transport="keep")
     if name == "dct_adamw/gap":
         return small("dct_adamw", residual="full", error_feedback="off", update_proj_gap=3)
+    if name == "fira/feedback":
+        return replace(CONFIGS["fira/power"], sign_feedback="full")
+    if name == "subspace_adamw/feedback":
+        return replace(CONFIGS["subspace_adamw/sign"], sign_feedback="full")
+    if name == "dct_adamw/feedback of signs":
+        return replace(config_of("dct_adamw/gap"), sign_feedback="full")
     return CONFIGS[name]
 
 
@@ -131,6 +139,7 @@ def slow(config, n, how):
     """In one process: the gradient of each share by itself, and what `replicate` is said to make of them."""
     model = seeded_model()
     optimizer = build(model, config)
+    owed = {} if getattr(config, "sign_feedback", "off") != "off" else None
     for step in range(STEPS):
         found = []
         for share in shares(n):
@@ -139,22 +148,31 @@ def slow(config, n, how):
             found.append({p: p.grad.clone() for p in model.parameters() if p.grad is not None})
         for param in {p for own in found for p in own}:
             grads = [own.get(param, torch.zeros_like(param)) for own in found]
-            param.grad = mean_by_parts(optimizer, param, grads, how)
+            param.grad = mean_by_parts(optimizer, param, grads, how, owed)
         optimizer.step()
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def mean_by_parts(optimizer, param, grads, how):
+def mean_by_parts(optimizer, param, grads, how, owed=None):
+    """`owed`: by matrix, what each share has not told yet; None: it is forgotten."""
     mean = torch.stack(grads).mean(0)
     homes = optimizer._homes.get(param, [])
     for group, bucket, i in homes:
         rule, _ = optimizer.rules(group, bucket.section, bucket.rank)
         state = bucket.state([i])
+        before = None if owed is None else owed.pop((param, bucket.prefix), None)
         if rule.chooses(state, bucket.step([i], group)):
+            if before is not None:
+                bucket.view.of(mean).add_(torch.stack(before).mean(0))
             continue
         basis = (state["basis"] if "basis" in state else rule.subspace.atoms(state, bucket.view.shape[1])).double()
         views = [bucket.view.of(grad).double() for grad in grads]
-        rest = mean_of_signs([view - view @ basis @ basis.mT for view in views], how)
+        rests = [view - view @ basis @ basis.mT for view in views]
+        if owed is not None:
+            rests = rests if before is None else [own + more for own, more in zip(rests, before, strict=True)]
+            told = [own.abs().mean(-1, keepdim=True) * own.sign() for own in rests]
+            owed[param, bucket.prefix] = [own - said for own, said in zip(rests, told, strict=True)]
+        rest = mean_of_signs(rests, how)
         low = torch.stack([view @ basis for view in views]).mean(0)
         bucket.view.of(mean).copy_(rest + (low - rest @ basis) @ basis.mT)
     return mean
@@ -174,8 +192,9 @@ def together_by_signs(names, how):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_ranks_train_as_the_definition_does(ranks, size, how):
     """Twenty steps with renewals; less than 1e-6 apart here, where rounding decides no sign."""
-    answers = ranks(size).run(together_by_signs, METHODS_WITH_REST, how, timeout=120)
-    for name in METHODS_WITH_REST:
+    names = (*METHODS_WITH_REST, *REMEMBERING)
+    answers = ranks(size).run(together_by_signs, names, how, timeout=120)
+    for name in names:
         expected, exact = slow(config_of(name), size, how), run_alone(config_of(name), size)
         for key, value in expected.items():
             gap = float((answers[0][name][key] - value).norm() / value.norm().clamp(min=1e-30))
@@ -203,7 +222,7 @@ def resumed(config):
     return run(model, optimizer, mine(), steps=range(11, STEPS)), run(second, after, mine(), steps=range(11, STEPS))
 
 
-@pytest.mark.parametrize("name", ["fira/power", "subspace_adamw/sign"])
+@pytest.mark.parametrize("name", ["fira/power", "subspace_adamw/sign", *REMEMBERING])
 def test_a_run_goes_on_to_the_bit(ranks, name):
     for whole, found in ranks(2).run(resumed, config_of(name)):
         assert all(torch.equal(found[key], value) for key, value in whole.items())
@@ -267,6 +286,9 @@ def refusals():
         build(model, small("fira", svd="power")).own(messages="signs")
     except ValueError as error:
         said["owned"] = str(error)
+    for config in (SubspaceAdamWConfig, DCTAdamWConfig):
+        with pytest.raises(ValueError, match="is for messages of a residual"):
+            config(residual="off", sign_feedback="8bit")
     return said
 
 
@@ -274,6 +296,41 @@ def test_where_signs_are_of_no_use_they_are_refused(ranks):
     said = ranks(2).run(refusals)[0]
     assert said.keys() == {"galore", "muon", "apollo", "adamw", "owned"}
     assert all("use messages='auto'" in sentence for sentence in said.values())
+
+
+def test_what_is_told_and_what_is_owed_are_all_that_was():
+    generator = torch.Generator().manual_seed(3)
+    owing, told, all_ = torch.zeros(2, 5, 8), torch.zeros(2, 5, 8), torch.zeros(2, 5, 8)
+    for _ in range(6):
+        rest = torch.randn(2, 5, 8, generator=generator)
+        whole, owing = with_untold(rest, owing)
+        told, all_ = told + whole - owing, all_ + rest
+        size = (whole - owing).abs()
+        torch.testing.assert_close(size, size.mean(-1, keepdim=True).expand_as(size), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(told + owing, all_, rtol=0, atol=1e-5)
+    rest[0, 0, 0] = torch.nan
+    assert torch.equal(with_untold(rest, owing)[1], owing)
+
+
+def thrown_away(name):
+    """Where a step that was begun and thrown away has left a trace, with memories in full and in 8 bits."""
+    model = seeded_model()
+    optimizer = build(model, config_of(name))
+    replicate(model, optimizer, messages="signs")
+    run(model, optimizer, mine(), steps=range(2))
+    before = copy.deepcopy(optimizer.state_dict())["state"]
+    loss(model, 2, *mine()).backward()
+    optimizer.gradient_norm()
+    optimizer.zero_grad()
+    after = optimizer.state_dict()["state"]
+    keys = [key for key in before[1] if key.startswith("error")]
+    assert keys
+    assert any(bool(state[key].any()) for state in before.values() for key in keys if key in state)
+    return all(torch.equal(value, after[i][key]) for i, state in before.items() for key, value in state.items())
+
+
+def test_what_is_owed_does_not_change_in_a_step_that_is_thrown_away(ranks):
+    assert all(ranks(2).run(thrown_away, "fira/feedback"))
 
 
 def skips(bad):
