@@ -37,6 +37,16 @@ SETTINGS = {
         "optimizer.embedding_lr=0.02",
         "optimizer.lr=0.0035",
     ],
+    **{
+        f"fira-feedback-{how}": [
+            "optimizer=fira",
+            "optimizer.update_proj_gap=50",
+            "optimizer.embedding_lr=0.02",
+            "optimizer.lr=0.005",
+            f"optimizer.sign_feedback={how}",
+        ]
+        for how in ("full", "8bit")
+    },
     "dion": ["optimizer=dion", "optimizer.embedding_lr=0.04", "optimizer.lr=0.02"],
     "ldadam_8bit": ["optimizer=ldadam_8bit", "optimizer.embedding_lr=0.04", "optimizer.lr=0.008"],
 }
