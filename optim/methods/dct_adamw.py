@@ -63,7 +63,8 @@ class DCTAdamWConfig(LowRankConfig):
 
     Defaults: the paper's are update_proj_gap=1, basis=dct, norm=l1, transport=rotate, betas=(0.9, 0.999), eps=1e-08 and
     residual=off; error_feedback=off is the authors' code's; ours are lr=0.001 (it has none to begin with), rank=0.25
-    (theirs 128 to 512), weight_decay=0.0, column_age=True, residual_limit=1.01 (Fira's) and engine=auto.
+    (theirs 128 to 512), weight_decay=0.0, column_age=True, residual_limit=1.01 (Fira's), sign_feedback=off and
+    engine=auto.
 
     Equations and shapes: `thinrank.optim.methods.dct_adamw`.
     """

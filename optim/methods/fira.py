@@ -32,8 +32,8 @@ class FiraConfig(GaLoreConfig):
     """Fira as published (Chen et al., NeurIPS 2025, arXiv 2410.01623): GaLore, and what it drops added back, scaled.
 
     Defaults: the authors', of their pre-training recipe for 60M parameters, are lr=0.01, scale=0.25, rank=0.25,
-    update_proj_gap=200, proj_type=std, svd=exact, transport=keep and residual_limit=1.01; ours is what the shared
-    classes say is.
+    update_proj_gap=200, proj_type=std, svd=exact, transport=keep and residual_limit=1.01; ours are
+    sign_feedback=off and what the shared classes say is.
 
     Equations and shapes: `thinrank.optim.methods.fira`.
     """

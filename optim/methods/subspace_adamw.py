@@ -32,8 +32,8 @@ class SubspaceAdamWConfig(LowRankConfig):
     2011, LDAdam, Fira).
 
     Defaults: update_proj_gap=200 and rank=0.25 are the GaLore paper's, residual_limit=1.01 is Fira's, lr=0.001,
-    betas=(0.9, 0.999) and eps=1e-08 are Adam's; ours are transport=rotate, residual=full, scale=1.0 and
-    weight_decay=0.0.
+    betas=(0.9, 0.999) and eps=1e-08 are Adam's; ours are transport=rotate, residual=full, scale=1.0,
+    sign_feedback=off and weight_decay=0.0.
 
     Equations and shapes: `thinrank.optim.methods.subspace_adamw`.
     """

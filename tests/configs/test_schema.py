@@ -129,7 +129,7 @@ def test_models_are_the_presets():
 
 
 GALORE = {"name": "galore", "lr": 0.01, "scale": 0.25, "update_proj_gap": 200, "eps": 1e-6, "state_bits": 32}
-FIRA = {**GALORE, "name": "fira", "transport": "keep", "residual_limit": 1.01, "svd": "exact"}
+FIRA = {**GALORE, "name": "fira", "transport": "keep", "residual_limit": 1.01, "svd": "exact", "sign_feedback": "off"}
 APOLLO = {**GALORE, "name": "apollo", "scale": 1.0, "proj": "random", "scale_type": "channel", "disable_nl": False}
 MINI = {**APOLLO, "name": "apollo_mini", "lr": 0.02, "rank": 1, "scale": 128.0, "scale_type": "tensor"}
 LDADAM = {"name": "ldadam", "lr": 1e-3, "rho": 0.908, "betas": (0.908, 0.99), "eps": 1e-8, "error_feedback": "full"}
