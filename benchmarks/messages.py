@@ -28,8 +28,10 @@ from study_file import load_study
 from thinrank.optim.messages import COARSE, ONE_WAY
 
 HERE = Path(__file__).resolve().parent
+FIRA = ["optimizer=fira", "optimizer.update_proj_gap=50", "optimizer.embedding_lr=0.02", "optimizer.lr=0.005"]
 SETTINGS = {
-    "fira": ["optimizer=fira", "optimizer.update_proj_gap=50", "optimizer.embedding_lr=0.02", "optimizer.lr=0.005"],
+    "fira": FIRA,
+    **{f"fira-feedback-{how}": [*FIRA, f"optimizer.sign_feedback={how}"] for how in ("full", "8bit")},
     "subspace_adamw-signs": [
         "optimizer=subspace_adamw",
         "optimizer.residual=sign",
@@ -37,16 +39,6 @@ SETTINGS = {
         "optimizer.embedding_lr=0.02",
         "optimizer.lr=0.0035",
     ],
-    **{
-        f"fira-feedback-{how}": [
-            "optimizer=fira",
-            "optimizer.update_proj_gap=50",
-            "optimizer.embedding_lr=0.02",
-            "optimizer.lr=0.005",
-            f"optimizer.sign_feedback={how}",
-        ]
-        for how in ("full", "8bit")
-    },
     "dion": ["optimizer=dion", "optimizer.embedding_lr=0.04", "optimizer.lr=0.02"],
     "ldadam_8bit": ["optimizer=ldadam_8bit", "optimizer.embedding_lr=0.04", "optimizer.lr=0.008"],
 }

@@ -161,7 +161,8 @@ def heading(args: argparse.Namespace, job: Job, vocabulary: int, prompt: bool, l
     rates = ", ".join(f"{name} {job.rates[name]:g}" for name in job.methods)
     explained = [] if args.train else [f"- after {WARMUP} steps: medians of times, means of bytes, over the ranks"]
     return [
-        "# Data parallelism over slow networks",
+        "# Data parallelism over slow networks"
+        + (": the training loss, in nats, by the seconds" if args.train else ""),
         "",
         command_line(),
         "",

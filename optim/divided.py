@@ -107,7 +107,7 @@ class Member:
         """Bytes of what its owner tells of a choice."""
         total = 0
         for rule, shape in self.matrices:
-            if isinstance(rule, Tells) and self.sends_image:
+            if isinstance(rule, Tells) and (self.sends_image or self.place.way == "told"):
                 state = rule.init(shape, torch.device("meta"))
                 total += sum(state[key].numel() * state[key].element_size() for key in rule.shared(shape))
         return total

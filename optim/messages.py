@@ -30,6 +30,10 @@ KINDS = {"low": "coordinates", "at_entries": "entries"}
 """What the parts of an image are called in the count of bytes."""
 
 
+UNUSED_FEEDBACK = "takes memory and remembers nothing without messages=signs or majority: set it to off, or set these"
+"""What is said of `sign_feedback` where no signs travel; it is not refused, so that a saved run can go on anywhere."""
+
+
 def whole_messages_because(rule: MatrixRule | None, *, apart: bool = True) -> str | None:
     """Why replicas send whole gradients of the matrices of `rule` at every step, in words; None where they do not, or
     where no rule is.

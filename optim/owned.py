@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -137,12 +137,17 @@ class Owned(Islands):
         kept = ["step", *self._kept_by_all(param, group, rank)]
         return {key: value for key, value in state.items() if key in kept}
 
+    def _knows_subspace(self, param: Tensor, rule: MatrixRule | None) -> TypeGuard[LowRank]:
+        """True where every rank has the subspace of a matrix, whoever steps it."""
+        told = self._cut[param].way == "told"
+        return isinstance(rule, LowRank) and (self._sends_coordinates(rule) or (told and rule.linear))
+
     def _kept_by_all(self, param: Tensor, group: dict[str, Any], rank: int | float | None) -> list[str]:
-        """Names of the state of a matrix that ranks need to send less than its gradients."""
+        """Names of the state of a matrix that ranks need to send less than its gradients, or to hear of its updates."""
         views, kept = self._views(param, group, rank), []
         for i, view in enumerate(views):
             rule, _ = self.rules(group, i, rank)
-            if isinstance(rule, Tells) and self._sends_coordinates(rule):
+            if isinstance(rule, Tells) and self._knows_subspace(param, rule):
                 prefix = f"{i}." if len(views) > 1 else ""
                 kept += [prefix + key for key in rule.shared((view.blocks, *view.shape))]
         return kept
@@ -154,9 +159,7 @@ class Owned(Islands):
             return super()._pack(param)
         for rule, group, bucket, i in self._all_homes(param):
             step = bucket.step([i], group)
-            chose = isinstance(rule, LowRank) and self._sends_coordinates(rule)
-            if isinstance(rule, LowRank) and chose:
-                chose = rule.chooses(bucket.state([i]), step)
+            chose = self._knows_subspace(param, rule) and rule.chooses(bucket.state([i]), step)
             self._plans[param, bucket.prefix] = (step, chose)
         parts, place = super()._pack(param), self._cut[param]
         if place.owner is not None:

@@ -4,59 +4,44 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thinrank.optim.backward import Hooks, InBackward
-from thinrank.optim.bucket import Bucket, Turn
-from thinrank.optim.exchange import local
+from thinrank.optim.backward import Hooks
 from thinrank.optim.exchange.replicas import (
     BUCKET_BYTES,
     Group,
     Meeting,
-    Part,
     broadcast,
     connected,
     difference,
     refuse_other_models,
-    rows_anywhere,
 )
 from thinrank.optim.exchange.signs import TALLIES
 from thinrank.optim.exchange.wire import Count, Wire
-from thinrank.optim.linalg.norms import SKETCH, signed_sums
-from thinrank.optim.linalg.products import fast_products
-from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together, with_untold
-from thinrank.optim.lowrank.rule import LowRank
+from thinrank.optim.lowrank.remainder import leaves_remainder, remembers_untold
 from thinrank.optim.messages import (
     COARSE,
     EMBEDDINGS,
-    KINDS,
     MESSAGES,
-    NORMS,
-    REST,
-    ROWS,
+    UNUSED_FEEDBACK,
     refuse_widened,
-    sketch_bytes,
     whole_messages_because,
 )
 from thinrank.optim.methods.config import choice, whole_steps
-from thinrank.optim.rule import MatrixRule, State, seed_of
+from thinrank.optim.sending import Sending
 
 _log = logging.getLogger(__name__)
-
-
-Untold = tuple[LowRank, Bucket, int, Tensor]
-"""A matrix, by its place in a bucket, and what will be left to tell of it after this step."""
 
 
 class ReplicaDrift(RuntimeError):
     """Weights or optimizer state that must be equal on all ranks are not."""
 
 
-class Replicated(InBackward):
+class Replicated(Sending):
     """What an optimizer of matrices does where other ranks hold the same weights and other data.
 
     Attributes:
@@ -68,18 +53,9 @@ class Replicated(InBackward):
             `weights` and `sums` besides; what no step needs in `wire.rare`. None without other ranks.
     """
 
-    _meeting: Meeting | None = None
     _meeting_hooks: Hooks | None = None
-    _whole_messages = False
-    _tally: str | None = None
     _check_every: int | None = 100
     _steps = 0
-
-    def _forget_gradients(self) -> None:
-        super()._forget_gradients()
-        self._sketches: dict[Tensor, Tensor] = {}
-        self._untold: dict[Tensor, list[Untold]] = {}
-        self._to_remember: list[Untold] = []
 
     @abstractmethod
     def names(self, index: int) -> list[str]: ...
@@ -166,7 +142,6 @@ class Replicated(InBackward):
         self._whole_messages, self._tally = messages == "full", messages if messages in TALLIES else None
         self._by_touched_rows = {p for p in self._of_roles("embedding") if p.ndim == 2 and "rows" in embeddings}
         self._rounded = {p for p in self._of_roles("embedding", "head") if "bfloat16" in embeddings}
-        self._touched: dict[Tensor, Tensor] = {}
         self._steps = 0
         trained = [param for param in reversed(params.values()) if param.requires_grad]
         self._meeting = Meeting(
@@ -223,20 +198,14 @@ class Replicated(InBackward):
             if group["role"] in roles:
                 yield from group["params"]
 
-    def _sends_coordinates(self, rule: MatrixRule | None) -> bool:
-        linear = isinstance(rule, LowRank) and rule.linear
-        return linear and not self._whole_messages and whole_messages_because(rule) is None
-
-    def _sends_rest(self, rule: MatrixRule | None) -> bool:
-        """True where what a subspace misses of a gradient travels in signs beside its coordinates."""
-        return self._tally is not None and leaves_remainder(rule)
-
     def _say_what_travels(self) -> None:
         for group in self.param_groups:
             rule, _ = self.rules(group)
             cause = whole_messages_because(rule, apart=not self._apart)
             if cause is not None and not self._whole_messages and not self._sends_rest(rule):
                 _log.info("replicas exchange whole gradients of %s every step, because %s", group["label"], cause)
+            if remembers_untold(rule) and not self._sends_rest(rule):
+                _log.warning("sign_feedback of %s %s", group["label"], UNUSED_FEEDBACK)
 
     # --- one gradient -------------------------------------------------------------------------------------------------
 
@@ -265,139 +234,13 @@ class Replicated(InBackward):
         """True where replicas have begun to exchange the gradients of a step."""
         return self._meeting is not None and self._meeting.under_way
 
-    def _met_homes(self, param: Tensor) -> list[tuple[LowRank, dict[str, Any], Bucket, int]]:
-        """Where the matrices of a parameter that sends coordinates, alone or with signs of the rest, are stepped; []
-        for one that sends gradients."""
-        found = []
-        for group, bucket, i in self._homes.get(param, []):
-            rule, _ = self.rules(group, bucket.section, bucket.rank)
-            if not self._sends_coordinates(rule) and not self._sends_rest(rule):
-                return []
-            assert isinstance(rule, LowRank)
-            found.append((rule, group, bucket, i))
-        return found
-
-    def _pack(self, param: torch.nn.Parameter) -> list[Part]:
-        assert param.grad is not None
-        self._refuse_sparse_one(param)
-        homes = self._met_homes(param)
-        if homes:
-            return self._parts(param, homes, param.grad)
-        if param in self._homes:
-            return [Part("gradients", param.grad)]
-        grad = param.grad.bfloat16() if param in self._rounded else param.grad
-        if param in self._by_touched_rows:
-            assert self._meeting is not None
-            rows = rows_anywhere(param.grad, self._meeting.wire, self._meeting.group)
-            self._touched[param] = rows
-            return [Part("rows", grad[rows], ROWS)]
-        return [Part("dense", grad)]
-
-    def _parts(
-        self, param: Tensor, homes: Sequence[tuple[LowRank, dict[str, Any], Bucket, int]], grad: Tensor
-    ) -> list[Part]:
-        """What is sent of the gradient `grad` of matrices that send coordinates: all of it in steps that choose."""
-        parts, untold = [], []
-        with fast_products(grad.device):
-            for rule, group, bucket, i in homes:
-                step, state = bucket.step([i], group), bucket.state([i])
-                owed = rule.memory and self._sends_rest(rule)
-                if rule.chooses(state, step):
-                    if owed:  # all that has not been told
-                        owing = rule.recall(state, bucket.view.shape[1])
-                        bucket.view.of(grad).add_(owing)
-                        self._untold[param] = [(rule, bucket, i, torch.zeros_like(owing))]
-                    return [Part("renewals", grad)]
-                matrix = local.bring([grad], bucket.view)
-                if self._sends_rest(rule):
-                    low, rest = apart(matrix, rule.subspace, state)
-                    if owed:
-                        rest, left = with_untold(rest, rule.recall(state, rest.shape[-1]))
-                        untold.append((rule, bucket, i, left))
-                    parts += [Part(KINDS["low"], low, REST), Part("", rest, REST, tally=self._tally)]
-                else:
-                    image = rule.image(matrix, state, step, first=False)
-                    parts += [Part(KINDS[key], value, (bucket.prefix, key)) for key, value in image.items()]
-        self._untold[param] = untold
-        return parts if parts[0].place == REST else [*parts, self._sketch(grad, *homes[0][1:])]
-
-    def _sketch(self, grad: Tensor, group: Mapping[str, Any], bucket: Bucket, i: int) -> Part:
-        seed = seed_of(group["seed"], bucket.keys[i * bucket.view.blocks], int(bucket.counts[i]))
-        return Part("norms", signed_sums(grad, SKETCH, seed), NORMS)
-
-    @staticmethod
-    def _refuse_sparse_one(param: torch.nn.Parameter) -> None:
-        if param.grad is not None and param.grad.is_sparse:
-            raise RuntimeError("replicas exchange dense gradients, and an embedding has a sparse one: use sparse=False")
-
-    def _put_together(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
-        grad = torch.empty(param.shape, dtype=param.dtype, device=param.device)
-        pairs = zip(self._met_homes(param), parts[::2], parts[1::2], strict=True)
-        with fast_products(grad.device):
-            for (rule, _, bucket, i), low, rest in pairs:
-                found = together(low.value, rest.value, rule.subspace, bucket.state([i]))
-                bucket.view.of(grad).copy_(found)
-        param.grad = grad
-
-    def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
-        self._to_remember += self._untold.pop(param, [])  # of a parameter of which somebody has a gradient
-        if parts[0].place == ROWS:
-            param.grad = torch.zeros_like(param)
-            param.grad[self._touched.pop(param)] = parts[0].value.to(param.dtype)
-            return
-        if not parts[0].place:
-            param.grad = parts[0].value.to(param.dtype)
-            if parts[0].kind == "renewals" and all(rule.linear for rule, *_ in self._met_homes(param)):
-                self._sketches[param] = torch.linalg.vector_norm(param.grad, dtype=torch.float32).view(1)
-                self._take_image(param)
-            return
-        if parts[0].place == REST:
-            self._put_together(param, parts)
-            return
-        self._keep_images(param, parts)
-
-    def _keep_images(self, param: Tensor, parts: Sequence[Part]) -> None:
-        images: dict[str, dict[str, Tensor]] = {}
-        for part in parts:
-            if part.place == NORMS:
-                self._sketches[param] = part.value
-                continue
-            prefix, key = part.place
-            images.setdefault(prefix, {})[key] = part.value
-        for prefix, image in images.items():
-            self._images.add(param, prefix, image)
-
-    def _shares(self, turn: Turn, image: State) -> dict[str, Tensor]:
-        """What is known of how much of their gradients images hold: a sketch says it, where a parameter is one matrix
-        and this rank has all of its rows."""
-        views = {bucket.prefix for param in turn.params for _, bucket, _ in self._homes[param]}
-        if len(views) > 1 or not turn.step.axis.whole or any(param not in self._sketches for param in turn.params):
-            return {}
-        whole = torch.stack([torch.linalg.vector_norm(self._sketches[param]) for param in turn.params])
-        blocks = turn.bucket.view.blocks
-        kept = torch.linalg.vector_norm(image["low"].unflatten(0, (-1, blocks)).float(), dim=(1, 2, 3))
-        share = torch.where(whole > 0, (kept / whole).square(), 0.0).clamp_(0.0, 1.0)
-        return {"captured_energy": share.repeat_interleave(blocks)}
-
-    def _usual_bytes(self, param: torch.nn.Parameter) -> int:
-        homes = self._met_homes(param)
-        if not homes:
-            return param.numel() * (2 if param in self._rounded else param.element_size())
-        if self._sends_rest(homes[0][0]):
-            return param.numel() // 8
-        batches = ((rule, (bucket.view.blocks, *bucket.view.shape)) for rule, _, bucket, _ in homes)
-        return sketch_bytes(param) + sum(4 * _elements(rule.subspace.small(shape)) for rule, shape in batches)
-
     # --- after a step -------------------------------------------------------------------------------------------------
 
     def _stepped(self) -> None:
         """Ends the exchange of a step; looks now and then whether the replicas are still equal."""
-        self._sketches.clear()
+        self._sent()
         if self._meeting is None:
             return
-        for rule, bucket, i, left in self._to_remember:
-            rule.remember(left, bucket.state([i]))  # of one parameter: views
-        self._to_remember.clear()
         self._meeting.begin()
         self._check_if_due()
 
@@ -450,23 +293,10 @@ class Replicated(InBackward):
         self._meet()
         return super().gradient_norm()
 
-    def _visible_of(self, param: Tensor) -> list[Tensor]:
-        return [self._sketches[param]] if param in self._sketches else super()._visible_of(param)
-
-    def _linear(self) -> list[Tensor]:
-        return [*super()._linear(), *self._sketches.values()]
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._sketches.clear()
-        self._untold.clear()
-        self._to_remember.clear()
         if self._meeting is not None:
             self._meeting.begin()
-
-
-def _elements(shape: tuple[int, int, int]) -> int:
-    return shape[0] * shape[1] * shape[2]
 
 
 def replicate(model: torch.nn.Module, optimizer: Replicated, group: Group | None = None, **options: Any) -> None:

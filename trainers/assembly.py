@@ -21,8 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from thinrank.optim import MatrixOptimizer
 from thinrank.optim.linalg.products import fast_products
-from thinrank.optim.lowrank.remainder import leaves_remainder
-from thinrank.optim.messages import COARSE, whole_messages_because
+from thinrank.optim.lowrank.remainder import leaves_remainder, remembers_untold
+from thinrank.optim.messages import COARSE, UNUSED_FEEDBACK, whole_messages_because
 from thinrank.optim.rule import MatrixRule, remembers
 from thinrank.trainers import report
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
@@ -314,6 +314,11 @@ def _introduce(parts: Parts) -> None:
     say(world, routing.table())
     if (exchange := _exchange(parts)) is not None:
         say(world, f"exchange    {exchange}")
+    if (
+        remembers_untold(parts.config.optimizer.matrix_rule())
+        and getattr(parts.config.strategy, "messages", "") not in COARSE
+    ):
+        say(world, f"feedback    optimizer.sign_feedback {UNUSED_FEEDBACK}")
     if parts.resume is not None:
         done = "; nothing is left to do but the end" if parts.start >= plan.steps else ""
         say(world, f"resuming from step {parts.start:,} ({parts.resume.name}){done}")

@@ -23,6 +23,11 @@ def leaves_remainder(rule: MatrixRule | None) -> bool:
     )
 
 
+def remembers_untold(rule: MatrixRule | None) -> bool:
+    """True for a rule with room for what has not been told of a remainder (`sign_feedback`)."""
+    return leaves_remainder(rule) and isinstance(rule, LowRank) and bool(rule.memory)
+
+
 def apart(grad: Tensor, subspace: Subspace, state: State) -> tuple[Tensor, Tensor]:
     """Coordinates (batch, long, r) of `grad` (batch, long, short), and what they do not show of it, float32."""
     low = subspace.down(grad, state)

@@ -40,7 +40,13 @@ def transport_named(name: str, betas: tuple[float, float]) -> Transport:
     return {"rotate": Rotate(betas), "keep": Keep(), "reset": Reset()}[name]
 
 
+SIGN_FEEDBACK = {
+    "help": "with strategy.messages=signs, majority: what these leave out is kept for the next: off, full, 8bit, 4bit"
+}
+
+
 def check_sign_feedback(name: str, residual: str) -> None:
+    """Refuses what `unsent_named` does not know, and feedback where nothing is told of a residual."""
     choice("sign_feedback", name, tuple(FEEDBACKS))
     if residual == "off" and name != "off":
         raise ValueError(
@@ -91,10 +97,7 @@ class DCTAdamWConfig(LowRankConfig):
         },
     )
     residual_limit: float = field(default=1.01, metadata={"help": "largest growth of the residual's norm in a step"})
-    sign_feedback: str = field(
-        default="off",
-        metadata={"help": "what messages of signs leave out is kept for the next: off, full (precision), 8bit, 4bit"},
-    )
+    sign_feedback: str = field(default="off", metadata=SIGN_FEEDBACK)
     engine: str = field(default="auto", metadata={"help": "how coordinates are computed: auto, matmul, fft (dct only)"})
 
     GROUP: ClassVar[tuple[str, ...]] = (

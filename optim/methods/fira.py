@@ -23,7 +23,7 @@ from thinrank.optim.lowrank.feedback import unsent_named
 from thinrank.optim.lowrank.lift import Residual
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, number
-from thinrank.optim.methods.dct_adamw import TRANSPORTS, check_sign_feedback, transport_named
+from thinrank.optim.methods.dct_adamw import SIGN_FEEDBACK, TRANSPORTS, check_sign_feedback, transport_named
 from thinrank.optim.methods.galore import GaLoreConfig
 
 
@@ -47,10 +47,7 @@ class FiraConfig(GaLoreConfig):
     )
     transport: str = field(default="keep", metadata={"help": "moments at a renewal: keep (the paper), rotate, reset"})
     residual_limit: float = field(default=1.01, metadata={"help": "largest growth of the residual's norm in a step"})
-    sign_feedback: str = field(
-        default="off",
-        metadata={"help": "what messages of signs leave out is kept for the next: off, full (precision), 8bit, 4bit"},
-    )
+    sign_feedback: str = field(default="off", metadata=SIGN_FEEDBACK)
 
     GROUP: ClassVar[tuple[str, ...]] = (*GaLoreConfig.GROUP, "transport", "residual_limit", "sign_feedback")
 

@@ -23,7 +23,7 @@ from thinrank.optim.lowrank.lift import RESIDUALS, lift_named
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.lowrank.subspace import PowerIteration
 from thinrank.optim.methods.config import LowRankConfig, choice, number
-from thinrank.optim.methods.dct_adamw import TRANSPORTS, check_sign_feedback, transport_named
+from thinrank.optim.methods.dct_adamw import SIGN_FEEDBACK, TRANSPORTS, check_sign_feedback, transport_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,7 @@ class SubspaceAdamWConfig(LowRankConfig):
         default="full", metadata={"help": "what the subspace misses: full (added back, scaled), sign (its signs), off"}
     )
     residual_limit: float = field(default=1.01, metadata={"help": "largest growth of the residual's norm in a step"})
-    sign_feedback: str = field(
-        default="off",
-        metadata={"help": "what messages of signs leave out is kept for the next: off, full (precision), 8bit, 4bit"},
-    )
+    sign_feedback: str = field(default="off", metadata=SIGN_FEEDBACK)
 
     GROUP: ClassVar[tuple[str, ...]] = (
         *LowRankConfig.GROUP,

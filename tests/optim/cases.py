@@ -22,6 +22,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dct_adamw/8bit": ("dct_adamw", {"error_feedback": "8bit", "update_proj_gap": 2}),
     "dct_adamw/feedback": ("dct_adamw", {"error_feedback": "full", "basis": "random", "norm": "l2"}),
     "dct_adamw/fft": ("dct_adamw", {"engine": "fft", "column_age": False}),
+    "dct_adamw/always": ("dct_adamw", {"update_proj_gap": 1}),
     "dct_adamw/identity": ("dct_adamw", {"basis": "identity", "transport": "keep"}),
     "dct_adamw/hadamard": ("dct_adamw", {"basis": "hadamard", "transport": "reset"}),
     "dct_adamw/residual": ("dct_adamw", {"residual": "full"}),

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import CONFIGS
-from test_replicated import CLIPPED, PLAIN, STEPS, TINY, alone, apart, bound, mine, run, seeded_model, shares, table_run
+from test_replicated import CLIPPED, PLAIN, STEPS, TINY, alone, apart, bound, mine, run, seeded_model, shares
+from test_sending import table_run
 from test_sharded import HALF, KEPT, dtype_of, how_far, looks, refused, wide
 
 from thinrank.optim import build
@@ -35,6 +36,14 @@ def test_owners_that_tell_their_updates_are_one_process(ranks, ranks_, configs):
             assert apart(found[name], expected) <= wide(name), name
         for found in answers[1:]:
             assert all(torch.equal(value, answers[0][name][key]) for key, value in found[name].items()), name
+
+
+def test_owners_that_are_sent_whole_gradients_are_one_process(ranks):
+    """They tell directions all the same, and subspaces, which other ranks need for these alone."""
+    configs = {name: CONFIGS[name] for name in ("galore/power", "galore/full", "galore_plus", "dct_adamw", "mfac")}
+    for found in ranks(2).run(owned, configs, how={"messages": "full"}):
+        for name, config in configs.items():
+            assert apart(found[name], alone(config, 2)) <= wide(name), name
 
 
 def projecting_all(configs, join, tied):

@@ -1,6 +1,7 @@
 """What a subspace misses of gradients, sent in signs: collective, splitting, and whole runs against a slow one."""
 
 import copy
+import logging
 from dataclasses import replace
 
 import pytest
@@ -15,11 +16,13 @@ from thinrank.optim.exchange.bits import digits, pack_bits, pack_counts, unpack_
 from thinrank.optim.exchange.signs import TALLIES, Signs
 from thinrank.optim.lowrank.remainder import apart, leaves_remainder, together, with_untold
 from thinrank.optim.lowrank.subspace import FixedColumns, PowerIteration
+from thinrank.optim.messages import UNUSED_FEEDBACK
 from thinrank.optim.replicated import replicate
 from thinrank.optim.rule import Step
 
 METHODS_WITH_REST = ("fira", "fira/power", "subspace_adamw/sign", "subspace_adamw/full", "dct_adamw/gap")
 REMEMBERING = ("fira/feedback", "subspace_adamw/feedback", "dct_adamw/feedback of signs")
+CODED = ("fira/8bit feedback", "fira/4bit feedback")
 
 
 def config_of(name):
@@ -29,6 +32,8 @@ def config_of(name):
         return small("dct_adamw", residual="full", error_feedback="off", update_proj_gap=3)
     if name == "fira/feedback":
         return replace(CONFIGS["fira/power"], sign_feedback="full")
+    if name in CODED:
+        return replace(CONFIGS["fira/power"], sign_feedback=name.split("/")[1].split()[0])
     if name == "subspace_adamw/feedback":
         return replace(CONFIGS["subspace_adamw/sign"], sign_feedback="full")
     if name == "dct_adamw/feedback of signs":
@@ -222,7 +227,7 @@ def resumed(config):
     return run(model, optimizer, mine(), steps=range(11, STEPS)), run(second, after, mine(), steps=range(11, STEPS))
 
 
-@pytest.mark.parametrize("name", ["fira/power", "subspace_adamw/sign", *REMEMBERING])
+@pytest.mark.parametrize("name", ["fira/power", "subspace_adamw/sign", *REMEMBERING, *CODED])
 def test_a_run_goes_on_to_the_bit(ranks, name):
     for whole, found in ranks(2).run(resumed, config_of(name)):
         assert all(torch.equal(found[key], value) for key, value in whole.items())
@@ -311,7 +316,7 @@ def test_what_is_told_and_what_is_owed_are_all_that_was():
 
 
 def thrown_away(name):
-    """Where a step that was begun and thrown away has left a trace, with memories in full and in 8 bits."""
+    """Whether a step that was begun and thrown away has left no trace."""
     model = seeded_model()
     optimizer = build(model, config_of(name))
     replicate(model, optimizer, messages="signs")
@@ -327,8 +332,40 @@ def thrown_away(name):
     return all(torch.equal(value, after[i][key]) for i, state in before.items() for key, value in state.items())
 
 
-def test_what_is_owed_does_not_change_in_a_step_that_is_thrown_away(ranks):
-    assert all(ranks(2).run(thrown_away, "fira/feedback"))
+@pytest.mark.parametrize("name", ["fira/feedback", *CODED])
+def test_what_is_owed_does_not_change_in_a_step_that_is_thrown_away(ranks, name):
+    assert all(ranks(2).run(thrown_away, name))
+
+
+def coded(name):
+    model = seeded_model()
+    optimizer = build(model, config_of(name))
+    replicate(model, optimizer, messages="signs", check_every=5)
+    return run(model, optimizer, mine())
+
+
+def test_feedback_in_codes_is_nearly_the_same(ranks):
+    """Equal on all ranks to the bit, and the nearer to full precision the more bits; without feedback farther off."""
+    full, none, eight, four = (ranks(2).run(coded, name) for name in ("fira/feedback", "fira/power", *CODED))
+    for answers in (eight, four):
+        assert all(torch.equal(answers[1][key], value) for key, value in answers[0].items())
+    gaps = [furthest(answers[0], full[0]) for answers in (eight, four, none)]
+    assert 0 < gaps[0] < gaps[1] < gaps[2], gaps
+
+
+def unused(caplog_name):
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger(caplog_name).addHandler(handler)
+    model = seeded_model()
+    replicate(model, build(model, config_of("fira/8bit feedback")))
+    return records
+
+
+def test_feedback_that_nothing_uses_is_told(ranks):
+    for said in ranks(2).run(unused, "thinrank.optim.replicated"):
+        assert any(UNUSED_FEEDBACK in sentence for sentence in said)
 
 
 def skips(bad):

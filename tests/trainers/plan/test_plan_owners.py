@@ -26,6 +26,8 @@ from thinrank.trainers.plan.owners import Owners, Pieces
 from thinrank.trainers.plan.strategies import Islands
 
 STEPS, EVEN_FROM = 6, 600
+OWNED = {"owned": "auto", "owned, whole gradients": "full"}
+"""Their messages."""
 GALORE = GaLoreConfig(rank=3, svd="power", update_proj_gap=4)
 CONFIGS = {
     "adamw": AdamWConfig(),
@@ -38,6 +40,7 @@ CONFIGS = {
     "ldadam": LDAdamConfig(rank=3),
     "muon": MuonConfig(),
     "dct_adamw": DCTAdamWConfig(rank=3, update_proj_gap=4),
+    "dct_adamw/always": DCTAdamWConfig(rank=3),
 }
 
 
@@ -79,8 +82,8 @@ def tiny(dtype=torch.float32, device="cpu"):
 def planned(config, world, strategy, dtype=torch.float32):
     routing = route(tiny(dtype, "meta"), config)
     around = Around(routing=routing)
-    if strategy == "owned":
-        return routing.rows, Owners.of(around, world, even_from=EVEN_FROM)
+    if strategy in OWNED:
+        return routing.rows, Owners.of(around, world, messages=OWNED[strategy], even_from=EVEN_FROM)
     if strategy == "islands":
         return routing.rows, Islands.of_rows(around, world, replicas=2, averages=False)
     return routing.rows, Pieces.of_rows(around, world)
@@ -99,7 +102,7 @@ def ran(configs, strategy, dtype=torch.float32):
     found = {}
     for name, config in configs.items():
         model, meshes = tiny(dtype), None
-        if strategy != "owned":
+        if strategy not in OWNED:
             shape = (2, dist.get_world_size() // 2) if strategy == "islands" else (1, dist.get_world_size())
             meshes = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
             mesh = meshes["shards"]
@@ -107,8 +110,8 @@ def ran(configs, strategy, dtype=torch.float32):
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
         optimizer = build(model, config)
-        if strategy == "owned":
-            optimizer.own(even_from=EVEN_FROM, check_every=None)
+        if strategy in OWNED:
+            optimizer.own(messages=OWNED[strategy], even_from=EVEN_FROM, check_every=None)
         if strategy == "islands" and meshes is not None:
             optimizer.replicate(meshes["replicas"].get_group(), check_every=None)
         steps, before, left = [], {}, 0.0
@@ -134,7 +137,8 @@ def ran(configs, strategy, dtype=torch.float32):
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("world", "strategy"), [(2, "owned"), (2, "fsdp2"), (4, "owned"), (4, "fsdp2"), (4, "islands")]
+    ("world", "strategy"),
+    [(2, "owned"), (2, "owned, whole gradients"), (2, "fsdp2"), (4, "owned"), (4, "fsdp2"), (4, "islands")],
 )
 def test_what_ranks_hold_and_send_is_what_was_planned(ranks, world, strategy):
     """To the byte, on every rank, in steps that choose, in the first ones and in all others."""
