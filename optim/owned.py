@@ -137,7 +137,7 @@ class Owned(Islands):
         kept = ["step", *self._kept_by_all(param, group, rank)]
         return {key: value for key, value in state.items() if key in kept}
 
-    def _knows_subspace(self, param: Tensor, rule: MatrixRule | None) -> TypeGuard[LowRank]:
+    def _knows_subspace(self, rule: MatrixRule | None, param: Tensor) -> TypeGuard[LowRank]:
         """True where every rank has the subspace of a matrix, whoever steps it."""
         told = self._cut[param].way == "told"
         return isinstance(rule, LowRank) and (self._sends_coordinates(rule) or (told and rule.linear))
@@ -147,7 +147,7 @@ class Owned(Islands):
         views, kept = self._views(param, group, rank), []
         for i, view in enumerate(views):
             rule, _ = self.rules(group, i, rank)
-            if isinstance(rule, Tells) and self._knows_subspace(param, rule):
+            if isinstance(rule, Tells) and self._knows_subspace(rule, param):
                 prefix = f"{i}." if len(views) > 1 else ""
                 kept += [prefix + key for key in rule.shared((view.blocks, *view.shape))]
         return kept
@@ -159,7 +159,7 @@ class Owned(Islands):
             return super()._pack(param)
         for rule, group, bucket, i in self._all_homes(param):
             step = bucket.step([i], group)
-            chose = self._knows_subspace(param, rule) and rule.chooses(bucket.state([i]), step)
+            chose = self._knows_subspace(rule, param) and rule.chooses(bucket.state([i]), step)
             self._plans[param, bucket.prefix] = (step, chose)
         parts, place = super()._pack(param), self._cut[param]
         if place.owner is not None:
