@@ -87,6 +87,7 @@ class InBackward(torch.optim.Optimizer):
     Attributes:
         accumulating: set it while gradients are to add up in full and not to be stepped in backward.
         dropped_gradients: how many gradients that were not finite were dropped in backward.
+        steps_in_backward: whether weights are stepped there (`in_backward("step")`).
     """
 
     _allocation: Allocation | None = None
@@ -94,6 +95,7 @@ class InBackward(torch.optim.Optimizer):
     def _forget_gradients(self) -> None:
         self._images = Images()
         self._hooks: Hooks | None = None
+        self.steps_in_backward = False
         self._max_norm: float | None = None
         self._moved()
         self.accumulating = False
@@ -177,6 +179,7 @@ class InBackward(torch.optim.Optimizer):
             self._hooks = None
         self._images.clear()
         self._max_norm = max_norm
+        self.steps_in_backward = mode == "step"
         if mode != "off":
             params = [p for group in self.param_groups for p in group["params"]]
             self._hooks = Hooks(params, self._take_image if mode == "project" else self._step_now)

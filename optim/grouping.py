@@ -27,7 +27,11 @@ class Role(str, Enum):
     EMBEDDING = "embedding"
     HEAD = "head"
     VECTOR = "vector"
+    COEFFICIENT = "coefficient"
 
+
+ELEMENTWISE = (Role.VECTOR, Role.COEFFICIENT)
+"""What no rule for matrices steps, and nothing decays."""
 
 HEAD_NAMES = ("lm_head", "output", "head", "classifier", "score", "embed_out", "output_layer")
 ATTENTION = (
@@ -48,8 +52,10 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
 
     By module type: `nn.Embedding` and `nn.EmbeddingBag` weights are embeddings; the model's output layer (what
     `get_output_embeddings()` returns, else a linear layer with a customary name directly under a root module) is the
-    head; whatever has fewer than two dimensions, or belongs to a module whose class name contains "Norm", is a vector;
-    every other parameter is a matrix. A tied embedding and head is an embedding.
+    head; what a layer of `thinrank.optim.layers` calls its coefficients (singular values, scattered entries) are
+    that: stepped element by element at the matrices' rate, without decay; whatever else has fewer than two
+    dimensions, or belongs to a module whose class name contains "Norm", is a vector; every other parameter is a matrix.
+    A tied embedding and head is an embedding.
 
     Args:
         overrides: regular expression on the name → role, the first match wins.
@@ -67,7 +73,9 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
     found: dict[str, Role] = {}
     for name, parameter in model.named_parameters():
         owner = owners[name]
-        if parameter.ndim < 2 or "Norm" in type(owner).__name__:
+        if name.rpartition(".")[2] in getattr(owner, "COEFFICIENTS", ()):
+            found[name] = Role.COEFFICIENT
+        elif parameter.ndim < 2 or "Norm" in type(owner).__name__:
             found[name] = Role.VECTOR
         elif id(parameter) in tables:  # under whichever name it comes first
             found[name] = Role.EMBEDDING
@@ -208,7 +216,7 @@ def targeted(
                 for name in names
                 if re.search(pattern, name)
                 and len(shapes[name]) >= 2
-                and (role[name] is Role.MATRIX if target in PRESETS else role[name] is not Role.VECTOR)
+                and (role[name] is Role.MATRIX if target in PRESETS else role[name] not in ELEMENTWISE)
             }
         except re.error as error:
             raise ValueError(f"targets: {target!r} is not a regular expression ({error}): correct it") from None
@@ -353,7 +361,8 @@ def group_parameters(
     layouts = head_groups(model, config, projected, heads)
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     vector_lr = embedding_lr if config.vector_lr is None else config.vector_lr
-    rate = {Role.MATRIX: config.lr, Role.EMBEDDING: embedding_lr, Role.HEAD: embedding_lr, Role.VECTOR: vector_lr}
+    rate = dict.fromkeys((Role.MATRIX, Role.COEFFICIENT), config.lr)
+    rate |= {Role.EMBEDDING: embedding_lr, Role.HEAD: embedding_lr, Role.VECTOR: vector_lr}
     groups: dict[tuple[Role, bool, str], dict[str, Any]] = {}
     for name in names:
         own = name in chosen
@@ -369,7 +378,7 @@ def group_parameters(
                 "role": key[0].value,
                 "label": f"{key[0].value}/{config.name if own else 'adamw'}",
                 "lr": config.lr if own else rate[key[0]],
-                "weight_decay": 0.0 if key[0] is Role.VECTOR else config.weight_decay,
+                "weight_decay": 0.0 if key[0] in ELEMENTWISE else config.weight_decay,
                 **layouts.get(name, {}),
             }
             groups[key] = group

@@ -307,6 +307,25 @@ class MatrixOptimizer(Stepping):
             found.append(shown)
         return found
 
+    @torch.no_grad()
+    def forget(self, params: Iterable[Tensor]) -> None:
+        """The state of `params` becomes, in place, what it was before the first step, for who has put others there.
+
+        In several processes all call it.
+
+        Raises:
+            ValueError: for a parameter that is not stepped here; nothing is changed then.
+        """
+        wanted = list(params)
+        members = {param: (name, group, rank) for name, param, group, rank in self._members()}
+        for param in wanted:
+            if param not in members:
+                raise ValueError(f"{type(self).__name__} does not step the {tuple(param.shape)} that it is to forget")
+        for param in wanted:
+            name, group, rank = members[param]
+            for key, value in self._own_state(name, param, group, rank).items():
+                self.state[param][key].copy_(value)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` gave: checked whole first, then copied into the existing tensors, dtypes kept.
 
@@ -350,9 +369,9 @@ class MatrixOptimizer(Stepping):
         for old, new in zip(saved, self.param_groups, strict=True):
             values = copy.deepcopy({key: value for key, value in old.items() if key != "params"})
             groups.append({**new, "ranks": None, **values, "params": new["params"]})
-        hooks = self._hooks
+        hooks, stepping = self._hooks, self.steps_in_backward
         self.__setstate__({"state": self.state, "param_groups": groups})
-        self._hooks = hooks
+        self._hooks, self.steps_in_backward = hooks, stepping
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -78,6 +78,11 @@ class Sharded(OwnRanks):
             self.shard(DTensorShards(named))
 
     @property
+    def shards(self) -> Shards | None:
+        """Where weights lie that a framework has cut into pieces."""
+        return self._shards
+
+    @property
     def wire(self) -> Wire | None:
         return super().wire if self._shards is None else self._wire
 

@@ -23,6 +23,23 @@ from thinrank.optim.update import Update
 class Stepping(Owned):
     """How an optimizer of matrices steps, with what it measures on the way."""
 
+    _attended: tuple[Callable[[], None], Callable[[], None]] | None = None
+    _begun = False  # a step of which parts may follow
+
+    def attend(self, before: Callable[[], None] | None, after: Callable[[], None] | None) -> None:
+        """Has `before` and `after` called around every whole step, also where a framework steps one group after the
+        other; None for both ends it. A dry run, of zero gradients at a rate of zero, is no step.
+
+        Raises:
+            ValueError: when somebody does so already.
+        """
+        if before is None or after is None:
+            self._attended = None
+            return
+        if self._attended is not None:
+            raise ValueError("somebody attends to this optimizer's steps already: end that first (Upkeep.detach)")
+        self._attended = (before, after)
+
     def _forget(self) -> None:
         super()._forget()
         self.measure = False
@@ -52,6 +69,9 @@ class Stepping(Owned):
         self._refuse_sparse()
         if self._is_dry_run():
             return
+        if self._attended is not None and not self._begun:
+            self._begun = True
+            self._attended[0]()
         self._meet()
         self._allocate_if_due("gradient")
         probe = (self._probe or Probe()) if self.measure else None
@@ -64,6 +84,9 @@ class Stepping(Owned):
             self.measure, probe = False, None
         self._probe = probe
         self._allocate_if_due("weight")  # at the end, since coordinates that backward left are in the old subspaces
+        if self._attended is not None and last:
+            self._begun = False
+            self._attended[1]()
 
     def _step_layouts(self, probe: Probe | None) -> None:
         """Steps everything that there is a gradient, or an image of one, for."""

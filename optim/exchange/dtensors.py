@@ -78,6 +78,9 @@ class DTensorShards:
         assert self._mesh is not None
         return self._mesh.get_group(1 - self._dim) if self._mesh.ndim == 2 else None
 
+    def __contains__(self, param: Tensor) -> bool:
+        return is_sharded(param)
+
     def shape(self, param: Tensor) -> tuple[int, ...]:
         return tuple(param.shape)
 

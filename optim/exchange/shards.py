@@ -37,6 +37,10 @@ class Shards(Protocol):
         """The ranks that hold the same pieces, between which the framework averages gradients; None: there is one."""
         ...
 
+    def __contains__(self, param: Tensor) -> bool:
+        """Whether it lies in pieces of which this knows."""
+        ...
+
     def shape(self, param: Tensor) -> tuple[int, ...]:
         """Of the whole weight."""
         ...

@@ -1,0 +1,49 @@
+"""What becomes of an optimizer's memory of parameters that are suddenly others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.optimizer import MatrixOptimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@torch.no_grad()
+def forget(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
+    """The state of `params` becomes, in place, what it was before the first step: with torch's optimizers, zeros."""
+    if isinstance(optimizer, MatrixOptimizer):
+        optimizer.forget(params)
+        return
+    for param in params:
+        for value in optimizer.state.get(param, {}).values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
+@torch.no_grad()
+def prune(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], keep: float) -> None:
+    """Adam's moments of `params` keep the share `keep` of their entries, those of largest magnitude; counts stay
+    (ReLoRA; Lialin et al. 2023, arXiv 2307.05695).
+
+    Raises:
+        ValueError: for a state without float moments, such as of 8 bits or in a subspace.
+    """
+    for param in params:
+        state = {key: value for key, value in optimizer.state.get(param, {}).items() if key != "step"}
+        found = {key: value for key, value in state.items() if key in MOMENTS}
+        if state and len(found) < len(MOMENTS):  # somebody else's state is nothing here
+            raise ValueError(
+                "moments can be pruned where they are float numbers of whole weights: use optimizer=adamw with "
+                "state_bits=32, or reset=zeros"
+            )
+        for value in found.values():
+            count = max(1, int(value.numel() * keep)) if keep > 0 else 0
+            if not count or not value.numel():
+                value.zero_()
+                continue
+            least = value.abs().flatten().topk(count).values[-1]
+            value.masked_fill_(value.abs() < least, 0)
