@@ -174,6 +174,9 @@ class LaidOut:
         most = max(length(spans[self.place]) for spans in self.lies.values())
         self._weight, self._gradient = torch.zeros(most), torch.randn(most)
 
+    def __contains__(self, param: Tensor) -> bool:
+        return True
+
     def shape(self, param: Tensor) -> tuple[int, ...]:
         return tuple(param.shape)
 

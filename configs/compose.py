@@ -33,6 +33,24 @@ class Schema:
     """A folder of the same form whose files come before those of `folder`."""
     base: str
     """The file in `folder`, without its ending, that makes the first choices."""
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Dotted key below a group → the group that it stands for, with all keys below."""
+
+    def own_key(self, key: str) -> str:
+        """A dotted key as it is kept, whichever way it is written."""
+        for alias, group in self.aliases.items():
+            if key == alias or key.startswith(f"{alias}."):
+                return group + key[len(alias) :]
+        return key
+
+    def own_document(self, document: Document) -> Document:
+        """A file with its keys as they are kept."""
+        values = {key: dict(value) if isinstance(value, dict) else value for key, value in document.values.items()}
+        for alias, group in self.aliases.items():
+            outer, _, inner = alias.rpartition(".")
+            if isinstance(values.get(outer), dict) and inner in values[outer]:
+                values[group] = values[outer].pop(inner)
+        return Document(values=values, places={self.own_key(key): place for key, place in document.places.items()})
 
     def classes(self, group: str) -> dict[str, type]:
         """The dataclasses of a group by name; empty for a group of one dataclass, and for what is no group."""
@@ -65,6 +83,7 @@ class Composition:
 
     def lay(self, document: Document) -> None:
         """Lay a file over what is there: its choices first, then its other keys."""
+        document = self.schema.own_document(document)
         for key, value in document.values.items():
             if self._is_choice(key, value):
                 self.choose(key, value, document.places[key])
@@ -76,8 +95,8 @@ class Composition:
     def lay_words(self, words: Sequence[tuple[str, str]]) -> None:
         """Lay the command line over what is there: its choices first, wherever they stand, then its other keys."""
         values = []
-        for key, typed in words:
-            value = word(typed)
+        for written, typed in words:
+            key, value = self.schema.own_key(written), word(typed)
             whole = isinstance(value, dict) and self._holds_keys(key)
             if self._is_choice(key, typed) and not whole:
                 self.choose(key, typed, "")

@@ -33,7 +33,7 @@ def help_text(schema: Schema, arguments: Arguments, *, usage: str, width: int | 
     """
     width = width or max(60, min(shutil.get_terminal_size((100, 24)).columns, 140))
     resolved = resolve(schema, arguments)
-    chosen = [key for key, _ in arguments.words if key in schema.groups]
+    chosen = [key for word, _ in arguments.words if (key := schema.own_key(word)) in schema.groups]
     if chosen:
         return "\n".join(
             line for group in schema.groups if group in chosen for line in _section(resolved, schema, group, width)
@@ -45,7 +45,10 @@ def help_text(schema: Schema, arguments: Arguments, *, usage: str, width: int | 
     for group in schema.groups:
         names = schema.choices(group, arguments.folders)
         current = resolved.names[group]
-        lines += _entry(f"  {group}", ", ".join(f"{name}*" if name == current else name for name in names), 20, width)
+        known = ", ".join(f"{name}*" if name == current else name for name in names)
+        also = [alias for alias, own in schema.aliases.items() if own == group]
+        known += "".join(f" (or {alias}=…)" for alias in also)
+        lines += _entry(f"  {group}", known, 20, width)
     for name in hints(schema.root):
         lines += ["", *_section(resolved, schema, name, width)]
     return "\n".join(lines)

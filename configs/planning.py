@@ -113,7 +113,7 @@ def combinations(asked: Request, schema: Any) -> dict[str, Arguments]:
 
 
 def _choices(words: Sequence[tuple[str, str]], schema: Any) -> list[tuple[str, str]]:
-    return [word for word in words if word[0] in schema.groups or word[0].endswith(".name")]
+    return [word for word in words if schema.own_key(word[0]) in schema.groups or word[0].endswith(".name")]
 
 
 def answer(asked: Request) -> str:

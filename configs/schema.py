@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from thinrank.configs.compose import Schema
+from thinrank.optim.layers import REPARAMS
 from thinrank.optim.methods import METHODS
 from thinrank.trainers.adapters import AdapterConfig, LoraConfig
 from thinrank.trainers.cluster.config import KubernetesJob, SlurmJob, SubmitConfig, TorchrunJob
@@ -29,6 +30,9 @@ STRATEGIES = {
     "thinrank_zero3": ZeroConfig,
 }
 
+ALIASES = {"model.reparam": "reparam"}
+"""Another place where a group may be written: layers are part of what a model is."""
+
 PRETRAIN = Schema(
     root=PretrainConfig,
     groups={
@@ -36,10 +40,12 @@ PRETRAIN = Schema(
         "data": DATA,
         "optimizer": METHODS,
         "strategy": STRATEGIES,
+        "reparam": REPARAMS,
         "trainer": TrainerConfig,
     },
     folder=FOLDER,
     base="pretrain",
+    aliases=ALIASES,
 )
 """The configuration of a pre-training run."""
 
@@ -48,6 +54,7 @@ SUBMIT = Schema(
     groups={**PRETRAIN.groups, "job": {"slurm": SlurmJob, "k8s": KubernetesJob, "torchrun": TorchrunJob}},
     folder=FOLDER,
     base="submit",
+    aliases=ALIASES,
 )
 """The same with the job that runs it on a cluster."""
 
@@ -58,10 +65,12 @@ FINETUNE = Schema(
         "optimizer": METHODS,
         "adapter": {"none": AdapterConfig, "lora": LoraConfig},
         "strategy": STRATEGIES,
+        "reparam": REPARAMS,
         "trainer": TrainerConfig,
     },
     folder=FOLDER,
     own=FOLDER / "finetune",
     base="finetune",
+    aliases=ALIASES,
 )
 """The configuration of a fine-tuning run: other rates, other text, and the tokenizer of the model's folder."""

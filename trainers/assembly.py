@@ -28,6 +28,7 @@ from thinrank.trainers import report
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
 from thinrank.trainers.callbacks.held import HeldMemory
+from thinrank.trainers.callbacks.layers import LayerUpkeep
 from thinrank.trainers.callbacks.metrics import TrainingMetrics
 from thinrank.trainers.callbacks.preemption import Preemption
 from thinrank.trainers.callbacks.progress import Progress
@@ -169,7 +170,8 @@ def _assemble(
     )
     preemption = Preemption(checkpointing, folder.marker, max_seconds=config.trainer.max_seconds)
     held = HeldMemory()
-    trainer = _trainer(config, world, plan, folder, resume, cuda, [guard, held, preemption, checkpointing])
+    upkeep = [LayerUpkeep(config.trainer.seed)] if config.reparam.acts else []
+    trainer = _trainer(config, world, plan, folder, resume, cuda, [guard, held, *upkeep, preemption, checkpointing])
     return Parts(
         job=job,
         origin=origin,
@@ -311,6 +313,8 @@ def _introduce(parts: Parts) -> None:
         f"steps       {plan.steps:,} of {plan.tokens_per_step:,} tokens "
         f"({world.size} × {plan.accumulate} × {plan.micro_batch} sequences)",
     )
+    if parts.job.conversion is not None:
+        say(world, parts.job.conversion.table())
     say(world, routing.table())
     if (exchange := _exchange(parts)) is not None:
         say(world, f"exchange    {exchange}")

@@ -46,7 +46,7 @@ def export(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> Path:
     target = Path(folder)
     with replacing_folder(target, "config.json") as temporary:
         if tokenizer is not None:
-            _adopt_token_ids(model, tokenizer)
+            adopt_token_ids(model, tokenizer)
         with _quiet():
             model.save_pretrained(temporary)
         if tokenizer is not None:
@@ -87,7 +87,8 @@ def replacing_folder(target: Path, mark: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something failed
 
 
-def _adopt_token_ids(model: PreTrainedModel, tokenizer: Any) -> None:
+def adopt_token_ids(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Sets the model's ids of the end, beginning and padding token to the tokenizer's."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(tokenizer, name, None)
         setattr(model.config, name, value)
@@ -97,7 +98,7 @@ def _adopt_token_ids(model: PreTrainedModel, tokenizer: Any) -> None:
 
 @torch.no_grad()
 def _verify(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     with _quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -127,9 +128,16 @@ def _verify(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     if not worst <= allowed:
         raise RuntimeError(f"the exported model differs from the trained one: its logits are off by up to {worst:.3g}")
     if tokenizer is not None:
-        again = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if again.encode(_PROBE) != tokenizer.encode(_PROBE):
-            raise RuntimeError("the exported tokenizer differs from the one trained with: it gives other ids")
+        same_ids(tokenizer, folder)
+
+
+def same_ids(tokenizer: Any, folder: Path) -> None:
+    """Raises RuntimeError unless the tokenizer that lies in `folder` gives the ids of `tokenizer`."""
+    from transformers import AutoTokenizer
+
+    again = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if again.encode(_PROBE) != tokenizer.encode(_PROBE):
+        raise RuntimeError("the exported tokenizer differs from the one trained with: it gives other ids")
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -68,6 +68,11 @@ class FinetuneConfig(TrainingConfig):
                 f"data.tokenizer must be the model's own, {self.model.path}, got {self.data.tokenizer!r}: "
                 "set it to the value of model.path"
             )
+        if self.adapter.name != "none" and self.reparam.name != "none":
+            raise ValueError(
+                f"adapter={self.adapter.name} and reparam={self.reparam.name} would both take hold of the same "
+                "weights: leave one of them at none"
+            )
         if isinstance(self.adapter, LoraConfig) and self.optimizer.projects:
             raise ValueError(
                 f"optimizer={self.optimizer.name} would project gradients of LoRA's factors, which have rank "

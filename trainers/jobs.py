@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thinrank import optim
+from thinrank.optim.layers import Conversion, layers
 from thinrank.trainers.adapters import LoraConfig, add_adapter, merge_adapter, save_adapter
 from thinrank.trainers.data.cache import file_digest, fingerprint
 from thinrank.trainers.errors import UserError
@@ -17,6 +18,7 @@ from thinrank.trainers.export import export, replacing_folder
 from thinrank.trainers.finetune import FinetuneConfig
 from thinrank.trainers.models import build_model, load_model, model_folder
 from thinrank.trainers.pretrain import PretrainConfig, TrainingConfig
+from thinrank.trainers.reparam import converted, export_merged
 from thinrank.trainers.run import RunFolder
 
 
@@ -25,11 +27,16 @@ class Job:
 
     measures_start = False
     """Whether the held-out text is measured before the first step."""
-    keeps_frozen = True
-    """Whether checkpoints hold the weights that are not trained."""
+    conversion: Conversion | None = None
+    """What was converted in the model that was built last."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config: Any = config
+
+    @property
+    def keeps_frozen(self) -> bool:
+        """Whether checkpoints hold the weights that are not trained."""
+        return True
 
     def check(self) -> None:
         """Refuses what can be seen to be wrong before any work is done.
@@ -40,6 +47,12 @@ class Job:
 
     def build(self, vocab_size: int, *, meta: bool = False) -> Any:
         """The model to train, on the CPU or, for planning, on the meta device; what is frozen needs no gradient."""
+        model = self.dense(vocab_size, meta=meta)
+        self.conversion = converted(model, self.config.reparam, seed=self.config.trainer.seed)
+        return model
+
+    def dense(self, vocab_size: int, *, meta: bool = False) -> Any:
+        """The same before any layer is converted."""
         raise NotImplementedError
 
     def route(self, model: Any, ranks: Mapping[str, int | float | None] | None = None) -> optim.Routing:
@@ -54,7 +67,9 @@ class Job:
             raise UserError(f"optimizer.{error}") from error
 
     def adamw_bytes(self, model: Any) -> int:
-        """Optimizer state that AdamW on all weights would have."""
+        """Optimizer state that AdamW on all weights of the dense model would have."""
+        if self.conversion is not None:
+            model = self.dense(model.config.vocab_size, meta=True)
         return optim.route(model, optim.AdamWConfig()).state_bytes()
 
     def origin(self) -> dict[str, str]:
@@ -63,7 +78,7 @@ class Job:
 
     def export(self, model: Any, tokenizer: Any, folder: RunFolder) -> dict[str, str]:
         """Writes the trained model; returns the names of what was written, below the run folder."""
-        export(model, tokenizer, folder.export)
+        (export_merged if layers(model) else export)(model, tokenizer, folder.export)
         return {"export": "export"}
 
 
@@ -72,7 +87,7 @@ class Pretraining(Job):
 
     config: PretrainConfig
 
-    def build(self, vocab_size: int, *, meta: bool = False) -> Any:
+    def dense(self, vocab_size: int, *, meta: bool = False) -> Any:
         return build_model(self.config.model, vocab_size, seed=self.config.trainer.seed, meta=meta)
 
 
@@ -81,7 +96,10 @@ class Finetuning(Job):
 
     config: FinetuneConfig
     measures_start = True
-    keeps_frozen = False  # they are in the folder, and `origin` says whether it is the same
+
+    @property
+    def keeps_frozen(self) -> bool:
+        return self.conversion is not None  # else they are in the folder, and `origin` says whether it is the same
 
     def check(self) -> None:
         path = self.config.model.path
@@ -92,7 +110,7 @@ class Finetuning(Job):
                 "there with tokenizer.save_pretrained"
             )
 
-    def build(self, vocab_size: int, *, meta: bool = False) -> Any:
+    def dense(self, vocab_size: int, *, meta: bool = False) -> Any:
         model = self._base(vocab_size, meta=meta)
         longest, length = getattr(model.config, "max_position_embeddings", None), self.config.data.sequence_length
         if longest is not None and length > longest:

@@ -268,7 +268,12 @@ def load_model(
             f"the model in {folder} knows {hf.vocab_size} tokens and the tokenizer has {vocab_size}: "
             f"set data.tokenizer to the model's own folder"
         )
+    from thinrank.trainers.reparam import has_factors, load_factors
+
     with _attention(attention):
+        if has_factors(path):
+            wanted = torch.float32 if dtype == "float32" else None
+            return load_factors(path, dtype=wanted, attention=attention, meta=meta)
         if meta:
             stored = getattr(hf, "dtype", None) or torch.float32
             with torch.device("meta"):

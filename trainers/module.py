@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from thinrank import optim
 from thinrank.optim.grouping import unstepped
+from thinrank.optim.layers import penalty, warmth
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.gradients import total_norm
 from thinrank.trainers.models import ModelConfig, build_model
@@ -153,7 +154,7 @@ class CausalLM(pl.LightningModule):
             if not math.isfinite(estimate):
                 raise UserError("the schedule needs an end: give the Trainer max_steps or the module total_steps")
             total = int(estimate)
-        scheduler = build_scheduler(optimizer, self.schedule, total)
+        scheduler = build_scheduler(optimizer, self.schedule, total, factor=warmth(model))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
     def _take_in_backward(self, optimizer: torch.optim.Optimizer) -> None:
@@ -214,12 +215,15 @@ class CausalLM(pl.LightningModule):
         return self._network(input_ids=input_ids, use_cache=False).logits
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Mean nats per label as `loss`; its sum and count as `nats` and `labels` for whoever averages further."""
+        """Mean nats per label and what layers add as `loss`; the nats' sum and count as `nats` and `labels`."""
         self._norm = None
         if (own := self._own_optimizer) is not None:
             own.accumulating = self.trainer.fit_loop._should_accumulate()
         nats, count = token_nats(self(batch["input_ids"]), batch["labels"])
         loss = nats / count.clamp(min=1)  # a batch without any label has no gradient rather than NaN
+        if (added := penalty(self._network)) is not None:
+            self.log("train/penalty", added.detach(), logger=False, batch_size=len(batch["input_ids"]))
+            loss = loss + added
         self._pending_tokens += batch["input_ids"].numel() * self.trainer.world_size
         self._position = batch.get("position")
         self.log("train/loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["input_ids"]))

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from thinrank.optim import MethodConfig, SubspaceAdamWConfig
 from thinrank.optim.backward import MODES, whole_because
+from thinrank.optim.layers import ReparamConfig
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.messages import COARSE
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
@@ -154,9 +155,15 @@ class TrainingConfig:
     data: DataConfig = field(default_factory=PySourceConfig, metadata={"help": "the text"})
     optimizer: MethodConfig = field(default_factory=SubspaceAdamWConfig, metadata={"help": "the method"})
     strategy: StrategyConfig = field(default_factory=StrategyConfig, metadata={"help": "how processes share the work"})
+    reparam: ReparamConfig = field(default_factory=ReparamConfig, metadata={"help": "layers of factors"})
     trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata={"help": "how long, how large, how often"})
 
     def __post_init__(self) -> None:
+        if self.trainer.in_backward == "step" and self.reparam.acts:
+            raise ValueError(
+                f"trainer.in_backward=step steps each weight by itself, and layers of reparam={self.reparam.name} do "
+                "something between whole steps: use trainer.in_backward=off"
+            )
         rule = self.optimizer.matrix_rule()
         cause = whole_because(rule) if self.trainer.in_backward == "project" else None
         if cause is not None:
@@ -251,6 +258,11 @@ class PretrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.reparam.PRETRAINS and self.model.pretrained is None:
+            raise ValueError(
+                f"reparam={self.reparam.name} is for trained weights, and these begin at random: set model.pretrained, "
+                "or use launch/finetune.py"
+            )
         longest, length = self.model.max_position_embeddings, self.data.sequence_length
         if self.model.pretrained is None and length > longest:
             raise ValueError(

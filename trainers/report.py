@@ -40,6 +40,7 @@ def collect(
     artifacts: Mapping[str, str] | None = None,
     sample: Mapping[str, str] | None = None,
     routing_table: str = "",
+    conversion_table: str = "",
 ) -> dict[str, Any]:
     """Puts a report together from the facts of a run and those of the machine.
 
@@ -49,7 +50,8 @@ def collect(
         config_hash: the name of the configuration without what a resumed run may change.
         seeds: by what they seed.
         data: manifest_hash, source and counts.
-        model: parameters, trained_parameters, and origin, the digests of what training started from.
+        model: parameters, trained_parameters, origin, the digests of what training started from, and reparam, the
+            sizes of a model of factors.
         routing: one row for each parameter: name, shape, role, rule, lr, elements, state_bytes, rank.
         optimizer_state: predicted_bytes and measured_bytes of this rank, and adamw_bytes for comparison; where ranks
             hold parts of it, measured_bytes of all together, least_on_a_rank_bytes and most_on_a_rank_bytes.
@@ -63,6 +65,7 @@ def collect(
         artifacts: what lies where.
         sample: prompt and text.
         routing_table: the routing as text, for the page.
+        conversion_table: which layers were replaced by factors, the same; empty where none were.
 
     Returns:
         A dict of plain values.
@@ -86,6 +89,7 @@ def collect(
         "machine": machine(),
         "routing": [dict(row) for row in routing],
         "routing_table": routing_table,
+        "conversion_table": conversion_table,
         "history": [dict(line) for line in history],
         "sample": dict(sample or {}),
         "artifacts": dict(artifacts or {}),
@@ -214,6 +218,8 @@ def page(report: Mapping[str, Any]) -> str:
         *((key, value) for key, value in report["machine"].items() if value),
     ]
     parts.append(_table(("what", "value"), [(key, _shown(value)) for key, value in repeat]))
+    if report.get("conversion_table"):
+        parts.append(f"## Which layers are made of factors\n\n```text\n{report['conversion_table'].rstrip()}\n```\n")
     if report.get("routing_table"):
         parts.append(f"## Which rule steps which parameter\n\n```text\n{report['routing_table'].rstrip()}\n```\n")
     if report["history"]:

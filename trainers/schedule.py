@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -86,8 +87,17 @@ def multiplier(step: int, total: int, config: ScheduleConfig) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
+def build_scheduler(
+    optimizer: torch.optim.Optimizer,
+    config: ScheduleConfig,
+    total_steps: int,
+    *,
+    factor: Callable[[int], float] | None = None,
+) -> LambdaLR:
     """A scheduler that multiplies each group's own learning rate by `multiplier`; step it once per optimizer step.
+
+    Args:
+        factor: of the steps done, multiplies it once more, such as `thinrank.optim.layers.warmth`.
 
     Raises:
         ValueError: no steps, or a warm-up (with the decay of wsd) that does not fit into them.
@@ -107,4 +117,5 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, to
             f"warmup_steps must leave room for the decay of {config.decay_fraction:g} of {total_steps} steps, "
             f"got {warmup}: lower warmup_steps or decay_fraction"
         )
-    return LambdaLR(optimizer, lambda step: multiplier(step, total_steps, config))
+    more = factor if factor is not None else lambda step: 1.0
+    return LambdaLR(optimizer, lambda step: multiplier(step, total_steps, config) * more(step))

@@ -1,7 +1,7 @@
 """Layers whose weights are made of factors: conversion, upkeep between steps, and back to dense weights."""
 
 from thinrank.optim.layers.base import Layer, NotMergeable, ReparamConfig
-from thinrank.optim.layers.convert import Conversion, convert, layers, merge, penalty
+from thinrank.optim.layers.convert import Conversion, convert, layers, merge, penalty, warmth
 from thinrank.optim.layers.loro import LORO
 from thinrank.optim.layers.lost import LOST
 from thinrank.optim.layers.lowrank import CoLA, LowRank
@@ -40,4 +40,5 @@ __all__ = [
     "layers",
     "merge",
     "penalty",
+    "warmth",
 ]

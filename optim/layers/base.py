@@ -30,12 +30,15 @@ class Layer(nn.Module):
     neither be sharded nor counted.
 
     Attributes:
+        config: by what it was made; `convert` sets it.
         in_features, out_features: sizes of x and y.
         bias: b, the layer's that this one replaces, or None.
     """
 
     COEFFICIENTS: ClassVar[tuple[str, ...]] = ()
     """Names of parameters that are no matrices, whatever their shape."""
+
+    config: Any = None
 
     def __init__(self, dense: Dense) -> None:
         super().__init__()
@@ -81,6 +84,10 @@ class Layer(nn.Module):
         """What the method adds to the loss for this layer (scalar), or None."""
         return None
 
+    def warmth(self, step: int) -> float:
+        """What the learning rate is multiplied by in the step after `step` of them, from 0 to 1."""
+        return 1.0
+
     # --- what acts during training ------------------------------------------------------------------------------------
 
     keeps: ClassVar[bool] = False
@@ -121,6 +128,11 @@ class ReparamConfig:
         if not self.targets:
             raise ValueError("targets must name at least one, got []: write targets=[all-linear], or reparam=none")
 
+    @property
+    def acts(self) -> bool:
+        """Whether its layers do something between steps."""
+        return False
+
     def check(self, dense: Dense) -> None:
         """Refuses a layer for which the values make no sense.
 
@@ -138,10 +150,6 @@ class ReparamConfig:
             ValueError: for a weight of which no factors can be made.
         """
         raise NotImplementedError
-
-    def warmth(self, step: int) -> float:
-        """What the learning rate is multiplied by in the step after `step` of them, from 0 to 1."""
-        return 1.0
 
     def plan(self, denses: Iterable[Dense]) -> ReparamConfig:
         """The same with what can only be decided by all the layers together."""

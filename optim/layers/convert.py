@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -59,6 +59,19 @@ class Conversion:
     def flops(self) -> tuple[int, int]:
         """Of the converted layers' forwards for one token, before and after."""
         return sum(2 * row.dense for row in self.rows), sum(row.flops for row in self.rows)
+
+    def summary(self) -> Mapping[str, int]:
+        """The figures for a report, in entries and FLOPs a token."""
+        flops = self.flops()
+        return {
+            "layers": len(self.rows),
+            "parameters_before": self.parameters[0],
+            "parameters_after": self.parameters[1],
+            "trained_before": self.trained[0],
+            "trained_after": self.trained[1],
+            "flops_before": flops[0],
+            "flops_after": flops[1],
+        }
 
     def table(self) -> str:
         """One line for each kind, shape and rank, and the whole model."""
@@ -123,6 +136,7 @@ def convert(
             layer = config.layer(dense, generator)
         except ValueError as error:
             raise ValueError(f"{dense.name} {error}") from error
+        layer.config = config
         made[dense.name] = layer.train(dense.module.training)
     for name, layer in made.items():
         set_module(model, name, layer)
@@ -244,21 +258,17 @@ def _merged(name: str, layer: Layer) -> nn.Module:
         raise NotMergeable(f"{name} cannot be merged: {error}") from error
 
 
+def warmth(model: nn.Module) -> Callable[[int], float] | None:
+    """The factor on the learning rate in the step after so many, from 0 to 1, by all converted layers; None: always 1.
+
+    `LambdaLR(optimizer, lambda step: schedule(step) * factor(step))`: layers that put other vectors in the place of
+    those that were trained want the optimizer to begin slowly with them.
+    """
+    kinds = {type(layer): layer for layer in layers(model).values() if type(layer).warmth is not Layer.warmth}
+    return (lambda step: min(layer.warmth(step) for layer in kinds.values())) if kinds else None
+
+
 def penalty(model: nn.Module) -> torch.Tensor | None:
     """What the converted layers add to the loss (scalar), or None where they add nothing."""
     found = [value for layer in layers(model).values() if (value := layer.penalty()) is not None]
     return torch.stack(found).sum() if found else None
-
-
-def summary(conversion: Conversion) -> Mapping[str, int]:
-    """The figures of a conversion for a report, in entries and FLOPs a token."""
-    flops = conversion.flops()
-    return {
-        "layers": len(conversion.rows),
-        "parameters_before": conversion.parameters[0],
-        "parameters_after": conversion.parameters[1],
-        "trained_before": conversion.trained[0],
-        "trained_after": conversion.trained[1],
-        "flops_before": flops[0],
-        "flops_after": flops[1],
-    }

@@ -75,6 +75,9 @@ class LOROLinear(LowRankLinear):
         upkeep.replace((self.A, self.B), upkeep.by_owner(self, exact, [old_a.shape, old_b.shape], old_a))
         upkeep.forget(self.A, self.B)
 
+    def warmth(self, step: int) -> float:
+        return self.config.warmth(step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LORO(RankedReparam):
@@ -100,9 +103,14 @@ class LORO(RankedReparam):
             raise ValueError(f"warmup must be from 0 to the {self.every} steps of a period, got {self.warmup!r}")
 
     def warmth(self, step: int) -> float:
+        """What the learning rate is multiplied by in the step after `step` of them."""
         if not self.warmup or step < self.every:
             return 1.0  # the schedule's own warm-up is enough before the first
         return min(1.0, (step % self.every + 1) / self.warmup)
+
+    @property
+    def acts(self) -> bool:
+        return True
 
     def layer(self, dense: Dense, generator: torch.Generator) -> LOROLinear:
         layer = LOROLinear(dense, self.rank_of(dense), self)

@@ -70,6 +70,9 @@ class ReLoRALinear(LowRankLinear):
         else:
             upkeep.forget(self.A, self.B)
 
+    def warmth(self, step: int) -> float:
+        return self.config.warmth(step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReLoRA(RankedReparam):
@@ -98,9 +101,14 @@ class ReLoRA(RankedReparam):
             raise ValueError(f"warmup must be from 0 to the {self.every} steps between merges, got {self.warmup!r}")
 
     def warmth(self, step: int) -> float:
+        """What the learning rate is multiplied by in the step after `step` of them."""
         if self.every is None or not self.warmup or step < self.every:
             return 1.0
         return min(1.0, step % self.every / self.warmup)
+
+    @property
+    def acts(self) -> bool:
+        return self.every is not None
 
     def layer(self, dense: Dense, generator: torch.Generator) -> ReLoRALinear:
         layer = ReLoRALinear(dense, self.rank_of(dense), self)

@@ -178,6 +178,9 @@ class SSTLinear(Layer):
         order[into], order[self.rank + out_of] = self.order[self.rank + out_of], self.order[into]
         self.order.copy_(order)
 
+    def warmth(self, step: int) -> float:
+        return self.config.warmth(step)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank} of {self.short}"
 
@@ -224,7 +227,12 @@ class SST(RankedReparam):
         choice("engine", self.engine, ENGINES)
 
     def warmth(self, step: int) -> float:
+        """What the learning rate is multiplied by in the step after `step` of them."""
         return min(1.0, (step % self.every + 1) / self.warmup) if self.warmup else 1.0
+
+    @property
+    def acts(self) -> bool:
+        return True
 
     def layer(self, dense: Dense, generator: torch.Generator) -> SSTLinear:
         layer = SSTLinear(dense, self.rank_of(dense), self)
