@@ -32,7 +32,9 @@ OWN = (
 
 QUIET = {"trainer.tensorboard": False, "trainer.export": False, "trainer.sample_tokens": 0}
 
-OF_A_METHOD = ("optimizer", "optimizer.", "adapter", "adapter.", "trainer.schedule.", "trainer.clip_norm")
+OF_A_METHOD = (
+    "optimizer", "optimizer.", "adapter", "adapter.", "reparam", "reparam.", "trainer.schedule.", "trainer.clip_norm",
+)  # fmt: skip
 """What methods may differ in; anything else is the same for all of them."""
 
 

@@ -49,6 +49,9 @@ def page(
     notes = _notes(study, results, failures)
     parts.append("\n".join(f"- {note}" for note in notes))
     parts.append(f"![{study.name}]({picture})" if problem is None else problem)
+    sizes = _sizes_table(study, results)
+    if sizes:
+        parts += ["## Sizes", sizes, SIZES_NOTE]
     if any(pace(found.pace) for found in results):
         parts += ["## Equal time", _time_table(study, results), TIME_NOTE.format(steps=study.pace_steps)]
     parts += ["## Every tuning run", "In the order in which they were chosen.", _tuning_table(study, results)]
@@ -166,6 +169,44 @@ def _notes(study: Study, results: Results, failures: Sequence[str]) -> list[str]
     if len({report["training"]["tokens"] for report in finished}) > 1:
         notes.append("Final runs differ in training tokens, so their figures do not compare.")
     return [*notes, *study.left_out, *(f"Failed: {failure}." for failure in failures)]
+
+
+SIZES_NOTE = (
+    "Entries of the whole model. FLOPs: of the converted layers' forwards for one token, over the dense layers'. "
+    "Training: weights, gradients and optimizer state of trained weights, as the parameters' sizes and the measured "
+    "state give it. Peak: resident set of a run's process, libraries and data included."
+)
+
+
+def _sizes_table(study: Study, results: Results) -> str:
+    """How large the models are that the methods train; empty where all are of one size."""
+    rows: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = []
+    for found in results:
+        reports = [each.report for each in found.final if each.report]
+        if reports:
+            rows.append((found.method.name, reports[0]["model"], reports))
+    if len({(model["parameters"], model["trained_parameters"]) for _, model, _ in rows}) < 2:
+        return ""
+    head = ["method", "parameters", "trained", "FLOPs", "state, MiB", "training, MiB", "peak, MiB", "tokens/s"]
+    lines = [_row(head), _row(["---", *("---:" for _ in head[1:])])]
+    for name, model, reports in rows:
+        flops = model.get("reparam", {})
+        training = 4 * (model["parameters"] + model["trained_parameters"]) + _state(reports)
+        lines.append(
+            _row(
+                [
+                    name,
+                    f"{model['parameters']:,}",
+                    f"{model['trained_parameters']:,}",
+                    f"{flops['flops_after'] / flops['flops_before']:.2f}" if flops else "1.00",
+                    _number(_state(reports) / 2**20, ".2f"),
+                    _number(training / 2**20, ".1f"),
+                    _number(_mean(r["memory"].get("peak_rss_mib") for r in reports), ",.0f"),
+                    _number(_mean(_speed(r["training"]) for r in reports), ",.0f"),
+                ]
+            )
+        )
+    return "\n".join(lines)
 
 
 TIME_NOTE = (

@@ -49,6 +49,9 @@ class Schema:
         for alias, group in self.aliases.items():
             outer, _, inner = alias.rpartition(".")
             if isinstance(values.get(outer), dict) and inner in values[outer]:
+                if group in values:
+                    where = at(document.places.get(alias, ""))
+                    raise ConfigError(f"{where}{alias} and {group} are one and the same: write one of them")
                 values[group] = values[outer].pop(inner)
         return Document(values=values, places={self.own_key(key): place for key, place in document.places.items()})
 

@@ -40,7 +40,7 @@ def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
     config: TrainingConfig = loaded.config
     found = laid_out(config, planned_world(config))
     world, sizes, model, routing, vocab = found.world, found.sizes, found.model, found.routing, found.vocab
-    dense, choice = found.job.adamw_bytes(model), config.strategy
+    dense, choice, conversion = found.job.adamw_bytes(model), config.strategy, found.job.conversion
     unplanned = f"there is no plan of memory and messages for strategy={choice.name} yet"
     name, state = loaded.names["optimizer"], routing.state_bytes()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -52,6 +52,7 @@ def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
         f"model {config.model.name} ({model.config.model_type}), vocabulary {vocab:,}: "
         f"{total:,} parameters{trained}, {mebibytes(weights)} of weights",
         *_by_role(routing),
+        *(["", f"layers of factors, reparam={config.reparam.name}", conversion.table()] if conversion else []),
         "",
         f"optimizer {name}",
         routing.table(),

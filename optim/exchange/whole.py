@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinrank.optim.exchange.dtensors import DTensorShards, is_sharded
-from thinrank.optim.exchange.replicas import connected
+from thinrank.optim.exchange.replicas import connected, gathered
 from thinrank.optim.exchange.shards import Carrier, Parcel, Shards
 from thinrank.optim.exchange.wire import Wire
+from thinrank.optim.exchange.zero import ZeroShards
 
 
 class Weights:
@@ -90,6 +91,19 @@ class Weights:
         """Multiplies the columns of a matrix (rows, columns) by `factors` (columns,), in place."""
         here, columns = self._here(param)
         here.mul_(factors if columns is None else factors[columns])
+
+    def publish(self) -> None:
+        """To be called when all that is written within a step has been written."""
+        if isinstance(self.shards, ZeroShards):
+            self.shards.publish()
+
+    def together(self, param: Tensor, values: Tensor) -> Tensor:
+        """`values` (n,) of all ranks that hold pieces of `param`, in any order; of a whole one, those of this rank."""
+        if not self._in_pieces(param):
+            return values
+        assert self.shards is not None
+        pieces = gathered(values.cpu(), "weights", values.device, self.wire.rare, self.shards.group)
+        return torch.cat(pieces).to(values.device)
 
     def here(self, param: Tensor) -> Tensor:
         """What lies here of a weight, or its master, of any shape, to be changed in place entry by entry."""

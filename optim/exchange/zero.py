@@ -27,9 +27,12 @@ from thinrank.versions import requirement, untested
 _NEEDS = {
     "1 or 2": (
         "round_robin_bit16_groups", "single_partition_of_fp32_groups", "partition_size",
-        "averaged_gradients", "params_in_partition",
+        "averaged_gradients", "params_in_partition", "parallel_partitioned_bit16_groups",
     ),
-    "3": ("fp16_groups", "fp32_partitioned_groups_flat", "averaged_gradients", "grad_partitions_flat_buffer"),
+    "3": (
+        "fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat", "averaged_gradients",
+        "grad_partitions_flat_buffer",
+    ),
 }  # fmt: skip
 _NEEDS_BOTH = ("dp_process_group", "loss_scale", "get_grad_norm_direct")
 
@@ -254,6 +257,17 @@ class ZeroShards:
         """Puts this rank's piece of a whole weight into the float32 master."""
         start, stop = self._places[param].spans[self._rank]
         self.weight(param).copy_(whole.reshape(-1)[start:stop])
+
+    def publish(self) -> None:
+        """Carries what was written into the masters to the weights that compute; within a step, since DeepSpeed does so
+        group by group and sends them to the other ranks at the end."""
+        for i, flat in enumerate(self._flats):
+            low = self._zero.fp16_partitioned_groups_flat[i] if self.stage == "3" else self._bit16(i)
+            if low is not flat:
+                low.data.copy_(flat.data)
+
+    def _bit16(self, group: int) -> Tensor:
+        return self._zero.parallel_partitioned_bit16_groups[group][self._rank]
 
     def _carrier(self) -> Carrier:
         return Carrier(self.group, self.wire.rare, self._flats[0].device)

@@ -99,6 +99,19 @@ class Layer(nn.Module):
     def after_step(self, upkeep: Upkeep) -> None:
         """Called after an optimizer's step."""
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As torch does, with a remedy where the saved layer is of another rank."""
+        own = {**self._parameters, **self._buffers}
+        for name, value in own.items():
+            saved = state_dict.get(prefix + name)
+            if value is not None and saved is not None and saved.shape != value.shape:
+                args[-1].append(
+                    f"{prefix}{name} is {tuple(saved.shape)} in what is loaded, and {tuple(value.shape)} here: convert "
+                    "the model with the rank, and the other settings, that it was saved with"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 

@@ -49,12 +49,16 @@ class Conversion:
         kept: names of matrices that presets would have chosen, and that are no linear layer's.
         parameters: of the model before and after.
         trained: of those, the trained ones, before and after.
+        weights: bytes of all of them, before and after.
+        training: bytes of these with a gradient and two moments of everything trained, in the weights' dtype.
     """
 
     rows: list[Converted] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     parameters: tuple[int, int] = (0, 0)
     trained: tuple[int, int] = (0, 0)
+    weights: tuple[int, int] = (0, 0)
+    training: tuple[int, int] = (0, 0)
 
     def flops(self) -> tuple[int, int]:
         """Of the converted layers' forwards for one token, before and after."""
@@ -71,6 +75,10 @@ class Conversion:
             "trained_after": self.trained[1],
             "flops_before": flops[0],
             "flops_after": flops[1],
+            "weights_bytes_before": self.weights[0],
+            "weights_bytes_after": self.weights[1],
+            "training_bytes_before": self.training[0],
+            "training_bytes_after": self.training[1],
         }
 
     def table(self) -> str:
@@ -93,6 +101,11 @@ class Conversion:
         lines.append(
             f"{'model':<22} {'':>14} {'':>6} {len(self.rows):>6} {self.parameters[0]:>13,} {self.parameters[1]:>13,} "
             f"{self.trained[1]:>13,} {after / max(before, 1):>6.2f}"
+        )
+        (w0, w1), (t0, t1) = ([size / 2**20 for size in pair] for pair in (self.weights, self.training))
+        lines.append(
+            f"weights: {w0:,.1f} → {w1:,.1f} MiB; with gradients and two moments of what is trained: "
+            f"{t0:,.1f} → {t1:,.1f} MiB"
         )
         if self.kept:
             lines.append(f"left as they are, being no linear layer's: {len(self.kept)} matrices ({self.kept[0]}, …)")
@@ -154,12 +167,15 @@ def convert(
         for name, layer in made.items()
     ]
     after = _counts(model)
-    return Conversion(rows, kept, (before[0], after[0]), (before[1], after[1]))
+    return Conversion(rows, kept, *zip(before, after, strict=True))
 
 
-def _counts(model: nn.Module) -> tuple[int, int]:
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+def _counts(model: nn.Module) -> tuple[int, int, int, int]:
+    """Entries, trained ones; bytes, and those of training."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    more = sum(3 * p.numel() * p.element_size() for p in trained)
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained), weights, weights + more
 
 
 def _chosen(model: nn.Module, config: ReparamConfig) -> tuple[list[Dense], list[str]]:

@@ -79,7 +79,7 @@ class ReLoRA(RankedReparam):
     """ReLoRA (Lialin et al. 2023, arXiv 2307.05695): factors that are merged into a frozen weight now and then.
 
     Defaults: the authors' are alpha=32.0, every=5000, of their 250M model, warmup=100 and keep=0.1, which prunes 90 %
-    of the moments by size (they also have 99.9 % at random; 0 forgets all, as in the SST paper's comparison); what the
+    of the moments by size, both at the same places here; 0 forgets all, as in the SST paper's comparison; what the
     shared class says is ours.
 
     Equations and shapes: `thinrank.optim.layers.relora`.

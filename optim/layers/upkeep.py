@@ -87,6 +87,7 @@ class Upkeep:
         """What comes after it."""
         for layer in self._layers.values():
             layer.after_step(cast("Any", self))
+        self.weights.publish()
 
     def detach(self) -> None:
         """Ends it: steps are steps of the optimizer alone from now on."""
@@ -149,4 +150,4 @@ class Upkeep:
 
     def prune(self, keep: float, *params: Tensor) -> None:
         """Of the optimizer's moments of `params` the share `keep` stays, the largest; the others become zero."""
-        prune(self.optimizer, params, keep)
+        prune(self.optimizer, params, keep, self.weights)

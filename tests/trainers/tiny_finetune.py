@@ -8,6 +8,7 @@ import torch
 from tiny_pretrain import write_corpus
 
 from thinrank.optim import AdamWConfig, MethodConfig
+from thinrank.optim.layers import ReparamConfig
 from thinrank.trainers.adapters import AdapterConfig
 from thinrank.trainers.data import FilesConfig
 from thinrank.trainers.data.tokenizer import load_tokenizer
@@ -46,6 +47,7 @@ def config(
     optimizer: MethodConfig | None = None,
     adapter: AdapterConfig | None = None,
     model: dict[str, Any] | None = None,
+    reparam: ReparamConfig | None = None,
     **trainer: Any,
 ) -> FinetuneConfig:
     """A run in `base/name` on `base/model` and `base/corpus`; further arguments are the trainer's."""
@@ -54,6 +56,7 @@ def config(
         run=RunConfig(name=name, dir=str(base / name)),
         model=folder,
         adapter=adapter if adapter is not None else AdapterConfig(),
+        reparam=reparam if reparam is not None else ReparamConfig(),
         data=FilesConfig(
             train=[str(base / "corpus" / "*.txt")],
             validation_fraction=0.3,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from thinrank.optim import DCTAdamWConfig, GaLoreConfig, MethodConfig
+from thinrank.optim.layers import ReparamConfig
 from thinrank.trainers.data import FilesConfig, TextData
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig, pretrain
@@ -39,7 +40,18 @@ def write_corpus(folder):
         (folder / f"{index}.txt").write_text(text)
 
 
-def config(base, name, *, optimizer: MethodConfig = METHOD, strategy=None, run=None, model=None, data=None, **trainer):
+def config(
+    base,
+    name,
+    *,
+    optimizer: MethodConfig = METHOD,
+    strategy=None,
+    reparam=None,
+    run=None,
+    model=None,
+    data=None,
+    **trainer,
+):
     """A run in `base/name` on the corpus `base/corpus`; further arguments are the trainer's."""
     base = Path(base)
     settings = {
@@ -80,6 +92,7 @@ def config(base, name, *, optimizer: MethodConfig = METHOD, strategy=None, run=N
         ),
         optimizer=optimizer,
         strategy=strategy or StrategyConfig(),
+        reparam=reparam or ReparamConfig(),
         trainer=TrainerConfig(**settings),
     )
 
