@@ -2,6 +2,7 @@
 
 from thinrank.optim.layers.base import Layer, NotMergeable, ReparamConfig
 from thinrank.optim.layers.convert import Conversion, convert, layers, merge, penalty
+from thinrank.optim.layers.lorentz import LorentzLinear
 from thinrank.optim.layers.loro import LORO
 from thinrank.optim.layers.lost import LOST
 from thinrank.optim.layers.lowrank import CoLA, LowRank
@@ -30,6 +31,7 @@ __all__ = [
     "CoLA",
     "Conversion",
     "Layer",
+    "LorentzLinear",
     "LowRank",
     "NotMergeable",
     "ReLoRA",
