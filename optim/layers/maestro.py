@@ -27,12 +27,13 @@ model. Statistics of batch normalisation, which the authors estimate anew before
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from thinrank.optim.exchange.dtensors import is_sharded
 from thinrank.optim.layers.base import Layer, ReparamConfig, like
 from thinrank.optim.layers.convert import layers, refuse_held, set_module
 from thinrank.optim.layers.dense import Dense
@@ -108,10 +109,7 @@ class MaestroLinear(Layer):
     def penalty(self) -> Tensor:
         """λ Σ_b (‖U[:, b:]‖_F + ‖V[:, b:]‖_F) over the columns that are left; its gradient is zero where a norm is."""
         kept = self.known("width")
-        sums = [tails(factor[:, :kept].float().square().sum(0)) for factor in (self.U, self.V)]
-        positive = [sum_ > 0 for sum_ in sums]
-        norms = [torch.where(p, torch.where(p, s, 1.0).sqrt(), 0.0) for p, s in zip(positive, sums, strict=True)]
-        return self.config.lasso * (norms[0].sum() + norms[1].sum())
+        return self.config.lasso * (_tail_norms(self.U, kept) + _tail_norms(self.V, kept))
 
     def pruned(self) -> nn.Module:
         """Plain factors of the columns that are left; or a dense layer, where that has fewer numbers."""
@@ -164,6 +162,23 @@ class MaestroLinear(Layer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, width={self.known('width')} of {self.rank}"
+
+
+def _tail_norms(factor: Tensor, kept: int) -> Tensor:
+    """`Σ_{b ≤ kept} ‖F[:, b:kept]‖_F` of a factor (rows, k) that may be in pieces, rows here and there.
+
+    Its gradient, `F_j Σ_{b ≤ j} 1 / ‖F[:, b:]‖` for column j, is that of half a weighted sum of squares, which each
+    rank takes of what it has, while the weights are everybody's.
+    """
+    cut, whole = is_sharded(factor), cast("Any", factor)
+    here = whole.to_local() if cut else whole
+    with torch.no_grad():
+        squares = whole.float().square().sum(0)
+        squares = squares.full_tensor() if cut else squares
+        norms = tails(squares[:kept]).sqrt()
+        weights = torch.where(norms > 0, 1 / norms, 0.0).cumsum(0)
+    half = (here[:, :kept].float().square() * weights).sum() / 2
+    return norms.sum() + half - half.detach()
 
 
 def _next_pair(peers: list[MaestroLinear], upkeep: Upkeep, clock: int, *, anew: bool) -> None:

@@ -1,11 +1,15 @@
 """Ordered factors: what is drawn, what it finds, what is dropped."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from thinrank.optim import AdamWConfig, build
@@ -290,6 +294,51 @@ def test_shrink_refuses_what_would_go_wrong():
         shrink(model, optimizer)
     with pytest.raises(ValueError, match=r"no layer of Maestro: convert\(model, Maestro\(\)\)"):
         shrink(Net())
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+
+def on_ranks(sampler: str, sharded: bool = False) -> tuple[list[list[int]], list[int], list[Tensor]]:
+    """Every rank has its share of the rows; returns what was cut, what is left, and the weights."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    bare: Any = net(sampler=sampler, every=3, eps=0.1, lasso=0.02)
+    model = bare
+    if sharded:
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        mesh = init_device_mesh("cpu", (size,))
+        for layer in parts(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif size > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = build(bare, AdamWConfig(lr=0.02))
+    upkeep, used = Upkeep(bare, optimizer, seed=4), []  # of the model itself, whose names are those of one process
+    for step in range(14):
+        x = numbers(16, 6, seed=step).chunk(size)[rank]
+        add = penalty(model)
+        assert add is not None
+        optimizer.zero_grad()
+        ((model(x) - torch.sin(x[:, :5])).square().mean() + add).backward()
+        used.append(cuts(model))
+        optimizer.step()
+    upkeep.detach()
+    weights: list[Any] = [p.detach() for p in model.parameters()]
+    return (
+        used,
+        [layer.known("width") for layer in parts(model)],
+        [getattr(w, "full_tensor", w.clone)() for w in weights],
+    )
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("sampler", ["per_layer", "across_layers"])
+def test_ranks_draw_alike_and_train_as_one_process_does(ranks, sampler, sharded):
+    alone = on_ranks(sampler)
+    assert sum(alone[1]) < 11
+    for used, widths, weights in ranks(2).run(on_ranks, sampler, sharded):
+        assert (used, widths) == alone[:2]
+        torch.testing.assert_close(weights, alone[2], rtol=1e-3, atol=1e-4)
 
 
 # --- what all layers do -----------------------------------------------------------------------------------------------
