@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from thinrank.trainers import ModelConfig, PySourceConfig
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -16,6 +18,7 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -46,10 +49,27 @@ def test_replicas():
     assert "0.39 of what gradients would have been" in done.stdout
 
 
+def test_hyperbolic_links():
+    example = load("hyperbolic_links")
+    table = example.compare(nodes=120, steps=20, seeds=(0,), rates=(1e-2,))[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [row[:2] for row in cells] == [[space, name] for space in example.SPACES for name in example.METHODS]
+    trained = {row[1]: int(row[2].replace(",", "")) for row in cells if row[0] == "hyperbolic"}
+    assert max(trained["SST"], trained["factors"], trained["LoRA"]) < 0.6 * trained["dense"]
+    assert min(float(row[5]) for row in cells) > 0.55  # chance is 0.5
+
+
+def test_areas_under_curves_are_counted():
+    auc = load("hyperbolic_links").auc
+    assert auc(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 0.0])) == 1.0
+    assert auc(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0])) == (0.5 + 0 + 1 + 1) / 4
+
+
 def test_every_example_is_run_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "own_loop",
         "groups_by_hand",
         "lightning_user",
         "replicas",
+        "hyperbolic_links",
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -153,8 +153,8 @@ class ReparamConfig:
             ValueError: with the name and the remedy.
         """
 
-    def layer(self, dense: Dense, generator: torch.Generator) -> Layer:
-        """The layer in the place of `dense`; on the meta device where it is there.
+    def layer(self, dense: Dense, generator: torch.Generator) -> Layer | None:
+        """The layer in the place of `dense`, on the meta device where it is there; None where `dense` stays.
 
         Args:
             generator: on the CPU, for everything that is drawn.
@@ -167,6 +167,9 @@ class ReparamConfig:
     def plan(self, denses: Iterable[Dense]) -> ReparamConfig:
         """The same with what can only be decided by all the layers together."""
         return self
+
+    def settle(self, model: nn.Module, made: Mapping[str, Layer]) -> None:
+        """Called with the layers in their places, by name, for what concerns the rest of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

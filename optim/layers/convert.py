@@ -149,10 +149,12 @@ def convert(
             layer = config.layer(dense, generator)
         except ValueError as error:
             raise ValueError(f"{dense.name} {error}") from error
-        layer.config = config
-        made[dense.name] = layer.train(dense.module.training)
+        if layer is not None:
+            layer.config = config
+            made[dense.name] = layer.train(dense.module.training)
     for name, layer in made.items():
         set_module(model, name, layer)
+    config.settle(model, made)
     rows = [
         Converted(
             name=name,
@@ -252,6 +254,15 @@ def merge(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> n
     found = layers(model)
     if not found:
         raise ValueError("the model has no converted layer: there is nothing to merge")
+    refuse_held(found, optimizer)
+    dense = {name: _merged(name, layer) for name, layer in found.items()}
+    for name, module in dense.items():
+        set_module(model, name, module)
+    return model
+
+
+def refuse_held(found: Mapping[str, Layer], optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuses layers that an optimizer steps, or that are in pieces, for who puts others in their places."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
     for name, layer in found.items():
         if any(id(p) in held for p in layer.parameters()):
@@ -261,10 +272,6 @@ def merge(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> n
             )
         if any(type(p.data) is not torch.Tensor for p in layer.parameters()):
             raise ValueError(f"{name} is in pieces: gather the whole weights, or merge on export")
-    dense = {name: _merged(name, layer) for name, layer in found.items()}
-    for name, module in dense.items():
-        set_module(model, name, module)
-    return model
 
 
 def _merged(name: str, layer: Layer) -> nn.Module:

@@ -112,6 +112,10 @@ class Upkeep:
         """A generator on the CPU for what `layer` draws at its time `count`: the same on all ranks."""
         return torch.Generator().manual_seed(seed_of(self.seed, key_of(self._names[id(layer)][0]), count))
 
+    def peers(self, kind: type[Any]) -> list[Any]:
+        """All layers of a kind, in the model's order, for what is decided for all of them together."""
+        return [layer for layer in self._layers.values() if isinstance(layer, kind)]
+
     def clamp_(self, *params: Tensor) -> None:
         """No entry below zero."""
         for param in params:

@@ -81,6 +81,11 @@ def exchange_of(order: Tensor, count: int, chosen: Tensor) -> tuple[Tensor, Tens
     return (~held[:count]).nonzero()[:, 0], held[count:].nonzero()[:, 0]
 
 
+def tails(squares: Tensor) -> Tensor:
+    """What is left of a sum from each place on: `Σ_{j ≥ i} x_j` of (k,), (k,)."""
+    return squares.flip(0).cumsum(0).flip(0)
+
+
 def unit_columns(squares: Tensor) -> Tensor:
     """What each column is multiplied by to have length one, by the sums of its squares (r,) in float32 or float64.
 
