@@ -99,7 +99,7 @@ class Layer(nn.Module):
     def after_step(self, upkeep: Upkeep) -> None:
         """Called after an optimizer's step."""
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As torch does, with a remedy where the saved layer is of another rank."""
         own = {**self._parameters, **self._buffers}
         for name, value in own.items():

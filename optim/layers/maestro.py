@@ -253,6 +253,10 @@ class Maestro(ReparamConfig):
         if self.every is not None:
             whole_steps("every", self.every)
 
+    @property
+    def acts(self) -> bool:
+        return True
+
     def layer(self, dense: Dense, generator: torch.Generator) -> MaestroLinear:
         layer = MaestroLinear(dense, self)
         if not dense.is_meta:

@@ -42,7 +42,7 @@ class Upkeep:
         self._layers = {
             name: layer for name, layer in model.named_modules() if isinstance(layer, Layer) and layer.keeps
         }
-        self._names = {id(layer): (name, i) for i, (name, layer) in enumerate(self._layers.items())}
+        self._names = {id(layer): (_own_name(name), i) for i, (name, layer) in enumerate(self._layers.items())}
         self._clocks: dict[int, int] = {}
         self._weights: Weights | None = None
         self._held: list[Any] = []
@@ -155,3 +155,8 @@ class Upkeep:
     def prune(self, keep: float, *params: Tensor) -> None:
         """Of the optimizer's moments of `params` the share `keep` stays, the largest; the others become zero."""
         prune(self.optimizer, params, keep, self.weights)
+
+
+def _own_name(name: str) -> str:
+    """A layer's name in its own model, whatever wraps that (DDP, torch.compile): draws are seeded by it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from thinrank.optim import AdamWConfig, build
+from thinrank.optim import layers as converted
 from thinrank.optim.layers import Upkeep
 
 VOCABULARY = 40
@@ -39,7 +40,12 @@ def language_model(kind: str = "llama", seed: int = 0, **settings: Any) -> Any:
 
 
 class Mlp(nn.Module):
-    """Wide, tall, square and 1-wide linear layers, with and without bias, for float64."""
+    """Wide, tall and square linear layers, with and without bias, for float64."""
+
+    up: Any
+    square: Any
+    down: Any
+    last: Any
 
     def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -50,6 +56,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.down(torch.tanh(self.square(torch.tanh(self.up(x))))))
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    """The converted layers of a model by name."""
+    return dict(converted.layers(model))
 
 
 def batch(step: int, rows: int = 8, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:

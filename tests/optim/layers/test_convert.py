@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from models import VOCABULARY, Mlp, language_model
+from models import VOCABULARY, Mlp, language_model, layers
 from torch import nn
 
 from thinrank.optim import AdamWConfig, Role, build, roles
@@ -20,7 +20,6 @@ from thinrank.optim.layers import (
     ReparamConfig,
     SLTrain,
     convert,
-    layers,
     merge,
 )
 

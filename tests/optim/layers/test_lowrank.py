@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from models import Mlp, batch, loss_of, prepared, train
+from models import Mlp, batch, layers, loss_of, prepared, train
 from torch.nn import functional as F
 
-from thinrank.optim.layers import LORO, LOST, CoLA, LowRank, ReLoRA, SLTrain, convert, layers, warmth
+from thinrank.optim.layers import LORO, LOST, CoLA, LowRank, ReLoRA, SLTrain, convert, warmth
 from thinrank.optim.layers.lost import strongest_columns
 from thinrank.optim.linalg.factor import singular
 

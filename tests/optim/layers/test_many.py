@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import Mlp, batch
+from models import Mlp, batch, layers
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from thinrank.optim import AdamWConfig, build, own, replicate
-from thinrank.optim.layers import LORO, LOST, SST, CoLA, ReLoRA, SLTrain, Upkeep, convert, layers
+from thinrank.optim.layers import LORO, LOST, SST, CoLA, ReLoRA, SLTrain, Upkeep, convert
 
 STEPS = 10
 CONFIGS = {

@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-from models import Mlp, batch, loss_of, prepared, train
+from models import Mlp, batch, layers, loss_of, prepared, train
 
 from thinrank.optim import AdamWConfig, GaLoreConfig
-from thinrank.optim.layers import SST, Upkeep, convert, layers, warmth
+from thinrank.optim.layers import SST, Upkeep, convert, warmth
 from thinrank.optim.layers.spectral import dense_cost, factor_cost
 from thinrank.optim.linalg.factor import mixture
 
