@@ -151,8 +151,16 @@ class ReparamConfig:
         """
         raise NotImplementedError
 
-    def plan(self, denses: Iterable[Dense]) -> ReparamConfig:
-        """The same with what can only be decided by all the layers together."""
+    def plan(self, denses: Iterable[Dense], model: nn.Module | None = None) -> ReparamConfig:
+        """The same with what can only be decided by all the layers together.
+
+        Args:
+            denses: the layers that are replaced, in the model's order.
+            model: whose they are.
+
+        Raises:
+            ValueError: where they do not go together.
+        """
         return self
 
 

@@ -128,7 +128,7 @@ def convert(
     before = _counts(model)
     for dense in chosen:
         config.check(dense)
-    config = config.plan(chosen)
+    config = config.plan(chosen, model)
     made: dict[str, Layer] = {}
     for dense in chosen:
         generator = torch.Generator().manual_seed(seed_of(seed, key_of(dense.name), 0))
