@@ -128,12 +128,12 @@ def convert(
     before = _counts(model)
     for dense in chosen:
         config.check(dense)
-    config = config.plan(chosen, model)
+    planned = config.plan(chosen, model)
     made: dict[str, Layer] = {}
     for dense in chosen:
         generator = torch.Generator().manual_seed(seed_of(seed, key_of(dense.name), 0))
         try:
-            layer = config.layer(dense, generator)
+            layer = planned.layer(dense, generator)
         except ValueError as error:
             raise ValueError(f"{dense.name} {error}") from error
         layer.config = config

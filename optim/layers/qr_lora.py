@@ -4,7 +4,8 @@
 
 q_i (out,) are columns of Q, r_iᵀ Πᵀ (in,) rows of R with columns in the order of W₀. Only λ (r,) is trained, from zero
 on. r is the least number with  Σ_{i ≤ r} R_ii² ≥ τ Σ_i R_ii²,  or the one that `rank` says. The paper was read in its
-abstract and in a digest, and whether it sums R_ii² or |R_ii| was not to be seen: squares are ours.
+abstract and in a digest, and whether it sums R_ii² or |R_ii| was not to be seen: squares are ours. On the meta device,
+where there are no values to choose r by, it is the most that there can be.
 """
 
 from __future__ import annotations
@@ -61,16 +62,11 @@ class QRLoRA(ReparamConfig):
                 f"rank {self.rank} is above the shorter side of {dense.name}, {dense.shape}: lower it, or leave it out "
                 "and have tau decide"
             )
-        if self.rank is None and dense.is_meta:
-            raise ValueError(
-                f"tau needs the values of {dense.name}, which is on the meta device, to choose a rank: set rank, or "
-                "convert the model with its weights"
-            )
 
     def layer(self, dense: Dense, generator: torch.Generator) -> TripleLinear:
         if dense.is_meta:
-            assert self.rank is not None  # by `check`
-            return TripleLinear(dense, share_of(self.rank, min(dense.shape)), trained=("s",))
+            short = min(dense.shape)
+            return TripleLinear(dense, short if self.rank is None else share_of(self.rank, short), trained=("s",))
         q, r, order = pivoted_qr(dense.weight)
         diagonal = r.gather(1, order[:, None])[:, 0]
         rank = leading(diagonal.square(), self.tau) if self.rank is None else share_of(self.rank, len(order))

@@ -202,6 +202,14 @@ def test_what_stands_between_values_and_output_keeps_them_apart():
             assert torch.equal(layer.base, plain[name])
 
 
+def test_layers_remember_what_was_said_and_not_the_model_that_they_were_made_of():
+    model = converted("llama")
+    said = CLOVER(targets=ALL)
+    for layer in layers(model).values():
+        assert layer.config == said
+        assert vars(layer.config) == vars(said)
+
+
 def test_an_output_that_is_not_converted_stays_as_it_is():
     model = llama()
     before = logits(model)
