@@ -133,6 +133,11 @@ class ReparamConfig:
         """Whether its layers do something between steps."""
         return False
 
+    @property
+    def freezes(self) -> bool:
+        """Whether conversion leaves nothing to be trained but the new layers' own parameters."""
+        return False
+
     def check(self, dense: Dense) -> None:
         """Refuses a layer for which the values make no sense.
 
@@ -162,6 +167,24 @@ class ReparamConfig:
             ValueError: where they do not go together.
         """
         return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(ReparamConfig):
+    """For weights that have learnt something: few numbers are trained, and the rest of the model stays as it is.
+
+    Defaults: ours is freeze=True.
+    """
+
+    freeze: bool = field(
+        default=True, metadata={"help": "leave everything else untrained: biases, norms, embeddings, other layers"}
+    )
+
+    PRETRAINS = False
+
+    @property
+    def freezes(self) -> bool:
+        return self.freeze
 
 
 @dataclass(frozen=True, kw_only=True)

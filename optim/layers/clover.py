@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thinrank.optim.heads import HeadLayout, attention_layouts
-from thinrank.optim.layers.base import Layer, ReparamConfig, like
+from thinrank.optim.layers.base import FineTuning, Layer, like
 from thinrank.optim.layers.dense import Dense
 from thinrank.optim.linalg.factor import singular
 
@@ -167,7 +167,7 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLOVER(ReparamConfig):
+class CLOVER(FineTuning):
     """CLOVER (Meng et al. 2025, arXiv 2411.17426): small cores between orthonormal vectors of each head are trained.
 
     The authors adapt `up_proj` as well: targets=[attention, up_proj].
@@ -187,7 +187,6 @@ class CLOVER(ReparamConfig):
         default=None, metadata={"help": "rows of a block outside attentions; null: the size of a head"}
     )
 
-    PRETRAINS = False
     _places: ClassVar[Mapping[str, Place] | None] = None
 
     def __post_init__(self) -> None:

@@ -106,7 +106,7 @@ def convert(
 
     Every rank must call it, with the same weights. What is drawn depends on `seed` and the layer's name alone; what is
     computed, each rank computes by itself, so have the first one's weights sent to all before training, as DDP and
-    thinrank's strategies do.
+    thinrank's strategies do. Methods for fine-tuning freeze everything else (`freeze`).
 
     Args:
         model: on any device; on the meta device the new layers have shapes and no values.
@@ -140,6 +140,11 @@ def convert(
         made[dense.name] = layer.train(dense.module.training)
     for name, layer in made.items():
         set_module(model, name, layer)
+    if config.freezes:
+        own = {id(p) for layer in made.values() for key, p in layer.named_parameters() if key != "bias"}
+        for p in model.parameters():
+            if id(p) not in own:
+                p.requires_grad_(False)
     rows = [
         Converted(
             name=name,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from thinrank.optim.layers.base import ReparamConfig
+from thinrank.optim.layers.base import FineTuning
 from thinrank.optim.layers.dense import Dense
 from thinrank.optim.layers.triples import TripleLinear
 from thinrank.optim.linalg.factor import share_of
@@ -30,7 +30,7 @@ def leading(squares: Tensor, tau: float) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QRLoRA(ReparamConfig):
+class QRLoRA(FineTuning):
     """QR-LoRA (Liang & Bharadwaj 2025, arXiv 2508.21810): numbers before the leading terms of a pivoted QR are trained.
 
     Defaults: the paper's is tau=0.9, the lower end of what it tries; ours are rank=None, which leaves it to tau, and
@@ -44,8 +44,6 @@ class QRLoRA(ReparamConfig):
     rank: int | float | None = field(
         default=None, metadata={"help": "terms, a number or a share of the shorter side, in the place of tau"}
     )
-
-    PRETRAINS = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from thinrank.optim.layers.base import RankedReparam
+from thinrank.optim.layers.base import FineTuning, RankedReparam
 from thinrank.optim.layers.dense import Dense
 from thinrank.optim.layers.triples import TripleLinear
 from thinrank.optim.linalg.factor import singular
@@ -50,14 +50,14 @@ class SORSALinear(TripleLinear):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SORSA(RankedReparam):
+class SORSA(FineTuning, RankedReparam):
     """SORSA (Cao 2024, arXiv 2409.00055): the top singular triples are trained, and held nearly orthonormal.
 
     `penalty(model)` must be added to the loss, and `lr` must be the optimizer's.
 
     Defaults: the authors' are rank=128, alpha=None, which stands for a factor of 1, and gamma=0.0004; they train by
     lr=3e-05, but here there is none (lr=None), since it must be that of the run; ours are factors=None, which stands
-    for all U and V that are converted at once, and what the shared class says is.
+    for all U and V that are converted at once, and what the shared classeses say is.
 
     Equations and shapes: `thinrank.optim.layers.sorsa`.
     """
@@ -78,8 +78,6 @@ class SORSA(RankedReparam):
     factors: int | None = field(
         default=None, metadata={"help": "factors over which the penalty is a mean; null: all that are converted"}
     )
-
-    PRETRAINS = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from thinrank.optim.layers.base import RankedReparam, like
+from thinrank.optim.layers.base import FineTuning, RankedReparam, like
 from thinrank.optim.layers.dense import Dense
 from thinrank.optim.layers.triples import TripleLinear
 from thinrank.optim.linalg.factor import singular
@@ -73,11 +73,11 @@ class RotationalLinear(TripleLinear):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectralAdapter(RankedReparam):
+class SpectralAdapter(FineTuning, RankedReparam):
     """Spectral Adapter (Zhang & Pilanci 2024, arXiv 2405.13952): singular vectors are shifted, or turned.
 
     Defaults: the authors' are mode=additive and offset=0, the largest singular values; ours are rank=8 and what the
-    shared class says is.
+    shared classes say is.
 
     Equations and shapes: `thinrank.optim.layers.spectral_adapter`.
     """
@@ -88,8 +88,6 @@ class SpectralAdapter(RankedReparam):
     )
     mode: str = field(default="additive", metadata={"help": "what is trained: additive (shifts), rotational (turns)"})
     offset: int = field(default=0, metadata={"help": "larger singular values that come before the block"})
-
-    PRETRAINS = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

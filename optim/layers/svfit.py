@@ -11,18 +11,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from thinrank.optim.layers.base import RankedReparam
+from thinrank.optim.layers.base import FineTuning, RankedReparam
 from thinrank.optim.layers.dense import Dense
 from thinrank.optim.layers.triples import TripleLinear
 from thinrank.optim.linalg.factor import singular
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVFit(RankedReparam):
+class SVFit(FineTuning, RankedReparam):
     """SVFit (Sun et al. 2024, arXiv 2409.05926): the largest singular values are trained, and nothing else.
 
     Defaults: ours are rank=0.5, since the paper was read in its abstract and says that a large one is meant, and what
-    the shared class says is.
+    the shared classes say is.
 
     Equations and shapes: `thinrank.optim.layers.svfit`.
     """
@@ -31,8 +31,6 @@ class SVFit(RankedReparam):
     rank: int | float = field(
         default=0.5, metadata={"help": "singular values trained: a number, or a share of the shorter side"}
     )
-
-    PRETRAINS = False
 
     def layer(self, dense: Dense, generator: torch.Generator) -> TripleLinear:
         layer = TripleLinear(dense, self.rank_of(dense), trained=("s",))

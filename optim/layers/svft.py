@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from thinrank.optim.layers.base import ReparamConfig, like
+from thinrank.optim.layers.base import FineTuning, like
 from thinrank.optim.layers.dense import Dense
 from thinrank.optim.layers.triples import TripleLinear
 from thinrank.optim.linalg.factor import singular
@@ -73,7 +73,7 @@ class SVFTLinear(TripleLinear):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVFT(ReparamConfig):
+class SVFT(FineTuning):
     """SVFT (Lingam et al. 2024, arXiv 2405.19597): a sparse matrix between all singular vectors is trained.
 
     Defaults: the paper's first is pattern=plain; ours are bands=2, which says nothing for it, gate=False, where the
@@ -88,8 +88,6 @@ class SVFT(ReparamConfig):
         default=2, metadata={"help": "diagonals on each side of the main one; random and topk take as many entries"}
     )
     gate: bool = field(default=False, metadata={"help": "one more trained number, whose sigmoid multiplies the matrix"})
-
-    PRETRAINS = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -61,9 +61,11 @@ def test_the_function_is_the_same_at_first_and_dense_weights_do_what_the_cores_d
 
 
 @every
-def test_cores_are_trained_and_nothing_else_of_a_layer(kind):
-    for name, layer in layers(converted(kind)).items():
-        trained = {key: p for key, p in layer.named_parameters() if p.requires_grad and key != "bias"}
+def test_cores_are_trained_and_nothing_else(kind):
+    model = converted(kind)
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"core"}
+    for name, layer in layers(model).items():
+        trained = {key: p for key, p in layer.named_parameters() if p.requires_grad}
         if isinstance(layer, FrozenLinear):
             assert not trained
             assert name.endswith(("o_proj", "out_proj", "attn.c_proj"))

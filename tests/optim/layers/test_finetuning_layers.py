@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -83,12 +83,27 @@ def test_the_right_parameters_are_trained(way):
     for layer in layers(model).values():
         trained = {name for name, p in layer.named_parameters() if p.requires_grad} - {"bias"}
         assert trained == WAYS[way][1]
-        assert layer.bias is None or layer.bias.requires_grad
+        assert layer.bias is None or not layer.bias.requires_grad
         assert not any(b.is_floating_point() for b in layer.buffers())
     role = roles(model)
     for name, p in model.named_parameters():
-        if p.requires_grad and not name.endswith("bias"):
+        if p.requires_grad:
             assert role[name] is (Role.MATRIX if p.ndim == 2 else Role.COEFFICIENT)
+
+
+@both
+def test_the_rest_of_the_model_is_frozen_unless_it_is_to_learn_too(way):
+    config, own = WAYS[way]
+    model = llama()
+    report = convert(model, config)
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == own
+    assert report.trained[1] == sum(row.trained for row in report.rows)
+    model = llama()
+    convert(model, replace(config, freeze=False))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert all(name.rpartition(".")[0] in layers(model) for name in frozen)
 
 
 @both
@@ -296,7 +311,7 @@ def test_svft_trains_as_many_numbers_as_the_paper_says(pattern, count):
     convert(model, SVFT(pattern=pattern, bands=d, targets=["square"]))
     layer = layers(model)["square"]
     assert isinstance(layer, SVFTLinear)
-    assert layer.parameters_trained() - k == count  # k of the bias
+    assert layer.parameters_trained() == count
     if layer.index is not None:
         assert len(set(layer.index.tolist())) == count
         assert 0 <= int(layer.index.min()) <= int(layer.index.max()) < k * k
@@ -330,7 +345,7 @@ def test_svft_topk_takes_the_largest_products_of_singular_vectors():
 def test_more_bands_than_there_are_are_all():
     model = net()
     convert(model, SVFT(pattern="banded", bands=99, targets=["square"]))
-    assert layers(model)["square"].parameters_trained() == 25 + 5
+    assert layers(model)["square"].parameters_trained() == 25
 
 
 def test_random_places_depend_on_the_seed_and_the_name_alone():
