@@ -56,8 +56,8 @@ class LoraConfig(AdapterConfig):
     init: str = field(
         default="lora",
         metadata={
-            "help": "first factors: lora (no change), pissa (the weight's leading singular triples, taken out of it), "
-            "pissa_niter_4, … (the same by randomised SVD with so many iterations)"
+            "help": "first factors: lora (no change), pissa (singular triples, taken out of the weights), "
+            "pissa_niter_4, … (by randomised SVD)"
         },
     )
 

@@ -57,7 +57,7 @@ class SORSA(FineTuning, RankedReparam):
 
     Defaults: the authors' are rank=128, alpha=None, which stands for a factor of 1, and gamma=0.0004; they train by
     lr=3e-05, but here there is none (lr=None), since it must be that of the run; ours are factors=None, which stands
-    for all U and V that are converted at once, and what the shared classeses say is.
+    for all U and V that are converted at once, and what the shared classes say is.
 
     Equations and shapes: `thinrank.optim.layers.sorsa`.
     """
