@@ -29,8 +29,12 @@ from thinrank.optim.methods.config import number
 
 
 def skewness(factor: Tensor) -> Tensor:
-    """`‖FᵀF − I‖_F` of a factor (rows, r) in float32 or better, a scalar; its gradient at zero is zero."""
-    f = factor.to(torch.promote_types(factor.dtype, torch.float32))
+    """`‖FᵀF − I‖_F` of a factor (rows, r) in float32 or better, a scalar; its gradient at zero is zero.
+
+    One that lies in pieces (a `DTensor`) is put together first; each rank gets its own piece of the gradient.
+    """
+    whole: Tensor = factor.full_tensor() if hasattr(factor, "full_tensor") else factor  # pyright: ignore
+    f = whole.to(torch.promote_types(whole.dtype, torch.float32))
     return torch.linalg.matrix_norm(f.mT @ f - torch.eye(f.shape[1], dtype=f.dtype, device=f.device))
 
 
