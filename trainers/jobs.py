@@ -99,7 +99,10 @@ class Finetuning(Job):
 
     @property
     def keeps_frozen(self) -> bool:
-        return self.conversion is not None  # else they are in the folder, and `origin` says whether it is the same
+        adapter = self.config.adapter
+        moved = isinstance(adapter, LoraConfig) and adapter.changes_base
+        # else they are in the folder, and `origin` says whether it is the same
+        return self.conversion is not None or moved
 
     def check(self) -> None:
         path = self.config.model.path
@@ -138,7 +141,7 @@ class Finetuning(Job):
         if not isinstance(self.config.adapter, LoraConfig):
             return super().export(model, tokenizer, folder)
         with replacing_folder(folder.adapter, "adapter_config.json") as temporary:
-            save_adapter(model, temporary)
+            save_adapter(model, temporary, lambda: self._base(1, meta=False))
         return {"adapter": "adapter", **super().export(merge_adapter(model), tokenizer, folder)}
 
 

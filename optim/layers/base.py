@@ -164,12 +164,46 @@ class ReparamConfig:
         """
         raise NotImplementedError
 
-    def plan(self, denses: Iterable[Dense]) -> ReparamConfig:
-        """The same with what can only be decided by all the layers together."""
+    def plan(self, denses: Iterable[Dense], model: nn.Module | None = None) -> ReparamConfig:
+        """The same with what can only be decided by all the layers together.
+
+        Args:
+            denses: the layers that are replaced, in the model's order.
+            model: whose they are.
+
+        Raises:
+            ValueError: where they do not go together.
+        """
         return self
 
     def settle(self, model: nn.Module, made: Mapping[str, Layer]) -> None:
         """Called with the layers in their places, by name, for what concerns the rest of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(ReparamConfig):
+    """For weights that have learnt something: few numbers are trained, and the rest of the model stays as it is.
+
+    Defaults: ours is freeze=True.
+    """
+
+    freeze: bool = field(
+        default=True, metadata={"help": "leave everything else untrained: biases, norms, embeddings, other layers"}
+    )
+
+    PRETRAINS = False
+
+    def settle(self, model: nn.Module, made: Mapping[str, Layer]) -> None:
+        if self.freeze:
+            freeze_others(model, made)
+
+
+def freeze_others(model: nn.Module, made: Mapping[str, Layer]) -> None:
+    """Leaves nothing to be trained but what the layers `made` are made of, their biases excepted."""
+    own = {id(p) for layer in made.values() for key, p in layer.named_parameters() if key != "bias"}
+    for p in model.parameters():
+        if id(p) not in own:
+            p.requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,7 @@ def convert(
 
     Every rank must call it, with the same weights. What is drawn depends on `seed` and the layer's name alone; what is
     computed, each rank computes by itself, so have the first one's weights sent to all before training, as DDP and
-    thinrank's strategies do.
+    thinrank's strategies do. Methods for fine-tuning freeze everything else (`freeze`).
 
     Args:
         model: on any device; on the meta device the new layers have shapes and no values.
@@ -141,12 +141,12 @@ def convert(
     before = _counts(model)
     for dense in chosen:
         config.check(dense)
-    config = config.plan(chosen)
+    planned = config.plan(chosen, model)
     made: dict[str, Layer] = {}
     for dense in chosen:
         generator = torch.Generator().manual_seed(seed_of(seed, key_of(dense.name), 0))
         try:
-            layer = config.layer(dense, generator)
+            layer = planned.layer(dense, generator)
         except ValueError as error:
             raise ValueError(f"{dense.name} {error}") from error
         if layer is not None:
@@ -154,7 +154,7 @@ def convert(
             made[dense.name] = layer.train(dense.module.training)
     for name, layer in made.items():
         set_module(model, name, layer)
-    config.settle(model, made)
+    planned.settle(model, made)
     rows = [
         Converted(
             name=name,

@@ -86,7 +86,7 @@ class WeLore(ReparamConfig):
                 "out so that the layer stays dense"
             )
 
-    def plan(self, denses: Iterable[Dense]) -> WeLore:
+    def plan(self, denses: Iterable[Dense], model: nn.Module | None = None) -> WeLore:
         """The same with `ranks`.
 
         Raises:
