@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from thinrank.optim.layers.base import Layer, ReparamConfig
+from thinrank.optim.layers.base import Layer, ReparamConfig, freeze_others
 from thinrank.optim.layers.dense import Dense
 from thinrank.optim.layers.lowrank import LowRankLinear
 from thinrank.optim.linalg.allocate import global_threshold, keep_counts, stretched
@@ -123,9 +123,5 @@ class WeLore(ReparamConfig):
         return None if rank is None else LowRankLinear(dense, rank).start_("svd", dense, generator)
 
     def settle(self, model: nn.Module, made: Mapping[str, Layer]) -> None:
-        if not self.freeze:
-            return
-        model.requires_grad_(False)
-        for layer in made.values():
-            for name, param in layer.named_parameters():
-                param.requires_grad_(name != "bias")
+        if self.freeze:
+            freeze_others(model, made)

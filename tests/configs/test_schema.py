@@ -13,10 +13,12 @@ from thinrank.configs.help import help_text, meaning
 from thinrank.configs.load import load, resolve
 from thinrank.configs.reader import read, write
 from thinrank.configs.schema import FINETUNE, FOLDER, PRETRAIN
+from thinrank.optim.layers import REPARAMS
 from thinrank.optim.methods import METHODS
 from thinrank.trainers.models import PRESETS
 
 NEEDED = {"data=files": ["data.train=[corpus/*.txt]"]}  # what a choice cannot run without
+NEEDED |= {f"reparam={name}": ["model.pretrained=export"] for name, cls in REPARAMS.items() if not cls.PRETRAINS}
 SCHEMAS = {"pretrain": PRETRAIN, "finetune": FINETUNE}
 CHOICES = [
     (schema, f"{group}={name}")
@@ -79,7 +81,8 @@ def test_the_whole_help_lists_every_key_of_the_default_choices(schema):
 @pytest.mark.parametrize(("schema", "choice"), CHOICES, ids=IDS)
 def test_every_shipped_choice_loads_and_reads_back(schema, choice, tmp_path):
     group, _, name = choice.partition("=")
-    loaded = load(schema, [choice, *NEEDED.get(choice, [])])
+    needed = [] if schema is FINETUNE and choice.startswith("reparam=") else NEEDED.get(choice, [])
+    loaded = load(schema, [choice, *needed])
     path = schema.choices(group)[name]
     recipe = None if path is None else read(path).values.get("name")  # a recipe says whose settings it has
     assert loaded.names[group] == (recipe or name)

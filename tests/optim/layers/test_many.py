@@ -163,7 +163,7 @@ def bytes_of(config, how):
     (replicate if how == "replicate" else own)(model, optimizer)
     Upkeep(model, optimizer)
     trained(model, optimizer)
-    wire = optimizer.wire
+    wire: Any = optimizer.wire
     return dict(wire.payload), dict(wire.rare.payload), sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def gradients(layer, x, y):
 
 @pytest.mark.parametrize(("engine", "rank", "layer"), list(itertools.product(ENGINES, (1, 3, 6), ("up", "down"))))
 def test_default_gradients_by_finite_differences(engine, rank, layer):
-    module = spectral(rank, gradient="default", engine=engine).get_submodule(layer)
+    module = getattr(spectral(rank, gradient="default", engine=engine), layer)
     x = torch.randn(2, 3, module.in_features, dtype=torch.float64, requires_grad=True)
     names = ("U", "V", "s", "bias")
 
@@ -44,10 +45,11 @@ def test_default_gradients_by_finite_differences(engine, rank, layer):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("layer", ["up", "square", "down"])
 def test_enhanced_gradients_leave_out_the_singular_value(engine, layer):
-    module = spectral(engine=engine).get_submodule(layer)
+    module = getattr(spectral(engine=engine), layer)
     x = torch.randn(7, module.in_features, dtype=torch.float64)
     y = torch.randn(7, module.out_features, dtype=torch.float64)
     dx, found = gradients(module, x, y)
+    assert dx is not None
     g, order = y.mT @ x, module.order
     u = torch.cat([module.U, module.U_rest], 1) if module.U_rest is not None else module.U
     v = torch.cat([module.V, module.V_rest], 1) if module.V_rest is not None else module.V
@@ -104,7 +106,7 @@ def test_the_rules_hold_after_every_step():
     optimizer, _ = prepared(model)
     for step in range(20):
         before = {name: (layer.order.clone(), layer.U_rest) for name, layer in layers(model).items()}
-        rest = {name: None if u is None else u.detach().clone() for name, (_, u) in before.items()}
+        rest: Any = {name: None if u is None else u.detach().clone() for name, (_, u) in before.items()}
         train(model, optimizer, range(step, step + 1))
         for name, layer in layers(model).items():
             assert (layer.s >= 0).all()
@@ -255,7 +257,7 @@ def test_a_dry_run_of_a_distributed_checkpoint_leaves_no_trace():
 
 def test_rates_rise_again_in_every_iteration():
     model = spectral(every=8, warmup=4)
-    factor = warmth(model)
+    factor: Any = warmth(model)
     assert [factor(step) for step in range(10)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 0.25, 0.5]
 
 
