@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
 from tiny_pretrain import config, leave, signalled_at
 
 from thinrank.optim import AdamWConfig
@@ -32,6 +33,7 @@ STRATEGIES = {
 
 
 def main(base):
+    dist.init_process_group("gloo")  # once, for all runs of this program
     reports = {}
     for name, strategy in STRATEGIES.items():
         reports[name] = pretrain(config(base, name, strategy=strategy, export=True, **RUN))["metrics"]
