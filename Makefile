@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.thinrank
 NPROC  ?= 1
+TESTERS ?= 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
@@ -42,8 +43,8 @@ runs/pretrain/export/config.json:
 finetune: $(STAMP)-finetune runs/pretrain/export/config.json  ## fine-tune what pretrain left: AdamW, LoRA, GaLore and GaLore+ side by side
 	$(BIN)/python benchmarks/finetune.py $(ARGS)
 
-test: $(STAMP)-dev  ## run the test suite (one part: make test ARGS=tests/optim)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)-dev  ## run the test suite, two files at a time (one part: make test ARGS=tests/optim TESTERS=0)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile $(ARGS)
 
 check: $(STAMP)-dev  ## lint, types, import contract
 	$(BIN)/ruff check .
