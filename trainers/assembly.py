@@ -56,8 +56,8 @@ from thinrank.trainers.parts import Parts
 from thinrank.trainers.plan.precision import as_trained
 from thinrank.trainers.preflight.check import check_machines, check_run
 from thinrank.trainers.pretrain import Plan, TrainingConfig
-from thinrank.trainers.rng import seed_all
 from thinrank.trainers.resident import Resident
+from thinrank.trainers.rng import seed_all
 from thinrank.trainers.run import RunFolder, config_tree, identity_json
 from thinrank.trainers.strategies import (
     FSDP2Config,

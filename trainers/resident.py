@@ -1,4 +1,4 @@
-"""How much memory a process has had, as the kernel counts it: what stands beside a plan where no GPU's allocator does."""
+"""How much memory a process has had, as the kernel counts it: to stand beside a plan where no GPU's allocator does."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ def trained(join, config, norms):
     optimizer = build(model, config)
     JOIN[join](model, optimizer, norms=norms)
     weights = run(model, optimizer, mine(), steps=range(9))
+    assert optimizer.wire is not None
     return weights, optimizer.wire.payload, optimizer.knows_norm
 
 
@@ -118,6 +119,7 @@ def on_islands(norms):
     loss(model, 5, *mine()).backward()
     finite = bool(optimizer.gradients_are_finite())
     optimizer.step()
+    assert optimizer.wire is not None
     sent = dict(optimizer.wire.payload)
     try:
         optimizer.gradient_norm()
@@ -146,6 +148,7 @@ def steps_counted(join, config):
     found = []
     for step in (0, 1):
         run(model, optimizer, mine(), steps=[step])
+        assert optimizer.wire is not None
         found.append(dict(optimizer.wire.payload))
         optimizer.wire.payload.clear()
     return found
