@@ -103,6 +103,14 @@ def losses_table(seen: Mapping[str, Sequence[Seen]], seconds: float, readings: i
     return "\n".join(lines)
 
 
+def missing_networks(text: Sequence[str], wanted: int) -> list[str]:
+    """What a page says of networks that are not in it, which its command names."""
+    done = sum(line.startswith("## ") for line in text)
+    return (
+        [] if done == wanted else [f"{done} of {wanted} networks; the others had not been measured when it ended.", ""]
+    )
+
+
 def learning_rates(methods: Sequence[str], words: Sequence[str]) -> dict[str, float]:
     """`3e-3 ddp=1e-3` to the rate of each method; a bare number is everybody else's.
 
@@ -214,7 +222,8 @@ def main() -> None:
                 found = found if text else [*heading(args, job, data.vocab_size, prompt, load), *found]
                 text += found
                 print("\n".join(found), flush=True)
-                save(text, args.out)  # after each network: the last one may be an hour away
+                missing = missing_networks(text, len(args.rates) * len(args.delays))
+                save([*text, *missing], args.out)  # after each network: the last one may be an hour away
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 

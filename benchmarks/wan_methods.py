@@ -138,21 +138,23 @@ def powersgd(rank: int) -> Hook:
     return register
 
 
-def thinrank(rank: float, targets: list[str], dtype: torch.dtype | None) -> Method:
+def thinrank(rank: float, targets: list[str], dtype: torch.dtype | None, norms: bool = False) -> Method:
     """GaLore by subspace iteration on replicas that exchange coordinates; the model is not wrapped.
 
-    A renewal every 200 steps is not among those that are timed.
+    A renewal every 200 steps is not among those that are timed. Nobody clips, here or under DDP, so that no norms
+    travel.
 
     Args:
         rank: share of a matrix's short side.
         targets: what is projected; everything else is AdamW's, and its gradients travel.
         dtype: of the messages.
+        norms: travel beside coordinates, as who clips by them needs it.
     """
 
     def make(model: nn.Module, group: dist.ProcessGroup, lr: float) -> Training:
         config = GaLoreConfig(rank=rank, svd="power", lr=4 * lr, embedding_lr=lr, weight_decay=0.0, targets=targets)
         optimizer = build(model, config)
-        replicate(model, optimizer, group, dtype=dtype)
+        replicate(model, optimizer, group, dtype=dtype, norms=norms)
         wire = optimizer.wire
         assert wire is not None
         return Training(step=step_of(model, optimizer), payload=wire.total)
@@ -175,6 +177,7 @@ METHODS: dict[str, Method] = {
     "thinrank-all-bf16": thinrank(0.25, EVERYTHING, torch.bfloat16),
     "thinrank-all-8-bf16": thinrank(0.125, EVERYTHING, torch.bfloat16),
     "thinrank-all-16-bf16": thinrank(0.0625, EVERYTHING, torch.bfloat16),
+    "thinrank-all-16-bf16-norms": thinrank(0.0625, EVERYTHING, torch.bfloat16, norms=True),
 }
 ABOUT = {
     NOOP: "no exchange: what a step takes at least (its ranks drift apart)",
@@ -188,4 +191,5 @@ ABOUT = {
     "thinrank-all-bf16": "thinrank_ddp, GaLore of rank 1/4, bfloat16; embeddings and head projected, too",
     "thinrank-all-8-bf16": "as thinrank-all-bf16, rank 1/8",
     "thinrank-all-16-bf16": "as thinrank-all-bf16, rank 1/16",
+    "thinrank-all-16-bf16-norms": "the same, with the norms of gradients, for who clips",
 }

@@ -327,7 +327,8 @@ def main() -> None:
             gap = args.gap if isinstance(METHODS[name](), LowRankConfig) else 1
             averaged = between + (first - between) / gap
             sizes = [f"{size / 2**20:,.1f}" for size in (between, expected, first, averaged)]
-            ratio = f"{between / expected:.4f}" if expected else "—"
+            # below that the formula is flags and norms, which only an engine's front sends
+            ratio = f"{between / expected:.4f}" if expected >= 2**20 / 20 else "—"
             cells = [name, sizes[0], sizes[1], ratio, sizes[2] if args.renewal else "—", sizes[3]]
             cells += [f"{by_engine / 2**20:,.1f}"] * counts
             cells += [f"{averaged / (by_engine if counts else engine):.4f}", f"{state / 2**20:,.1f}"]

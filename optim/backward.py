@@ -264,6 +264,23 @@ class InBackward(torch.optim.Optimizer):
         by themselves: `sqrt(‖P‖² + ‖(G − P)_S‖²)`, P being what the coordinates stand for. Both parts are orthogonal,
         so nothing is counted twice, the norm is never above the gradient's, and with all entries it is the gradient's.
         """
+        return self._norm_left()
+
+    @property
+    def knows_norm(self) -> bool:
+        """Whether `gradient_norm` can be asked: False where replicas exchange coordinates and no norms."""
+        return True
+
+    @torch.no_grad()
+    def gradients_are_finite(self) -> Tensor:
+        """Whether all that `step` would use of gradients are finite numbers (bool scalar), on every rank alike.
+
+        Where `gradient_norm` can be asked, whether that is finite. A gradient with an entry that is none has
+        coordinates that are none, but where a basis leaves the entry's column out, and the step with it.
+        """
+        return torch.isfinite(self._norm_left())
+
+    def _norm_left(self) -> Tensor:
         return torch.nn.utils.get_total_norm([*self._once(), *self._visible()])
 
     def _once(self) -> list[Tensor]:

@@ -29,6 +29,7 @@ class Islands(Alike):
         *,
         messages: str = "auto",
         dtype: torch.dtype | None = None,
+        norms: bool = True,
         check_every: int | None = 100,
         bucket_bytes: int = BUCKET_BYTES,
         **others: Any,
@@ -45,6 +46,7 @@ class Islands(Alike):
                 group,
                 messages=messages,
                 dtype=dtype,
+                norms=norms,
                 check_every=check_every,
                 bucket_bytes=bucket_bytes,
                 **others,
@@ -53,8 +55,8 @@ class Islands(Alike):
         if others or not isinstance(self._shards, DTensorShards) or self._shards.replicas is not None or group is None:
             raise ValueError(
                 "replicas of a model that went through fully_shard need the group of ranks that hold the same pieces, "
-                "and no more than messages, dtype, check_every and bucket_bytes: give mesh['replicate'].get_group(), "
-                "where it is sharded over mesh['shard']"
+                "and no more than messages, dtype, norms, check_every and bucket_bytes: give "
+                "mesh['replicate'].get_group(), where it is sharded over mesh['shard']"
             )
         choice("messages", messages, MESSAGES)
         refuse_signs(messages, "replicas of sharded models")
@@ -63,6 +65,7 @@ class Islands(Alike):
         trained = [param for _, param in self._named() if param.requires_grad][::-1]
         broadcast(map(self._shards.weight, trained), self._wire.rare, group)
         self._steps = 0
+        self._leave_norms_out(not norms, trained)
         self._far = Meeting(
             trained,
             [self._usual_bytes(param) for param in trained],

@@ -73,3 +73,9 @@ def refuse_widened(embeddings: str, dtype: torch.dtype | None) -> None:
 def sketch_bytes(param: Tensor) -> int:
     """Bytes of the sketch by which the norm of a parameter's gradient is known."""
     return 4 * min(SKETCH, param.numel())
+
+
+NO_NORM = (
+    "the norm of gradients is not known, since coordinates travel in their place and no norms: set norms=True in "
+    "replicate or own (strategy.norms=always), or ask gradients_are_finite() where that is enough"
+)

@@ -23,7 +23,7 @@ from thinrank.optim.replicated import Replicated
 from thinrank.optim.rule import MatrixRule, Probe, Remembers, remembers
 from thinrank.optim.update import Update
 
-SIDE_BY_SIDE_BYTES = 4 * BUCKET_BYTES
+SIDE_BY_SIDE_BYTES = 16 * BUCKET_BYTES
 """So much is asked for side by side at least, and hardly more: matrices that wait for answers hold what they are about
 to need of their gradients."""
 
@@ -39,7 +39,7 @@ class Remembering(Replicated):
     the memories is the memory of the mean, and the weights are those of one process, and the same on all ranks.
 
     Before, in backward, goes the sketch alone by which all know the norm of the mean gradient, and whether it is a
-    number.
+    number; without norms, one sum, which tells whether it is.
     """
 
     _memories_every: int | None = None
@@ -90,7 +90,10 @@ class Remembering(Replicated):
         self._refuse_sparse_one(param)
         assert param.grad is not None
         self._own[param] = param.grad
-        return [self._sketch(param.grad, *homes[0][1:])]
+        return [self._sketch(param.grad, *homes[0][1:], *([] if self._norms_travel else [1]))]
+
+    def _is_sketched(self, param: Tensor) -> bool:
+        return bool(self._own_homes(param)) or super()._is_sketched(param)
 
     def _unpack(self, param: torch.nn.Parameter, parts: list[Part]) -> None:
         super()._unpack(param, parts)
@@ -109,7 +112,9 @@ class Remembering(Replicated):
         return [*whole, *(self._sketches[param] for param in own)]
 
     def _usual_bytes(self, param: torch.nn.Parameter) -> int:
-        return sketch_bytes(param) if self._own_homes(param) else super()._usual_bytes(param)
+        if not self._own_homes(param):
+            return super()._usual_bytes(param)
+        return sketch_bytes(param) if self._norms_travel else 4
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -27,12 +27,14 @@ class Sending(InBackward):
     """What an optimizer of matrices tells other replicas of a parameter's gradient, and takes of their means.
 
     By parameter: coordinates (`image`), or coordinates and signs of the rest, or the gradient, whole, rounded, or the
-    rows that were touched; and a sketch of what does not travel whole. When all of it travels is `Replicated`'s.
+    rows that were touched; and, where norms are asked for, a sketch of what does not travel whole. When all of it
+    travels is `Replicated`'s.
     """
 
     _meeting: Meeting | None = None
     _whole_messages = False
     _tally: str | None = None
+    _norms_travel = True
     _by_touched_rows: Collection[Tensor] = frozenset()
     _rounded: Collection[Tensor] = frozenset()
 
@@ -105,11 +107,18 @@ class Sending(InBackward):
                     image = rule.image(matrix, state, step, first=False)
                     parts += [Part(KINDS[key], value, (bucket.prefix, key)) for key, value in image.items()]
         self._untold[param] = untold
-        return parts if parts[0].place == REST else [*parts, self._sketch(grad, *homes[0][1:])]
+        if parts[0].place == REST or not self._norms_travel:
+            return parts
+        return [*parts, self._sketch(grad, *homes[0][1:])]
 
-    def _sketch(self, grad: Tensor, group: Mapping[str, Any], bucket: Bucket, i: int) -> Part:
+    def _sketch(self, grad: Tensor, group: Mapping[str, Any], bucket: Bucket, i: int, width: int = SKETCH) -> Part:
         seed = seed_of(group["seed"], bucket.keys[i * bucket.view.blocks], int(bucket.counts[i]))
-        return Part("norms", signed_sums(grad, SKETCH, seed), NORMS)
+        return Part("norms", signed_sums(grad, width, seed), NORMS)
+
+    def _is_sketched(self, param: Tensor) -> bool:
+        """Whether only a sketch could tell the norm of what others find of the gradient."""
+        homes = self._met_homes(param)
+        return bool(homes) and not self._sends_rest(homes[0][0])
 
     @staticmethod
     def _refuse_sparse_one(param: torch.nn.Parameter) -> None:
@@ -172,7 +181,8 @@ class Sending(InBackward):
         if self._sends_rest(homes[0][0]):
             return param.numel() // 8
         batches = ((rule, (bucket.view.blocks, *bucket.view.shape)) for rule, _, bucket, _ in homes)
-        return sketch_bytes(param) + sum(4 * _elements(rule.subspace.small(shape)) for rule, shape in batches)
+        sketch = sketch_bytes(param) if self._norms_travel else 0
+        return sketch + sum(4 * _elements(rule.subspace.small(shape)) for rule, shape in batches)
 
     def _visible_of(self, param: Tensor) -> list[Tensor]:
         return [self._sketches[param]] if param in self._sketches else super()._visible_of(param)

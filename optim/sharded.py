@@ -371,10 +371,9 @@ class Sharded(OwnRanks):
             found[0].join(other)
         return found[0]
 
-    @torch.no_grad()
-    def gradient_norm(self) -> Tensor:
+    def _norm_left(self) -> Tensor:
         if not self._apart:
-            return super().gradient_norm()
+            return super()._norm_left()
         self._meet()
         norm = torch.nn.utils.get_total_norm([*self._once(), *self._visible()])
         return norm_of_all(norm.to(self._carrier.device), self._carrier.wire, self._carrier.group)

@@ -213,3 +213,9 @@ def test_ranks_train_over_a_slow_network(text, tmp_path, mode):
     assert float(step) >= float(least) + 2 * 0.005 > 0.01  # its bits, and a ring of two is two messages in a row
     assert int(sent.replace(",", "")) >= int(ideal.replace(",", ""))
     assert dropped != "0" or 1.045 <= float(share) <= 1.10
+
+
+def test_a_page_says_which_networks_are_missing():
+    text = ["# Title", "", "## 100 Mbit/s, 0 ms one way", "", "| table |", ""]
+    assert wan.missing_networks(text, 1) == []
+    assert wan.missing_networks(text, 3)[0].startswith("1 of 3 networks")

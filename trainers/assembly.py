@@ -57,6 +57,7 @@ from thinrank.trainers.parts import Parts
 from thinrank.trainers.plan.precision import as_trained
 from thinrank.trainers.preflight.check import check_machines, check_run
 from thinrank.trainers.pretrain import Plan, TrainingConfig
+from thinrank.trainers.resident import Resident
 from thinrank.trainers.rng import seed_all
 from thinrank.trainers.run import RunFolder, config_tree, identity_json
 from thinrank.trainers.strategies import (
@@ -135,6 +136,7 @@ def _assemble(
     # One process on each machine fills the cache; the others then find it.
     together(world, lambda: data.prepare_data() if world.local_rank == 0 else None)
     together(world, lambda: data.setup("fit"))
+    resident = Resident()  # after data and tokenizer, which need memory of their own
     model = together(world, lambda: as_trained(job.build(data.vocab_size), config.trainer.precision))
     routing = job.route(model)
     size = _checkpoint_bytes(model, job.keeps_frozen) + routing.state_bytes()
@@ -189,6 +191,7 @@ def _assemble(
         preemption=preemption,
         guard=guard,
         held=held,
+        resident=resident,
     )
 
 

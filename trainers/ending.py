@@ -84,6 +84,7 @@ def measured_on_all(parts: Parts) -> dict[str, float | None]:
         "weights_bytes": parts.held.weights,
         "gradients_bytes": parts.held.gradients if parts.held.weights else 0,
         "state_bytes": int(optimizer.state_bytes()),  # pyright: ignore[reportAttributeAccessIssue]
+        "resident_bytes": parts.resident.peak() or 0,
     }
     payload = found.total() - found["messages"] - found["rare"] if found else None
     each = gathered((here, payload))
@@ -99,17 +100,23 @@ def planned_and_measured(parts: Parts, measured: Mapping[str, float | None], pea
 
     Args:
         measured: of `measured_on_all`.
-        peak_mib: of the CUDA allocator of this rank; None without a GPU, and then no step is traced either.
+        peak_mib: of the CUDA allocator of this rank; None without a GPU, where resident memory takes its place.
     """
     config, start, steps = parts.config, parts.start, parts.trainer.global_step
     if not is_planned(config.strategy):
         return {}
-    model = parts.model
-    if peak_mib is not None:
+    model, found = parts.model, dict(measured)
+    peak = found.pop("resident_bytes", None)
+    name, peak = ("resident_bytes", peak) if peak_mib is None else ("peak_bytes", peak_mib * 2**20)
+    if peak is not None:
         model = as_trained(parts.job.build(parts.data.vocab_size, meta=True), config.trainer.precision)
-    plan = footprint(config, model, parts.routing, parts.world, trace=peak_mib is not None, ranks=parts.ranks)
-    found = {**measured, "peak_bytes": None if peak_mib is None else peak_mib * 2**20}
-    return {"planned": {**plan.plain(), "sent_bytes": plan.sent(start, steps)}, "measured": found}
+    plan = footprint(config, model, parts.routing, parts.world, trace=peak is not None, ranks=parts.ranks)
+    planned = plan.plain()
+    planned[name] = planned.pop("peak_bytes", None)
+    return {
+        "planned": {**planned, "sent_bytes": plan.sent(start, steps)},
+        "measured": {**found, name: peak},
+    }
 
 
 def start_metrics(parts: Parts) -> dict[str, float]:

@@ -19,6 +19,7 @@ from thinrank.trainers.data import TextData
 from thinrank.trainers.jobs import Job
 from thinrank.trainers.module import CausalLM
 from thinrank.trainers.pretrain import Plan, TrainingConfig
+from thinrank.trainers.resident import Resident
 from thinrank.trainers.run import RunFolder
 from thinrank.trainers.strategies import World
 
@@ -44,6 +45,7 @@ class Parts:
     preemption: Preemption
     guard: NonFiniteGuard
     held: HeldMemory
+    resident: Resident
     ranks: Mapping[str, int | float | None] | None = None
     """Of matrices that have come to their own."""
 

@@ -277,6 +277,7 @@ def _planned(plan: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         "gradients_bytes": "gradients, as the step finds them",
         "state_bytes": "optimizer state",
         "peak_bytes": "peak of the GPU's allocator (planned: an estimate)",
+        "resident_bytes": "peak of resident memory above that before the model (planned: of tensors, an estimate)",
         "sent_bytes": "payload of a step, in the mean",
     }
     rows = [(label, planned.get(key), measured.get(key)) for key, label in labels.items()]

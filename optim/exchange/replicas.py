@@ -5,13 +5,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from thinrank.optim.exchange.signs import TALLIES, Signs
+from thinrank.optim.exchange.sums import Scattered, Sum, summed
 from thinrank.optim.exchange.wire import Count, Wire
 
 Group = dist.ProcessGroup
@@ -19,15 +20,9 @@ Span = tuple[int, int]
 """Entries `start` to `stop` of a tensor, flattened row by row; (0, 0) where there is nothing."""
 T = TypeVar("T")
 
-BUCKET_BYTES = 4 * 2**20
-"""Least payload of a message, but for the last one: small enough to leave while backward goes on, large enough that
-its latency does not count. torch's DDP takes 25 MiB, for messages that are up to short/r times as large."""
-
-
-DIRECT_BYTES = 2 * 2**20
-"""Up to here a message goes in two hops instead of gloo's ring. Measured on 4 ranks, 100 Mbit/s, 20 ms one way: a step
-with a message of 0.7 MB takes 0.29 s instead of 0.39 s, of 1.5 MB 0.39 instead of 0.44, of 4.6 MB 0.87 instead of 0.69,
-for a ring is sending all the time and a hop waits for the one before."""
+BUCKET_BYTES = 2**20
+"""Least payload of a message, but for the last one: small enough to leave while backward goes on, and since messages do
+not wait for each other's hops their number costs little. torch's DDP takes 25 MiB, after a first one of this size."""
 
 
 def batches(items: Iterable[T], size: Callable[[T], int], least: int) -> Iterator[list[T]]:
@@ -67,9 +62,9 @@ class Part:
 class Letter:
     """Parts on their way to their mean over the ranks; every rank of the group sends the same shapes.
 
-    By the backend's all-reduce or, from a CPU's memory and up to `DIRECT_BYTES`, in two hops: every rank sums up one
-    piece of the message, which all others send it, and sends all others the sum. As many bytes leave a rank as in a
-    ring of N, whose 2 (N−1) hops follow each other.
+    By the backend's all-reduce or, from a CPU's memory and up to `DIRECT_BYTES`, in two hops (`Direct`): every rank
+    sums up one piece of the message, which all others send it, and sends all others the sum. As many bytes leave a rank
+    as in a ring of N, whose 2 (N−1) hops follow each other.
     """
 
     def __init__(self, parts: Sequence[Part], group: Group | None, dtype: torch.dtype | None, wire: Count):
@@ -77,23 +72,36 @@ class Letter:
         self._like = [(part.value.shape, part.value.dtype) for part in parts]
         self._pieces = [None if part.spans is None else part.spans[dist.get_rank(group)] for part in parts]
         places: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
-        self._sent: list[tuple[list[int], _Sum]] = []
+        self._sent: list[tuple[list[int], Sum]] = []
         signed = [i for i, part in enumerate(parts) if part.tally]
         for i, part in enumerate(parts):
             if not part.tally:
                 places.setdefault((dtype or part.value.dtype, part.value.device, part.spans is None), []).append(i)
         for (own, _, shared), which in places.items():
             if not shared:
-                self._sent.append((which, _Scattered([parts[i] for i in which], own, group, wire)))
+                self._sent.append((which, self._scattered([parts[i] for i in which], own, group, wire)))
                 continue
             flat = torch.cat([parts[i].value.reshape(-1).to(own) for i in which])
             wire.note(((parts[i].kind, parts[i].value.numel() * flat.element_size()) for i in which), self._ranks)
-            self._sent.append((which, _sum(flat, group, self._ranks)))
+            self._sent.append((which, summed(flat, group, self._ranks)))
         if signed:
             signs = Signs([parts[i].value for i in signed], group, TALLIES[parts[signed[0]].tally or ""])
             for kind, size in signs.bytes.items():
                 wire.note([(kind, size)], self._ranks, passes=1)
             self._sent.append((signed, signs))
+
+    def _scattered(self, parts: Sequence[Part], dtype: torch.dtype, group: Group | None, wire: Count) -> Scattered:
+        kept = dist.get_rank(group)
+        spans = [part.spans or () for part in parts]
+        wire.sent(
+            (part.kind, sum(length(span) for i, span in enumerate(own) if i != kept) * dtype.itemsize)
+            for part, own in zip(parts, spans, strict=True)
+        )
+        flat = [part.value.reshape(-1).to(dtype) for part in parts]
+        pieces = [
+            [own[slice(*span[rank])] for own, span in zip(flat, spans, strict=True)] for rank in range(self._ranks)
+        ]
+        return Scattered(pieces, group)
 
     def turn(self) -> None:
         """Begins the second hop, where there is one; waits for the first."""
@@ -114,107 +122,6 @@ class Letter:
 
 def length(span: Span) -> int:
     return span[1] - span[0]
-
-
-class _Sum(Protocol):
-    def turn(self) -> None: ...
-
-    def mean(self) -> Tensor: ...
-
-
-class _Ring:
-    """The backend's own all-reduce."""
-
-    def __init__(self, flat: Tensor, group: Group | None, ranks: int) -> None:
-        self._flat, self._ranks = flat, ranks
-        self._work = dist.all_reduce(flat, group=group, async_op=True)
-
-    def turn(self) -> None:
-        pass
-
-    def mean(self) -> Tensor:
-        _wait(self._work)
-        return self._flat.div_(self._ranks)
-
-
-class _Direct:
-    """Two hops: the pieces to those who sum them up, and the sums to all.
-
-    Sums are made in float32 at least, in the order of the ranks, and are the same everywhere to the bit.
-    """
-
-    def __init__(self, flat: Tensor, group: Group | None, ranks: int) -> None:
-        self._flat, self._group, self._ranks = flat, group, ranks
-        self._turned = ranks == 1
-        piece = -(-flat.numel() // ranks)
-        self._sizes = [max(0, min(piece, flat.numel() - rank * piece)) for rank in range(ranks)]
-        if not self._turned:
-            self._own = [self._sizes[dist.get_rank(group)]] * ranks
-            self._in = flat.new_empty(sum(self._own))
-            self._work = dist.all_to_all_single(self._in, flat, self._own, self._sizes, group=group, async_op=True)
-
-    def turn(self) -> None:
-        if self._turned:
-            return
-        _wait(self._work)
-        rows = self._in.view(self._ranks, self._own[0])
-        own = rows[0].to(torch.promote_types(rows.dtype, torch.float32), copy=True)
-        for other in rows[1:]:  # one after the other: torch may add up a column in another order
-            own.add_(other)
-        self._out = own.div_(self._ranks).to(rows.dtype).repeat(self._ranks)
-        self._work = dist.all_to_all_single(
-            self._flat, self._out, self._sizes, self._own, group=self._group, async_op=True
-        )
-        self._turned = True
-
-    def mean(self) -> Tensor:
-        if self._ranks > 1:
-            _wait(self._work)
-        return self._flat
-
-
-class _Scattered:
-    """One hop: every rank is sent its piece of each part by all others, and sums up, as `_Direct` does."""
-
-    def __init__(self, parts: Sequence[Part], dtype: torch.dtype, group: Group | None, wire: Count) -> None:
-        self._ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        pieces: list[Tensor] = []
-        sizes = [0] * self._ranks
-        for other in range(self._ranks):
-            for part in parts:
-                assert part.spans is not None
-                pieces.append(part.value.reshape(-1)[slice(*part.spans[other])].to(dtype))
-                sizes[other] += pieces[-1].numel()
-        wire.sent(
-            (part.kind, sum(length(span) for i, span in enumerate(part.spans or ()) if i != rank) * dtype.itemsize)
-            for part in parts
-        )
-        out = torch.cat(pieces)
-        self._in = out.new_empty(self._ranks * sizes[rank])
-        into = [sizes[rank]] * self._ranks
-        self._work = dist.all_to_all_single(self._in, out, into, sizes, group=group, async_op=True)
-        self._out = out  # until it has left
-
-    def turn(self) -> None:
-        pass
-
-    def mean(self) -> Tensor:
-        _wait(self._work)
-        rows = self._in.view(self._ranks, -1)
-        own = rows[0].to(torch.promote_types(rows.dtype, torch.float32), copy=True)
-        for other in rows[1:]:
-            own.add_(other)
-        return own.div_(self._ranks).to(rows.dtype)
-
-
-def _sum(flat: Tensor, group: Group | None, ranks: int) -> _Sum:
-    short = flat.numel() * flat.element_size() <= DIRECT_BYTES
-    return _Direct(flat, group, ranks) if short and flat.device.type == "cpu" else _Ring(flat, group, ranks)
-
-
-def _wait(work: dist.Work | None) -> None:
-    if work is not None:
-        work.wait()
 
 
 class Meeting:

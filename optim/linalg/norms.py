@@ -106,11 +106,17 @@ def signed_sums(x: Tensor, width: int, seed: int) -> Tensor:
     generator = torch.Generator(device=x.device).manual_seed(seed)
     signs = torch.randint(0, 2, (sum(rows.shape),), generator=generator, device=x.device, dtype=torch.int8)
     signs = signs.mul_(2).sub_(1).to(x.dtype)
-    signed = (rows * signs[: len(x), None]).mul_(signs[len(x) :]).view(-1)
-    even = signed.numel() // width * width
-    sums = signed[:even].view(-1, width).sum(0, dtype=torch.float32)
-    sums[: signed.numel() - even] += signed[even:]
-    return sums
+    columns = rows.shape[1]
+    some = len(rows) if x.is_cuda else max(1, PART_BYTES // (4 * columns))  # what a cache holds: 4 times as fast
+    found = torch.zeros(width, dtype=torch.float32, device=x.device)
+    for start in range(0, len(rows), some):
+        signed = (rows[start : start + some] * signs[start : min(start + some, len(x)), None]).mul_(signs[len(x) :])
+        signed = signed.view(-1)
+        even = signed.numel() // width * width
+        sums = signed[:even].view(-1, width).sum(0, dtype=torch.float32)
+        sums[: signed.numel() - even] += signed[even:]
+        found += sums.roll(start * columns % width)
+    return found
 
 
 def unit_columns(x: Tensor) -> Tensor:

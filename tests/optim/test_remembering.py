@@ -36,6 +36,14 @@ def test_a_sketch_is_linear(rows, columns, seed):
         assert signed_sums(x, SKETCH, seed).norm() == x.norm()
 
 
+def test_a_sketch_is_the_same_in_however_many_parts(monkeypatch):
+    x = seeded(300, 50)
+    whole = signed_sums(x, SKETCH, 3)
+    for size in (1, 4 * 50 * 7, 4 * 50 * 299):
+        monkeypatch.setattr("thinrank.optim.linalg.norms.PART_BYTES", size)
+        torch.testing.assert_close(signed_sums(x, SKETCH, 3), whole, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["normal", "few columns", "few rows", "rank one"])
 def test_the_norm_of_a_sketch_is_nearly_that_of_the_matrix(kind):
     """Its square has the mean of the squared norm and the deviation sqrt(2/width), whatever a matrix is like."""

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import thinrank.optim
 from thinrank.optim import build
-from thinrank.optim.exchange import replicas
+from thinrank.optim.exchange import sums
 from thinrank.optim.owned import own
 from thinrank.optim.replicated import replicate
 
@@ -46,6 +46,10 @@ def leaving(name, given, ranks, rank):
         return Fraction(ranks - 1, ranks) * size(given["tensor"])
     if name == "all_gather":
         return (ranks - 1) * size(given["tensor"])
+    if name == "isend":
+        return Fraction(size(given["tensor"]))
+    if name == "irecv":
+        return Fraction(0)
     assert name == "all_to_all_single", f"nobody has said here what {name} sends"
     whole, splits = given["input"], given.get("input_split_sizes")
     stays = Fraction(size(whole), ranks) if splits is None else splits[rank] * whole.element_size()
@@ -160,15 +164,15 @@ RUNS = {
 
 def counted(in_a_ring):
     """By run, `told`."""
-    found, limit = {}, replicas.DIRECT_BYTES
+    found, limit = {}, sums.DIRECT_BYTES
     for name, (join, config, how) in RUNS.items():
-        replicas.DIRECT_BYTES = 0 if name == in_a_ring else limit
+        sums.DIRECT_BYTES = 0 if name == in_a_ring else limit
         try:
             with watched() as seen:
                 model, optimizer, save = join(config, **how)
                 everything(model, optimizer, save)
         finally:
-            replicas.DIRECT_BYTES = limit
+            sums.DIRECT_BYTES = limit
         found[name] = told(seen, optimizer.wire)
     return found
 

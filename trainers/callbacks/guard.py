@@ -16,20 +16,37 @@ from thinrank.trainers.gradients import total_norm
 _log = logging.getLogger(__name__)
 
 
-def gradient_norm(module: pl.LightningModule) -> Tensor:
+def gradient_norm(module: pl.LightningModule) -> Tensor | None:
     """Norm of all gradients (scalar): that of the module, which keeps it for this step, or of a strategy that keeps the
-    gradients to itself, or else computed here, with what thinrank's optimizers have taken of gradients."""
+    gradients to itself, or else computed here, with what thinrank's optimizers have taken of gradients; None where one
+    of these does not know it (`knows_norm`)."""
+    if not all(optimizer.knows_norm for optimizer in _own(module)):
+        return None
     shared = getattr(module, "gradient_norm", None) or getattr(module.trainer.strategy, "gradient_norm", None)
     if shared is not None:
         return shared()
-    own = [optimizer for optimizer in module.trainer.optimizers if isinstance(optimizer, MatrixOptimizer)]
-    theirs = {param for optimizer in own for group in optimizer.param_groups for param in group["params"]}
-    rest = total_norm(param for param in module.parameters() if param not in theirs)
-    return torch.nn.utils.get_total_norm([rest, *(optimizer.gradient_norm() for optimizer in own)])
+    return torch.nn.utils.get_total_norm([_rest(module), *(optimizer.gradient_norm() for optimizer in _own(module))])
+
+
+def are_finite(module: pl.LightningModule) -> bool:
+    """Whether all gradients are finite numbers, where nobody knows their norm."""
+    each = [torch.isfinite(_rest(module)), *(optimizer.gradients_are_finite() for optimizer in _own(module))]
+    return all(bool(found) for found in each)
+
+
+def _own(module: pl.LightningModule) -> list[MatrixOptimizer]:
+    return [optimizer for optimizer in module.trainer.optimizers if isinstance(optimizer, MatrixOptimizer)]
+
+
+def _rest(module: pl.LightningModule) -> Tensor:
+    """Norm of the gradients of which no optimizer of thinrank knows."""
+    theirs = {param for optimizer in _own(module) for group in optimizer.param_groups for param in group["params"]}
+    return total_norm(param for param in module.parameters() if param not in theirs)
 
 
 class NonFiniteGuard(pl.Callback):
-    """Skip every step whose gradient norm is infinite or NaN, on all ranks together.
+    """Skip every step whose gradient norm is infinite or NaN, on all ranks together; where replicas exchange
+    coordinates and no norms, every step with a coordinate that is.
 
     A skipped step gives the optimizer no gradients at all, so that weights and optimizer state stay as they are bit for
     bit; the learning-rate schedule and the position in the data move on. Skips are counted, kept in checkpoints,
@@ -60,7 +77,7 @@ class NonFiniteGuard(pl.Callback):
     ) -> None:
         """Look at the norm after the last backward, before clipping, which would spread a NaN to every gradient."""
         norm = gradient_norm(pl_module)
-        bad = not bool(torch.isfinite(norm))
+        bad = not (are_finite(pl_module) if norm is None else bool(torch.isfinite(norm)))
         if trainer.world_size > 1:  # gradients may be local, and then one rank alone sees it
             bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
         if not bad:
@@ -80,7 +97,7 @@ class NonFiniteGuard(pl.Callback):
             _log.warning(
                 "step %d skipped: the gradient norm is %s (%d skipped so far, %d in a row)",
                 step,
-                float(norm),
+                "not finite" if norm is None else float(norm),
                 self.skipped,
                 self.consecutive,
             )

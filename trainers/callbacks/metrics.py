@@ -85,7 +85,7 @@ class TrainingMetrics(pl.Callback):
     | tag | what |
     | --- | --- |
     | `train/loss` | mean nats per label since the last reading, over all ranks |
-    | `grad_norm` | norm of all gradients before clipping |
+    | `grad_norm` | norm of all gradients before clipping; none where coordinates travel and no norms |
     | `lr/<label>` | learning rate of a group in this step |
     | `opt/effective_lr/<label>` | learning rate of a group with every scale |
     | `opt/update_rms/<label>` | RMS of a group's weight change, before the learning rate |
@@ -134,7 +134,8 @@ class TrainingMetrics(pl.Callback):
         self._measuring = hasattr(optimizer, "measure")
         if self._measuring:
             setattr(optimizer, "measure", True)  # noqa: B010  (a torch.optim.Optimizer in general has none)
-        self._read = {"grad_norm": gradient_norm(pl_module)} | {
+        norm = gradient_norm(pl_module)
+        self._read = ({} if norm is None else {"grad_norm": norm}) | {
             f"lr/{group.get('label', index)}": group["lr"] for index, group in enumerate(optimizer.param_groups)
         }
 

@@ -69,11 +69,13 @@ class Around:
         routing: of the model.
         precision: of the trainer.
         accumulate: micro-batches of a step.
+        clips: gradients are clipped by their norm.
     """
 
     routing: Routing = field(default_factory=lambda: Routing(groups=[]))
     precision: str = "32-true"
     accumulate: int = 1
+    clips: bool = True
 
 
 def images_left(rows: Sequence[Row]) -> int:

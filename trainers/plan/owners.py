@@ -21,7 +21,7 @@ from thinrank.optim.places import EVEN_FROM
 from thinrank.optim.rule import Step
 from thinrank.trainers.plan.held import Around, Held
 from thinrank.trainers.plan.live import Live
-from thinrank.trainers.plan.wire import FLOAT, Traffic, Transfer, gradient_bytes, steady, width
+from thinrank.trainers.plan.wire import FLOAT, Traffic, Transfer, gradient_bytes, image, steady, width
 
 ENGINE_DTYPES = {"bf16-mixed": (2, 4), "bf16-true": (2, 4)}
 """Bytes of an entry as `thinrank_fsdp2` gathers weights and scatters gradients, by precision; others: the weights'."""
@@ -94,11 +94,13 @@ class Owners:
     Attributes:
         divided: the optimizer, shared out.
         dtype: of the messages.
+        norms: sketches travel, by which the norm of gradients is known.
     """
 
     divided: Divided
     dtype: torch.dtype | None = None
     embeddings: str = "dense"
+    norms: bool = True
 
     @classmethod
     def of(
@@ -110,10 +112,11 @@ class Owners:
         dtype: torch.dtype | None = None,
         even_from: int = EVEN_FROM,
         embeddings: str = "dense",
+        norms: bool = True,
     ) -> Owners:
         assert around.routing.stand_in is not None  # of `route`
         divided = Divided.owned(around.routing.stand_in, world, messages=messages, even_from=even_from)
-        return cls(divided, dtype, embeddings)
+        return cls(divided, dtype, embeddings, norms)
 
     def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
         each = [self.rank(rows, frozen, rank) for rank in range(world)]
@@ -157,8 +160,7 @@ class Owners:
             whole = row.elements * (own or width(row, self.embeddings))
             parts = [("gradients" if row.matrices else "dense", whole, whole)]
             if member.sends_image:
-                images = row.image | {"norms": row.sketch}
-                images = [(kind, numbers * (own or FLOAT), 0) for kind, numbers in images.items()]
+                images = [(kind, numbers * (own or FLOAT), 0) for kind, numbers in image(row, self.norms).items()]
                 parts = [("renewals", 0, whole), *images]
             for kind, between, renewal in parts:
                 if place.way == "all":

@@ -27,9 +27,10 @@ from thinrank.trainers.plan.wire import (
     averaged_gradients,
     averaged_images,
     gradient_bytes,
+    sketched,
     width,
 )
-from thinrank.trainers.strategies.config import MESSAGE_DTYPES
+from thinrank.trainers.strategies.config import MESSAGE_DTYPES, norms_travel
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,14 @@ class Replicas:
         dtype: of the messages.
         memories_every: steps between two messages of what replicas remember apart; None: none are sent.
         embeddings: how their gradients travel.
+        norms: sketches travel, by which the norm of gradients is known.
     """
 
     messages: str = "auto"
     dtype: torch.dtype | None = None
     memories_every: int | None = MEMORIES_EVERY
     embeddings: str = "dense"
+    norms: bool = True
 
     def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
         alone = Alone().held(rows, frozen, world)
@@ -107,12 +110,12 @@ class Replicas:
 
     def sent(self, rows: Sequence[Row], world: int) -> Traffic:
         how = {"dtype": self.dtype, "messages": self.messages, "memories_every": self.memories_every}
-        return averaged_images(rows, world=world, embeddings=self.embeddings, **how)
+        return averaged_images(rows, world=world, embeddings=self.embeddings, norms=self.norms, **how)
 
     def letters(self, rows: Sequence[Row]) -> int:
         """Bytes of the messages in a step that renews."""
         return sum(
-            FLOAT * row.sketch
+            FLOAT * sketched(row, self.norms)
             if self._asks(row)
             else row.elements * (self.dtype.itemsize if self.dtype else width(row, self.embeddings))
             for row in rows
@@ -127,9 +130,9 @@ class Replicas:
             if self.messages in COARSE and row.remainder:
                 usual += row.elements // 8
             elif self._asks(row):
-                usual += FLOAT * row.sketch
+                usual += FLOAT * sketched(row, self.norms)
             elif row.sends_image and self.messages != "full":
-                usual += FLOAT * (row.image["coordinates"] + row.sketch)
+                usual += FLOAT * (row.image["coordinates"] + (row.sketch if self.norms else 0))
             else:
                 usual += row.elements * width(row, self.embeddings)
             letter += self.letters([row])
@@ -143,20 +146,23 @@ class Islands(Pieces):
 
     Attributes:
         dtype: of what they send.
+        norms: sketches travel, by which the norm of gradients is known.
     """
 
     dtype: torch.dtype | None = None
+    norms: bool = True
 
     def rank(self, rows: Sequence[Row], frozen: int, rank: int) -> Held:
         """What one process holds. Gradients at a renewal are what has come."""
         found, pieces = super().rank(rows, frozen, rank), self._pieces(rows, rank)
-        afar = Replicas(dtype=self.dtype)
+        afar = Replicas(dtype=self.dtype, norms=self.norms)
         came = found.gradients if self.dtype is None else found.gradients + afar.letters(pieces)
         return replace(found, buffers=afar.largest_letter(pieces), arriving=came)
 
     def sent(self, rows: Sequence[Row], world: int) -> Traffic:
         near, ranks = super().sent(rows, world), self.divided.ranks
-        each = [averaged_images(self._pieces(rows, rank), dtype=self.dtype).transfers for rank in range(ranks)]
+        how = {"dtype": self.dtype, "norms": self.norms}
+        each = [averaged_images(self._pieces(rows, rank), **how).transfers for rank in range(ranks)]
         afar = []
         for of_kind in zip(*each, strict=True):
             between, renewal, averaged = (sum(own.size(when) for own in of_kind) / ranks for when in WHENS)
@@ -182,7 +188,7 @@ def _rows(config: Any, world: int, around: Around) -> Strategy:
     if config.messages == "full":
         return Pieces.of_rows(around, world, **settings)
     islands = Islands.of_rows(around, world, averages=False, **settings)
-    return replace(islands, dtype=MESSAGE_DTYPES[config.dtype])
+    return replace(islands, dtype=MESSAGE_DTYPES[config.dtype], norms=norms_travel(config.norms, around.clips))
 
 
 def _zero(stage: int, config: Any, world: int, around: Around) -> Strategy:
@@ -192,7 +198,11 @@ def _zero(stage: int, config: Any, world: int, around: Around) -> Strategy:
 STRATEGIES: dict[str, Callable[[Any, int, Around], Strategy]] = {
     "ddp": lambda config, world, around: Averaged(),
     "thinrank_ddp": lambda config, world, around: Replicas(
-        config.messages, MESSAGE_DTYPES[config.dtype], config.memories_every, config.embeddings
+        config.messages,
+        MESSAGE_DTYPES[config.dtype],
+        config.memories_every,
+        config.embeddings,
+        norms_travel(config.norms, around.clips),
     ),
     "thinrank_owned": lambda config, world, around: Owners.of(
         around,
@@ -200,6 +210,7 @@ STRATEGIES: dict[str, Callable[[Any, int, Around], Strategy]] = {
         messages=config.messages,
         dtype=MESSAGE_DTYPES[config.dtype],
         embeddings=config.embeddings,
+        norms=norms_travel(config.norms, around.clips),
     ),
     "thinrank_fsdp2": _rows,
     **{f"thinrank_zero{stage}": partial(_zero, stage) for stage in (1, 2, 3)},

@@ -117,6 +117,16 @@ def width(row: Row, embeddings: str) -> int:
     return torch.bfloat16.itemsize if rounded else row.itemsize
 
 
+def sketched(row: Row, norms: bool) -> int:
+    """Numbers of a sketch of a gradient that stays where it is: without norms, one that tells whether it is finite."""
+    return row.sketch if norms else 1
+
+
+def image(row: Row, norms: bool) -> dict[str, int]:
+    """Numbers that travel in the place of a gradient, by kind."""
+    return row.image | {"norms": row.sketch} if norms else row.image
+
+
 def steady(kind: str, size: int, passes: int = 2) -> Transfer:
     """What travels alike in every step."""
     return Transfer(kind=kind, between=size, renewal=size, averaged=float(size), passes=passes)
@@ -135,6 +145,7 @@ def averaged_images(
     world: int = 1,
     memories_every: int | None = MEMORIES_EVERY,
     embeddings: str = "dense",
+    norms: bool = True,
 ) -> Traffic:
     """What `MatrixOptimizer.replicate` sends: coordinates of matrices (and entries), their gradients when a step
     chooses by them, and the gradients of everything else.
@@ -146,6 +157,7 @@ def averaged_images(
         world: the processes, which what is counted, or gathered, of signs depends on.
         memories_every: steps between two messages of what replicas remember apart; None: none are sent.
         embeddings: of `EMBEDDINGS`; all rows are counted.
+        norms: sketches travel, by which the norm of gradients is known.
     """
     # by kind: between renewals, in one, and in the mean
     sums: dict[str, list[float]] = {}
@@ -168,14 +180,14 @@ def averaged_images(
                 add(kind, size, 0, size * (1 - 1 / row.gap))
         elif row.asked and messages != "full":
             usual, choosing = (row.asked[key] * (own or FLOAT) for key in ("usual", "choosing"))
-            sketch = row.sketch * (own or FLOAT)
+            sketch = sketched(row, norms) * (own or FLOAT)
             gap = row.asked["gap"]
             add("factors", usual, choosing, usual + (choosing - usual) / gap if gap else usual)
             add("norms", sketch, sketch, sketch)
             add("memories", 0, 0, row.elements * FLOAT / memories_every if row.remembered and memories_every else 0.0)
         elif row.sends_image and messages != "full":
             add("renewals", 0, whole, whole / row.gap)
-            for kind, numbers in (row.image | {"norms": row.sketch}).items():
+            for kind, numbers in image(row, norms).items():
                 size = numbers * (own or FLOAT)
                 add(kind, size, 0, size * (1 - 1 / row.gap))
         else:

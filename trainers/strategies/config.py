@@ -17,7 +17,20 @@ MESSAGE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.
 ISLANDS = ("full", "auto")
 """What replicas of sharded models may exchange: whole gradients, by torch, or what a step needs, by the optimizer."""
 
+NORMS = ("auto", "always")
+"""When the norms of gradients travel beside coordinates."""
+
 _BACKENDS = ("auto", "gloo", "nccl")
+
+
+_NORMS_HELP = (
+    "norms of gradients beside coordinates: auto (where trainer.clip_norm needs them), or always (as grad_norm)"
+)
+
+
+def norms_travel(norms: str, clips: bool) -> bool:
+    """Whether they do, by the setting, where gradients are clipped by norm or are not."""
+    return norms == "always" or clips
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -97,6 +110,7 @@ class ReplicatedConfig(StrategyConfig):
             "help": "how their gradients travel: dense, rows (touched ones), bfloat16 (and the head's), rows_bfloat16"
         },
     )
+    norms: str = field(default="auto", metadata={"help": _NORMS_HELP})
     overlap: bool = field(default=True, metadata={"help": "messages leave while backward goes on"})
     check_every: int | None = field(
         default=100, metadata={"help": "steps between two looks at whether the ranks are still equal; null: never"}
@@ -113,6 +127,7 @@ class ReplicatedConfig(StrategyConfig):
             ("messages", self.messages, MESSAGES),
             ("embeddings", self.embeddings, EMBEDDINGS),
             ("dtype", self.dtype, tuple(MESSAGE_DTYPES)),
+            ("norms", self.norms, NORMS),
         ):
             one_of(name, value, allowed)
         refuse_widened(self.embeddings, MESSAGE_DTYPES[self.dtype])
@@ -160,6 +175,7 @@ class FSDP2Config(StrategyConfig):
         default="auto",
         metadata={"help": "of messages=auto: auto (float32 for coordinates, a gradient's own), float32, bfloat16"},
     )
+    norms: str = field(default="auto", metadata={"help": _NORMS_HELP})
     check_every: int | None = field(
         default=100, metadata={"help": "steps between two looks at whether what ranks hold alike is; null: never"}
     )
@@ -178,6 +194,7 @@ class FSDP2Config(StrategyConfig):
             )
         one_of("messages", self.messages, ISLANDS)
         one_of("dtype", self.dtype, tuple(MESSAGE_DTYPES))
+        one_of("norms", self.norms, NORMS)
         steps_or_never("check_every", self.check_every)
         if self.messages == "auto" and self.replicas == 1:
             raise ValueError(

@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from thinrank.optim import MatrixOptimizer
 from thinrank.optim.replicated import equalise
 from thinrank.trainers.errors import UserError
-from thinrank.trainers.strategies.config import MESSAGE_DTYPES, FSDP2Config
+from thinrank.trainers.strategies.config import MESSAGE_DTYPES, FSDP2Config, norms_travel
 from thinrank.trainers.strategies.one_file import OneFile
+from thinrank.trainers.strategies.replicated import asks_for_norms
 from thinrank.trainers.strategies.units import blocks, network, refuse
 from thinrank.trainers.versions import require_lightning, warn_of_newer_torch
 
@@ -51,6 +52,7 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
             `auto`: once a step what its updates need of them, coordinates of matrices that are stepped by rows
             (`MatrixOptimizer.replicate`); gradients are then clipped by the norm of what is left of them.
         dtype: of the messages of `auto`: `auto` (float32 for coordinates, a gradient's own), `float32`, `bfloat16`.
+        norms: beside coordinates, as in `ReplicatedStrategy`: `auto` (where somebody may ask for them), or `always`.
         check_every: steps between two looks at whether what several processes hold alike is still the same; None:
             never.
         options: `process_group_backend` and `timeout` of Lightning's `ModelParallelStrategy`.
@@ -70,6 +72,7 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
         reshard_after_forward: bool = True,
         messages: str = "full",
         dtype: str = "auto",
+        norms: str = "auto",
         check_every: int | None = 100,
         **options: Any,
     ) -> None:
@@ -79,6 +82,7 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
                 reshard_after_forward=reshard_after_forward,
                 messages=messages,
                 dtype=dtype,
+                norms=norms,
                 check_every=check_every,
             )
         except ValueError as error:
@@ -181,15 +185,16 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
+        module = self.lightning_module
         for optimizer in self.optimizers:
             if isinstance(optimizer, MatrixOptimizer):
                 optimizer.check_every = self._choice.check_every
             if self._islands:
-                self._exchange(optimizer)
+                self._exchange(optimizer, norms_travel(self._choice.norms, asks_for_norms(trainer, module)))
         self.precision_plugin.clip_grad_by_norm = _clip_by_norm
         self.precision_plugin.clip_grad_by_value = _refuse_by_value if self._islands else _clip_by_value
 
-    def _exchange(self, optimizer: Optimizer) -> None:
+    def _exchange(self, optimizer: Optimizer, norms: bool) -> None:
         if not isinstance(optimizer, MatrixOptimizer):
             raise UserError(
                 f"messages='auto' leaves the exchange between replicas to thinrank's optimizers, and "
@@ -200,6 +205,7 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
         optimizer.replicate(
             self.device_mesh["replicas"].get_group(),
             dtype=MESSAGE_DTYPES[self._choice.dtype],
+            norms=norms,
             check_every=self._choice.check_every,
         )
 

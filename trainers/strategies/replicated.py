@@ -10,13 +10,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from thinrank.optim import MatrixOptimizer
 from thinrank.optim.messages import BUCKET_BYTES
 from thinrank.optim.remembering import MEMORIES_EVERY
 from thinrank.optim.replicated import equalise
 from thinrank.trainers.errors import UserError
-from thinrank.trainers.strategies.config import MESSAGE_DTYPES, OwnedConfig, ReplicatedConfig
+from thinrank.trainers.module import CausalLM
+from thinrank.trainers.strategies.config import MESSAGE_DTYPES, OwnedConfig, ReplicatedConfig, norms_travel
 from thinrank.trainers.strategies.one_file import unwrapped
 from thinrank.trainers.versions import require_lightning
 
@@ -36,6 +38,8 @@ class ReplicatedStrategy(DDPStrategy):
         embeddings: how their gradients travel: `dense`, `rows` (those that any rank touched), `bfloat16` (they and the
             head's rounded to that), or `rows_bfloat16`.
         dtype: of the messages: `auto` (float32 for coordinates, a gradient's own), `float32`, `bfloat16`.
+        norms: of gradients, beside coordinates: `auto`, where the Trainer or `CausalLM` clips by norm, or the module
+            has a hook of its own by which it may look at them, or `always`.
         overlap: messages leave while backward goes on.
         check_every: steps between two looks at whether the replicas are still equal; None: never.
         memories_every: steps between two means of what ranks remember apart (Dion, LDAdam, feedback); None: never.
@@ -55,6 +59,7 @@ class ReplicatedStrategy(DDPStrategy):
         messages: str = "auto",
         embeddings: str = "dense",
         dtype: str = "auto",
+        norms: str = "auto",
         overlap: bool = True,
         check_every: int | None = 100,
         memories_every: int | None = MEMORIES_EVERY,
@@ -65,6 +70,7 @@ class ReplicatedStrategy(DDPStrategy):
             "messages": messages,
             "embeddings": embeddings,
             "dtype": dtype,
+            "norms": norms,
             "overlap": overlap,
             "check_every": check_every,
             "memories_every": memories_every,
@@ -75,6 +81,7 @@ class ReplicatedStrategy(DDPStrategy):
             raise UserError(str(error)) from None
         require_lightning()
         super().__init__(**options)
+        self._norms = norms
         self._exchange |= {"dtype": MESSAGE_DTYPES[dtype], "bucket_bytes": bucket_bytes}
 
     def configure_ddp(self) -> None:
@@ -90,6 +97,7 @@ class ReplicatedStrategy(DDPStrategy):
                 "precision='bf16-mixed' or '32-true' instead of '16-mixed'"
             )
         try:
+            self._exchange["norms"] = norms_travel(self._norms, asks_for_norms(trainer, self.lightning_module))
             for optimizer in self._own():
                 self._join(optimizer)
         except ValueError as error:
@@ -140,6 +148,16 @@ class OwnedStrategy(ReplicatedStrategy):
 
     def _join(self, optimizer: MatrixOptimizer) -> None:
         optimizer.own(**self._exchange)
+
+
+def asks_for_norms(trainer: pl.Trainer, module: pl.LightningModule | None) -> bool:
+    """Whether a training clips by the norm of gradients, or a user's module has hooks where it may ask for it."""
+    if trainer.gradient_clip_val is not None or getattr(module, "clip_norm", None) is not None:
+        return True
+    if module is None or isinstance(module, CausalLM):
+        return False
+    hooks = ("configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step")
+    return any(is_overridden(hook, module, pl.LightningModule) for hook in hooks)
 
 
 def _clip_by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:

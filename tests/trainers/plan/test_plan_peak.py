@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from thinrank.optim import METHODS, build, replicate, route
 from thinrank.optim import optimizer as stepping
-from thinrank.optim.exchange import replicas
+from thinrank.optim.exchange import sums
 from thinrank.trainers.models import ModelConfig, build_model
 from thinrank.trainers.plan.live import Live
 from thinrank.trainers.plan.strategies import Alone, Averaged, Replicas
@@ -31,8 +31,8 @@ STRATEGY = {
 
 def most(method, strategy, batch):
     """Bytes alive at one time in three steps of this rank, the first of which is logged and renews."""
-    before = stepping.CPU_BATCH_BYTES, replicas.DIRECT_BYTES
-    stepping.CPU_BATCH_BYTES, replicas.DIRECT_BYTES = stepping.BATCH_BYTES, 0  # as on a GPU
+    before = stepping.CPU_BATCH_BYTES, sums.DIRECT_BYTES
+    stepping.CPU_BATCH_BYTES, sums.DIRECT_BYTES = stepping.BATCH_BYTES, 0  # as on a GPU
     try:
         model = build_model(MODEL, 2000, seed=0)
         optimizer = build(model, METHOD[method])
@@ -57,7 +57,7 @@ def most(method, strategy, batch):
                 optimizer.zero_grad()
         return live.peak
     finally:
-        stepping.CPU_BATCH_BYTES, replicas.DIRECT_BYTES = before
+        stepping.CPU_BATCH_BYTES, sums.DIRECT_BYTES = before
 
 
 @pytest.mark.timeout(300)
