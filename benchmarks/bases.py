@@ -97,7 +97,7 @@ def main() -> None:
         "Energy that bases hold",
         [
             f"{args.preset} on bytes of Python's standard library, {args.tokens:,} tokens a step",
-            f"directions: {args.rank:g} of the short side, chosen {args.choices} times, in steps {args.first} to {last}",
+            f"directions: {args.rank:g} of the short side, chosen {args.choices} times in steps {args.first} to {last}",
         ],
         [
             "basis",

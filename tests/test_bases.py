@@ -13,7 +13,7 @@ sys.path.insert(
 bases = importlib.import_module("bases")
 
 
-@pytest.mark.parametrize("n, rank", [(12, 3), (16, 16), (7, 1)])
+@pytest.mark.parametrize(("n", "rank"), [(12, 3), (16, 16), (7, 1)])
 def test_every_basis_gives_orthonormal_directions_and_none_holds_more_than_the_singular_one(n, rank):
     x = torch.randn(40, n, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.1, 2.0, n)
     held = {}
