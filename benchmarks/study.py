@@ -98,14 +98,17 @@ def finals(study: Study, method: Method) -> Generator[Run, None, list[Outcome]]:
 
 
 def pacing(study: Study, method: Method) -> Generator[Run, None, list[Outcome]]:
-    """The run that measures a step of a method's best setting; none where the study does not ask for it."""
+    """The runs that measure a step of a method's best setting; none where the study does not ask for them."""
+    found: list[Outcome] = []
     best = best_of(study, peek(tuning(study, method)))
     if best is None or study.pace_steps is None:
-        return []
-    run = study.run("pace", method, best.point, study.tune_seed)
-    if outcome(run, best.point).state == "missing":
-        yield run
-    return [outcome(run, best.point)]
+        return found
+    for seed in range(study.tune_seed, study.tune_seed + study.pace_runs):
+        run = study.run("pace", method, best.point, seed)
+        if outcome(run, best.point).state == "missing":
+            yield run
+        found.append(outcome(run, best.point))
+    return found
 
 
 def timed(study: Study, method: Method) -> Generator[Run, None, list[Outcome]]:

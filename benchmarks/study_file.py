@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,9 @@ class Study:
     methods: tuple[Method, ...]
     job: str = "pretrain"
     pace_steps: int | None = None
-    """Steps of the run that measures how long a step is; None: methods are not compared at equal time."""
+    """Steps of a run that measures how long a step is; None: methods are not compared at equal time."""
+    pace_runs: int = 1
+    """How many such runs each method has; the median counts."""
     left_out: tuple[str, ...] = ()
     """One sentence for each method that this version does not have."""
     root: Path = field(default=Path("runs/study"))
@@ -199,9 +202,10 @@ def best_of(study: Study, tuned: Sequence[Outcome]) -> Outcome | None:
 
 
 def pace(paced: Sequence[Outcome]) -> float | None:
-    """Seconds of a step, renewals of a subspace included, by the run that measured it."""
+    """Seconds of a step, renewals of a subspace included: the median of the runs that measure it, if all are there."""
     found = [each.report["training"].get("step_seconds_mean") for each in paced if each.report is not None]
-    return found[0] if found else None
+    measured = [seconds for seconds in found if seconds is not None]
+    return statistics.median(measured) if measured and len(measured) == len(paced) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +216,6 @@ class Found:
     tune: Sequence[Outcome]
     final: Sequence[Outcome]
     pace: Sequence[Outcome]
-    """At most one."""
     time: Sequence[Outcome]
     """Of as many steps as take the baseline's time."""
 
@@ -242,7 +245,7 @@ def load_study(path: Path, *, root: Path = Path("runs/study")) -> Study:
     job = top.get("job", "pretrain")
     _require(job in JOBS, path, f"job must be one of {', '.join(JOBS)}, got {job!r}")
     base = _overrides(path, "base", top["base"])
-    tune, seeds, pace_steps = _stages(path, top)
+    tune, seeds, paced = _stages(path, top)
     methods, left_out, names = _methods(path, JOBS[job], top["methods"])
     baseline = str(top.get("baseline", names[0]))
     _require(baseline in names, path, f"baseline must be one of the methods, got {baseline}: {', '.join(names)}")
@@ -262,7 +265,8 @@ def load_study(path: Path, *, root: Path = Path("runs/study")) -> Study:
         final_seeds=seeds,
         methods=methods,
         job=job,
-        pace_steps=pace_steps,
+        pace_steps=paced["steps"] if paced else None,
+        pace_runs=paced["runs"] if paced else 1,
         left_out=left_out,
         root=root,
     )
@@ -270,7 +274,7 @@ def load_study(path: Path, *, root: Path = Path("runs/study")) -> Study:
     return study
 
 
-def _stages(path: Path, top: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...], int | None]:
+def _stages(path: Path, top: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...], dict[str, int] | None]:
     tune = {"seed": 0, "overrides": {}, **_section(path, "tune", top["tune"], ("runs",), ("seed", "overrides"))}
     tune["overrides"] = _overrides(path, "tune.overrides", tune["overrides"], allowed=("trainer.",))
     runs, seed, seeds = tune["runs"], tune["seed"], _section(path, "final", top["final"], ("seeds",))["seeds"]
@@ -286,9 +290,12 @@ def _stages(path: Path, top: dict[str, Any]) -> tuple[dict[str, Any], tuple[int,
         path,
         f"final.seeds must leave out the seed of tuning ({seed}), got {seeds}: the setting was chosen by its luck",
     )
-    pace = None if top.get("time") is None else _section(path, "time", top["time"], ("steps",))["steps"]
-    _require(pace is None or (_whole(pace) and pace >= 1), path,
-             f"time.steps must be a number of at least 1, got {pace!r}")  # fmt: skip
+    pace = (
+        None if top.get("time") is None else {"runs": 1, **_section(path, "time", top["time"], ("steps",), ("runs",))}
+    )
+    for key, value in (pace or {}).items():
+        _require(_whole(value) and value >= 1, path,
+                 f"time.{key} must be a number of at least 1, got {value!r}")  # fmt: skip
     return tune, tuple(seeds), pace
 
 

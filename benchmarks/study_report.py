@@ -53,7 +53,7 @@ def page(
     if sizes:
         parts += ["## Sizes", sizes, SIZES_NOTE]
     if any(pace(found.pace) for found in results):
-        parts += ["## Equal time", _time_table(study, results), TIME_NOTE.format(steps=study.pace_steps)]
+        parts += ["## Equal time", _time_table(study, results), _time_note(study)]
     parts += ["## Every tuning run", "In the order in which they were chosen.", _tuning_table(study, results)]
     parts += ["## Every final run", _final_table(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -210,10 +210,16 @@ def _sizes_table(study: Study, results: Results) -> str:
 
 
 TIME_NOTE = (
-    "Step: mean of {steps} steps, renewals of a subspace included, of a run of the best setting with no other run "
-    "beside it. Steps: how many fit the time of the baseline's final runs; learning-rate schedules end there. Bits per "
+    "Step: mean of {steps} steps, renewals of a subspace included, of {runs}, with no other run of the study at the "
+    "same time. Steps: how many fit the time of the baseline's final runs; learning-rate schedules end there. Bits per "
     "byte of the documents that the final runs are judged by."
 )
+
+
+def _time_note(study: Study) -> str:
+    several = f"{study.pace_runs} runs of the best setting (their median; all methods in turns)"
+    runs = several if study.pace_runs > 1 else "a run of the best setting"
+    return TIME_NOTE.format(steps=study.pace_steps, runs=runs)
 
 
 def _time_table(study: Study, results: Results) -> str:
