@@ -332,4 +332,4 @@ def test_the_studies_that_are_shipped_can_begin(path):
     assert chosen.name == path.stem
     assert chosen.baseline == "adamw"
     assert "adamw" in {method.name for method in chosen.methods}
-    assert set(chosen.methods[0].grid) == {"optimizer.lr", "optimizer.embedding_lr"}
+    assert "optimizer.lr" in chosen.methods[0].grid
