@@ -24,10 +24,17 @@ run gpu-memory-7b "$PYTHON" benchmarks/memory.py
 run gpu-memory-1b-adamw "$PYTHON" benchmarks/memory.py --preset 1b --method adamw --bits 32 --in-backward off
 run gpu-memory-1b-galore "$PYTHON" benchmarks/memory.py --preset 1b --rank 512 --in-backward project
 run gpu-strategy-overhead "$PYTHON" benchmarks/strategy_overhead.py --out "$OUT/strategy-overhead-cuda.md"
+run gpu-layers-130m "$PYTHON" benchmarks/layers.py --tokens 4096 65536 --dtype bfloat16 --out "$OUT/layers-cuda-130m.md"
+run gpu-layers-1b "$PYTHON" benchmarks/layers.py --preset 1b --rank 512 --tokens 4096 65536 --dtype bfloat16 \
+    --out "$OUT/layers-cuda-1b.md"
 run gpu-pretrain "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain.py \
     run.dir="$(mktemp -d)/pretrain"
 for strategy in thinrank_ddp thinrank_owned thinrank_fsdp2 thinrank_zero1 thinrank_zero2 thinrank_zero3; do
     run "gpu-pretrain-$strategy" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain.py \
         "strategy=$strategy" optimizer=galore run.dir="$(mktemp -d)/run"
+done
+for reparam in sst lost loro; do
+    run "gpu-pretrain-$reparam" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain.py \
+        "model.reparam=$reparam" optimizer=adamw trainer.max_steps=250 run.dir="$(mktemp -d)/run"
 done
 exit $failed
