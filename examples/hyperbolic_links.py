@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thinrank.optim import AdamWConfig, build
-from thinrank.optim.layers import SST, LorentzLinear, LowRank, ReLoRA, ReparamConfig, Upkeep, convert
+from thinrank.optim.layers import SST, LorentzLinear, LowRank, ReLoRA, ReparamConfig, Upkeep, convert, warmth
 from thinrank.optim.linalg.lorentz import centroid, distance2, from_tangent
 
 SPACES = ("flat", "hyperbolic")
@@ -132,12 +132,13 @@ def train(
         convert(model, config, seed=seed)
     optimizer = build(model, AdamWConfig(lr=lr))
     upkeep = Upkeep(model, optimizer, seed=seed)
+    factor = warmth(model) or (lambda step: 1.0)
     pairs = torch.cat([links.edges["train"], links.none["train"]])
     labels = torch.cat([torch.ones(len(pairs) // 2), torch.zeros(len(pairs) // 2)])
     best = (0.0, 0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * config.warmth(step)
+            group["lr"] = lr * factor(step)
         loss = F.binary_cross_entropy_with_logits(model.logits(model(links), pairs), labels)
         optimizer.zero_grad()
         loss.backward()

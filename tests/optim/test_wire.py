@@ -16,10 +16,12 @@ from cases import CONFIGS, small
 from test_replicated import mine, run, seeded_model
 from test_sharded import fsdp
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import thinrank.optim
 from thinrank.optim import build
 from thinrank.optim.exchange import sums
+from thinrank.optim.layers import SST, Upkeep, convert
 from thinrank.optim.owned import own
 from thinrank.optim.replicated import replicate
 
@@ -149,6 +151,21 @@ def joins_islands(config):
     return model, optimizer, False
 
 
+def joins_layers(config, cut):
+    """Singular vectors that change places, and are computed by one rank for all, in three layers."""
+    model = seeded_model(all_alike=True) if cut else seeded_model(dist.get_rank(), tied=False)
+    convert(model, SST(rank=2, every=2, iterations=1, warmup=0), targets=["^(up|down|square)"])
+    if cut:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for unit in (model.up, model.down, model):
+            fully_shard(unit, mesh=mesh)
+    optimizer = build(model, config)
+    if not cut:
+        replicate(model, optimizer, check_every=2)
+    Upkeep(model, optimizer)
+    return model, optimizer, not cut
+
+
 GALORE = CONFIGS["galore/power"]
 RUNS = {
     "replicas": (joins_replicas, GALORE, {"embeddings": "rows"}),
@@ -159,6 +176,8 @@ RUNS = {
     "pieces by rows": (joins_pieces, GALORE, {}),
     "pieces with owners": (joins_pieces, CONFIGS["muon"], {}),
     "islands": (joins_islands, GALORE, {}),
+    "replicas of layers": (joins_layers, CONFIGS["adamw"], {"cut": False}),
+    "pieces of layers": (joins_layers, CONFIGS["adamw"], {"cut": True}),
 }
 
 

@@ -16,6 +16,7 @@ CONFIGS = {
     "lowrank": LowRank(rank=3),
     "cola": CoLA(rank=3),
     "lost": LOST(rank=3, delta=0.4, gamma=0.7),
+    "lost/gathered": LOST(rank=2, delta=0.8),
     "lost/linear": LOST(rank=3, delta=0.4, act="identity", selection="random"),
     "sltrain": SLTrain(rank=3, delta=0.2),
     "loro": LORO(rank=3, every=3, warmup=0),
