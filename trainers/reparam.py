@@ -137,7 +137,8 @@ def load_factors(
             return (model if dtype is None else model.to(dtype)).train()
         model.load_state_dict(weights, strict=False, assign=True)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path / LAYOUT} does not fit the factors beside it: {error}") from error
+        reason = (str(error).splitlines() or [""])[:2][-1].strip()  # torch lists every tensor after a line of its own
+        raise UserError(f"{path / LAYOUT} does not fit the factors beside it: {reason}") from error
     model.tie_weights()
     left = [name for name, value in model.state_dict().items() if value.is_meta]
     if left:
