@@ -5,6 +5,7 @@ Everything else is one and the same run (`thinrank.trainers.assembly`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from thinrank.trainers.export import export, replacing_folder
 from thinrank.trainers.finetune import FinetuneConfig
 from thinrank.trainers.models import build_model, load_model, model_folder
 from thinrank.trainers.pretrain import PretrainConfig, TrainingConfig
-from thinrank.trainers.reparam import converted, export_merged
+from thinrank.trainers.reparam import converted, export_merged, on_meta
 from thinrank.trainers.run import RunFolder
 
 
@@ -29,6 +30,8 @@ class Job:
     """Whether the held-out text is measured before the first step."""
     conversion: Conversion | None = None
     """What was converted in the model that was built last."""
+    _shapes: Any = None
+    """That model without its values: some layers' shapes come from the values that were there."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config: Any = config
@@ -47,8 +50,12 @@ class Job:
 
     def build(self, vocab_size: int, *, meta: bool = False) -> Any:
         """The model to train, on the CPU or, for planning, on the meta device; what is frozen needs no gradient."""
+        if meta and self._shapes is not None:
+            return copy.deepcopy(self._shapes)
         model = self.dense(vocab_size, meta=meta)
         self.conversion = converted(model, self.config.reparam, seed=self.config.trainer.seed)
+        if self.conversion is not None and not meta:
+            self._shapes = on_meta(model)
         return model
 
     def dense(self, vocab_size: int, *, meta: bool = False) -> Any:

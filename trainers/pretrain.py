@@ -229,6 +229,11 @@ class TrainingConfig:
             )
 
     def _check_zero(self, name: str) -> None:
+        if name == "thinrank_zero3" and self.reparam.penalises:
+            raise ValueError(
+                f"strategy={name} has taken weights apart when layers of reparam={self.reparam.name} look at them for "
+                "the loss: use strategy=thinrank_zero2 or thinrank_fsdp2"
+            )
         if self.trainer.in_backward != "off":
             raise ValueError(
                 f"trainer.in_backward={self.trainer.in_backward} takes gradients before strategy={name} has averaged "

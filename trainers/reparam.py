@@ -39,6 +39,13 @@ def converted(model: Any, config: ReparamConfig, *, seed: int) -> Conversion | N
         raise UserError(f"reparam.{error}") from error
 
 
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the meta device: what it has come to be, ranks found from weights included."""
+    known: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
+    known |= {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, known)
+
+
 def export_merged(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> Path:
     """Exports `model` with dense layers in the place of its factors or, where none do the same, with the factors.
 

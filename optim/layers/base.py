@@ -146,6 +146,11 @@ class ReparamConfig:
         """Whether its layers do something between steps."""
         return False
 
+    @property
+    def penalises(self) -> bool:
+        """Whether its layers add something to the loss."""
+        return False
+
     def check(self, dense: Dense) -> None:
         """Refuses a layer for which the values make no sense.
 
@@ -162,7 +167,9 @@ class ReparamConfig:
         Raises:
             ValueError: for a weight of which no factors can be made.
         """
-        raise NotImplementedError
+        raise ValueError(
+            f"stays dense: reparam={self.name} replaces nothing, so choose a kind of layers, such as SST()"
+        )
 
     def plan(self, denses: Iterable[Dense], model: nn.Module | None = None) -> ReparamConfig:
         """The same with what can only be decided by all the layers together.

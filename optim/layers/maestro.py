@@ -257,6 +257,10 @@ class Maestro(ReparamConfig):
     def acts(self) -> bool:
         return True
 
+    @property
+    def penalises(self) -> bool:
+        return self.lasso > 0
+
     def layer(self, dense: Dense, generator: torch.Generator) -> MaestroLinear:
         layer = MaestroLinear(dense, self)
         if not dense.is_meta:

@@ -103,6 +103,10 @@ class SORSA(FineTuning, RankedReparam):
                 f"{self.gamma} / lr: set it, or gamma=0"
             )
 
+    @property
+    def penalises(self) -> bool:
+        return self.gamma > 0
+
     def plan(self, denses: Iterable[Dense], model: nn.Module | None = None) -> SORSA:
         return self if self.factors is not None else replace(self, factors=2 * sum(1 for _ in denses))
 

@@ -19,7 +19,7 @@ from thinrank.configs.errors import ConfigError
 from thinrank.configs.load import load
 from thinrank.configs.schema import FINETUNE, PRETRAIN
 from thinrank.optim import AdamWConfig, GaLoreConfig
-from thinrank.optim.layers import LOST, SST, CoLA, LowRank, ReLoRA, convert, layers
+from thinrank.optim.layers import LOST, SST, CoLA, LowRank, QRLoRA, ReLoRA, WeLore, convert, layers
 from thinrank.optim.layers.lowrank import LowRankLinear
 from thinrank.trainers.callbacks.layers import LayerUpkeep
 from thinrank.trainers.errors import UserError
@@ -117,6 +117,15 @@ def test_a_trained_model_is_tuned_as_factors(base):
     AutoModelForCausalLM.from_pretrained(base / "tuned" / "export")
 
 
+@pytest.mark.parametrize("layer", [WeLore(cutoff=1.0), QRLoRA()], ids=lambda layer: layer.name)
+def test_shapes_that_come_from_weights_are_planned_as_they_are(base, layer):
+    result = finetune(tiny_finetune.config(base, layer.name, optimizer=AdamWConfig(lr=0.01), reparam=layer))
+    assert result["run"]["state"] == "finished"
+    planned, measured = result["plan"]["planned"], result["plan"]["measured"]
+    assert measured["weights_bytes"] == planned["weights_bytes"]
+    assert measured["state_bytes"] == planned["state_bytes"]
+
+
 # --- the way in -------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +165,8 @@ def test_layers_are_chosen_in_a_file(tmp_path):
         ),
         (PRETRAIN, ["model.reparam=sst", "trainer.in_backward=step"], "use trainer.in_backward=off"),
         (FINETUNE, ["model.reparam=sst", "adapter=lora"], "leave one of them at none"),
+        (PRETRAIN, ["model.reparam=maestro", "strategy=thinrank_zero3"], "use strategy=thinrank_zero2 or"),
+        (FINETUNE, ["model.reparam=sorsa", "strategy=thinrank_zero3"], "use strategy=thinrank_zero2 or"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(schema, words, sentence):

@@ -175,6 +175,11 @@ def test_converting_twice_and_merging_nothing():
         convert(model, SST(rank=4))
 
 
+def test_no_kind_of_layers():
+    with pytest.raises(ValueError, match=r"q_proj stays dense: reparam=none replaces nothing, so choose a kind"):
+        convert(language_model(), ReparamConfig())
+
+
 def test_a_weight_that_two_layers_share():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
