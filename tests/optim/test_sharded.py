@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import CONFIGS
-from test_replicated import PLAIN, STEPS, TINY, alone, apart, bound, mine, run, seeded_model, shares
+from test_replicated import PLAIN, STEPS, TINY, alone, apart, bound, mine, no_farther, run, seeded_model, shares
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -103,10 +103,10 @@ def test_bfloat16_weights_and_autocast(ranks):
         exact = alone(config, 2, all_alike=True)
         one = alone(config, 2, all_alike=True, dtype=torch.bfloat16)
         assert all(value.dtype is torch.bfloat16 for value in half[name].values())
-        assert apart(half[name], exact) <= 2 * apart(one, exact), name
+        assert no_farther(name, half[name], exact, one), name
     for name, config in TINY.items():
         exact = alone(config, 2, all_alike=True)
-        assert apart(cast[name], exact) <= 2 * apart(alone(config, 2, all_alike=True, cast=True), exact), name
+        assert no_farther(name, cast[name], exact, alone(config, 2, all_alike=True, cast=True)), name
 
 
 # --- state ------------------------------------------------------------------------------------------------------------

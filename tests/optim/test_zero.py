@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import CONFIGS, small
-from test_replicated import PLAIN, STEPS, TINY, alone, apart, bound, loss, mine, seeded_model, shares
+from test_replicated import PLAIN, STEPS, TINY, alone, apart, bound, loss, mine, no_farther, seeded_model, shares
 from test_replicated import run as run_alone
 from torch import nn
 
@@ -331,7 +331,7 @@ def test_bfloat16_has_float32_masters(ranks, stage):
         exact = alone(CONFIGS[name], 2, all_alike=True)
         half = alone(CONFIGS[name], 2, all_alike=True, dtype=torch.bfloat16)
         assert {key for key, v in weights.items() if v.dtype is not torch.float32} == {"frozen.weight", "frozen.bias"}
-        assert apart(weights, exact) <= 2 * apart(half, exact), name
+        assert no_farther(name, weights, exact, half), name
 
 
 def skips():

@@ -1,6 +1,8 @@
 """Resident memory of a process, and the peak of it that a run on a CPU reports beside its plan."""
 
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -49,14 +51,20 @@ def test_without_a_kernel_that_says_it_nothing_is_said(monkeypatch):
     assert Resident().peak() is None
 
 
+def ten_million(folder):
+    """The report of a run of 10 million weights."""
+    model = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 3, "extra": {}}
+    return pretrain(
+        config(folder, "run", optimizer=AdamWConfig(), model=model, max_steps=2, validate_every=0, clip_norm=None)
+    )
+
+
 def test_a_run_reports_it_beside_the_plan(tmp_path):
-    """Of 10 million weights: what is planned for the tensors, and what libraries bring along."""
+    """What is planned for the tensors, and what libraries bring along; in a process that has no memory to use again."""
     (tmp_path / "corpus").mkdir()
     write_corpus(tmp_path / "corpus")
-    model = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 3, "extra": {}}
-    report = pretrain(
-        config(tmp_path, "run", optimizer=AdamWConfig(), model=model, max_steps=2, validate_every=0, clip_norm=None)
-    )
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        report = fresh.submit(ten_million, tmp_path).result()
     planned, measured = report["plan"]["planned"], report["plan"]["measured"]
     assert "peak_bytes" not in planned | measured
     assert planned["resident_bytes"] > 4 * planned["weights_bytes"] > 2**27  # weights, gradients and two moments
