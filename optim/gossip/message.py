@@ -1,0 +1,193 @@
+"""What travels between two ranks: a header of 32 bytes and a compressor's payload in one tensor of bytes."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thinrank.optim.gossip.compress.base import spans
+
+MAGIC = 0x504F4854
+"""`THOP` as bytes."""
+
+VERSION = 1
+
+HEADER_BYTES = 32
+"""A multiple of 16, so that what follows lies where wider numbers may begin."""
+
+_LAYOUT = struct.Struct("<IBBBBIHHQII")
+"""magic, version, codec, flags, zero, step, part, source, numel, replica, checksum"""
+
+_VALID, _HAS_REPLICA, _WANTS_REPAIR, _WHOLE = 1, 2, 4, 8
+
+
+class BadMessage(Exception):
+    """A message that must not be used, for the reason that its one sentence gives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a message says about itself.
+
+    Attributes:
+        codec: the compressor's number (`identity_of`), 0 to 255.
+        step: the sender's step, below 2³².
+        part: which part of the model, below 2¹⁶.
+        source: the sender's rank, below 2¹⁶.
+        numel: entries of the vector that the payload stands for.
+        valid: False where the sender had nothing fit to send (an infinity or a NaN); the payload is then zeros.
+        wants_repair: the sender asks for a whole copy in return.
+        whole: the payload is a whole copy, not a difference.
+        replica: `fingerprint` of the sender's public copy, where it sends one.
+    """
+
+    codec: int
+    step: int
+    part: int
+    source: int
+    numel: int
+    valid: bool = True
+    wants_repair: bool = False
+    whole: bool = False
+    replica: int | None = None
+
+
+def pack(header: Header, payload: Tensor | None, *, nbytes: int | None = None) -> Tensor:
+    """One tensor of a header and a payload.
+
+    Args:
+        payload: uint8, one-dimensional; None sends zeros and a header that says that they are not valid.
+        nbytes: bytes after the header where there is no payload: what the receiver waits for. Default 0.
+
+    Returns:
+        uint8 (`HEADER_BYTES` + payload's bytes,) on the payload's device (the CPU without one).
+    """
+    if payload is None:
+        payload = torch.zeros(nbytes or 0, dtype=torch.uint8)
+        valid = False
+    elif payload.dtype is not torch.uint8 or payload.ndim != 1:
+        raise ValueError(f"expected a flat uint8 payload, got {payload.dtype} of {tuple(payload.shape)}")
+    elif nbytes is not None and nbytes != payload.numel():
+        raise ValueError(f"nbytes is {nbytes}, but the payload has {payload.numel()}")
+    else:
+        valid = header.valid
+    flags = valid * _VALID | (header.replica is not None) * _HAS_REPLICA
+    flags |= header.wants_repair * _WANTS_REPAIR | header.whole * _WHOLE
+    try:
+        head = _LAYOUT.pack(
+            MAGIC, VERSION, header.codec, flags, 0, header.step, header.part, header.source, header.numel,
+            header.replica or 0, 0,
+        )  # fmt: skip
+    except struct.error as error:
+        raise ValueError(f"{header} does not fit into a message: {error}") from None
+    head = head[:-4] + struct.pack("<I", _checksum(head[:-4], payload))
+    message = torch.empty(HEADER_BYTES + payload.numel(), dtype=torch.uint8, device=payload.device)
+    message[:HEADER_BYTES] = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(payload.device)
+    message[HEADER_BYTES:] = payload
+    return message
+
+
+def unpack(
+    message: Tensor,
+    *,
+    nbytes: int | None = None,
+    codec: int | None = None,
+    step: int | None = None,
+    part: int | None = None,
+    source: int | None = None,
+    numel: int | None = None,
+) -> tuple[Header, Tensor]:
+    """The header and the payload (a view) of a message.
+
+    Args:
+        message: uint8, one-dimensional.
+        nbytes: bytes that the payload must have.
+        codec, step, part, source, numel: what the header must say, where given.
+
+    Raises:
+        BadMessage: bytes are missing or were changed on the way (any change within 32 neighbouring bits is seen, any
+            other but for one in 2³²), or the message is not the expected one.
+    """
+    if message.dtype is not torch.uint8 or message.ndim != 1:
+        raise ValueError(f"expected a flat uint8 message, got {message.dtype} of {tuple(message.shape)}")
+    if message.numel() < HEADER_BYTES:
+        raise BadMessage(f"the message has {message.numel()} bytes, fewer than a header's {HEADER_BYTES}")
+    head = bytes(message[:HEADER_BYTES].tolist())
+    payload = message[HEADER_BYTES:]
+    if nbytes is not None and payload.numel() != nbytes:
+        raise BadMessage(f"the payload has {payload.numel()} bytes where {nbytes} were expected")
+    magic, version, its_codec, flags, zero, *place, replica, checksum = _LAYOUT.unpack(head)
+    if magic != MAGIC:
+        raise BadMessage(f"the message begins with {magic:#010x} where {MAGIC:#010x} was expected")
+    if version != VERSION:
+        raise BadMessage(f"the message has version {version}, but only version {VERSION} is understood")
+    if checksum != _checksum(head[:-4], payload):
+        raise BadMessage("the checksum does not fit: bytes were changed on the way")
+    if zero or flags >= 2 * _WHOLE:
+        raise BadMessage(f"the message has flags {flags:#x} and {zero:#x}, which this version does not know")
+    header = Header(
+        codec=its_codec,
+        step=place[0],
+        part=place[1],
+        source=place[2],
+        numel=place[3],
+        valid=bool(flags & _VALID),
+        wants_repair=bool(flags & _WANTS_REPAIR),
+        whole=bool(flags & _WHOLE),
+        replica=replica if flags & _HAS_REPLICA else None,
+    )
+    expected = {"codec": codec, "step": step, "part": part, "source": source, "numel": numel}
+    for name, value in expected.items():
+        if value is not None and getattr(header, name) != value:
+            raise BadMessage(f"the message's {name} is {getattr(header, name)} where {value} was expected")
+    return header, payload
+
+
+def fingerprint(x: Tensor) -> int:
+    """A 32-bit number that depends on all bits of a tensor and on their places; the same on every kind of device.
+
+    Each word of 32 bits is mixed with its place by a one-to-one map and the results are summed, whose order does not
+    matter. A change of one word therefore always shows, any other (two entries swapped, a piece moved) but for about
+    one in 2³². No floating-point arithmetic, so that -0 is not 0 and a NaN equals itself. Not for adversaries. Waits
+    for the device once.
+
+    Args:
+        x: of any dtype and shape; bytes that do not fill the last word are followed by zeros.
+    """
+    flat = x.detach().contiguous().view(-1).view(torch.uint8)
+    tail = flat.numel() % 4
+    if tail:
+        flat = torch.nn.functional.pad(flat, (0, 4 - tail))
+    elif flat.storage_offset() % 4:
+        flat = flat.clone()
+    words = flat.view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    places: Tensor | None = None
+    for start, stop in spans(words.numel(), 1, x.device):
+        if places is None:
+            places = torch.arange(1, stop - start + 1, dtype=torch.int32, device=x.device).mul_(_PLACE)
+        mixed = words[start:stop] + places[: stop - start]
+        mixed.add_(_wrapped(start * _PLACE))
+        for shift, factor in _MIX:  # a shift right of a negative number brings ones, which the mask takes away
+            mixed.bitwise_xor_((mixed >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(factor)
+        total += mixed.bitwise_xor_((mixed >> 16).bitwise_and_(0xFFFF)).sum(dtype=torch.int64)
+    return total.item() & 0xFFFFFFFF
+
+
+_PLACE = 0x1E3779B1
+_MIX = ((16, 0x45D9F3B), (15, 0x2C1B3C6D))
+"""Odd factors: a product with one, and `x ^ x >> shift`, are one-to-one on 32 bits."""
+
+
+def _wrapped(n: int) -> int:
+    """An integer as 32 bits hold it."""
+    return (n + 2**31) % 2**32 - 2**31
+
+
+def _checksum(head: bytes, payload: Tensor) -> int:
+    """CRC-32 of the header and of the payload's fingerprint, which a GPU computes without sending the payload out."""
+    return zlib.crc32(struct.pack("<I", fingerprint(payload)), zlib.crc32(head))
