@@ -1,0 +1,374 @@
+"""Ranks that train apart and average with neighbours: what a training loop calls after its optimizer's step."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from thinrank.optim.exchange.replicas import broadcast, gathered, refuse_other_models
+from thinrank.optim.exchange.wire import Wire
+from thinrank.optim.gossip.compress import Compressor, compressor, identity_of
+from thinrank.optim.gossip.peers import Flight, Peers
+from thinrank.optim.gossip.rounds import Mean, Step
+from thinrank.optim.gossip.schemes import SCHEMES, Place, Scheme, scheme_class
+from thinrank.optim.gossip.topology import Topology, topology
+
+_log = logging.getLogger(__name__)
+
+MASTER = "master"
+"""The name in an optimizer's state of a weight's float32 copy."""
+
+
+class Gossip:
+    """Exchanges weights with neighbours instead of gradients with all.
+
+    Every rank trains on its own data with an optimizer of its own; after `optimizer.step()` comes `step()`:
+
+        exchange = Gossip(model, optimizer, topology="ring", scheme="choco", compressor="uniform4")
+        for batch in batches:
+            optimizer.zero_grad()
+            model(batch).backward()
+            optimizer.step()
+            exchange.step()
+        with exchange.averaged():
+            evaluate(model)
+
+    All ranks call it alike, though one whose gradient was not finite may leave out its `optimizer.step()`. Weights are
+    made equal to the first rank's at the start. Gradients must be this rank's own: no wrapper such as DDP may average
+    them, and clipping is by the norm of this rank's. Any torch optimizer will do; each keeps the state that its own
+    gradients lead to. What travels is float32: of 16-bit weights a float32 copy is kept here, and where thinrank's
+    optimizer keeps masters (`half_weights="master"`) these are exchanged.
+
+    Args:
+        model: whose trained parameters are exchanged, each once however often it is used.
+        optimizer: that steps all of them.
+        topology: who averages with whom: a name, edges, a matrix of weights, or a `Topology`.
+        scheme: how (`SCHEMES`).
+        compressor: of messages: a name (`COMPRESSORS`) or a `Compressor`; None: the scheme's usual one.
+        interval: steps of the optimizer between two exchanges.
+        overlap: messages travel while the next gradient is computed, where the scheme allows it.
+        check_every: exchanges between two looks at whether copies of neighbours are right.
+        seed: of what is random about compression; the global generators are left alone.
+        strict: refuse a compressor that is coarser than the scheme's theory allows, instead of a warning.
+        group: of the ranks; None: all processes.
+        options: of the scheme, such as CHOCO's `gamma`.
+
+    Attributes:
+        wire: bytes that have left this rank, `gossip` in its payload and what no step needs in `wire.rare`.
+        scheme: this rank's side of the exchange.
+
+    Raises:
+        RuntimeError: without a process group.
+        ValueError: for settings that do not go together or differ between ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        topology: Any = "ring",
+        scheme: str = "choco",
+        compressor: str | Compressor | None = None,
+        interval: int = 1,
+        overlap: bool = True,
+        check_every: int = 100,
+        seed: int = 0,
+        strict: bool = False,
+        group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        for name, value in (("interval", interval), ("check_every", check_every)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"{name} must be a whole number of at least 1, got {value!r}: leave it out for the usual"
+                )
+        self.wire = Wire()
+        self.peers = Peers(group, self.wire)
+        self.model, self.optimizer = model, optimizer
+        self.interval, self.overlap, self.seed = interval, overlap, seed
+        self._params = trained_parameters(model, optimizer)
+        refuse_other_models(self._params, self.wire.rare, group)
+        graph, codec = graph_of(topology, self.peers.size), codec_of(scheme, compressor)
+        settings = {
+            "topology": graph.digest(),
+            "scheme": scheme,
+            "compressor": repr(codec),
+            "interval": interval,
+            "check_every": check_every,
+            "seed": seed,
+            "options": sorted(options.items()),
+        }
+        self._refuse_other_settings(settings)
+        self._digest = hashlib.sha256(repr((self.peers.size, settings)).encode()).hexdigest()
+        number = identity_of(codec.name)
+        place = Place(rank=self.peers.rank, topology=graph, seed=seed, check_every=check_every, compressor=number)
+        self.scheme = made(scheme, place, codec, [tuple(p.shape) for p in self._params.values()], strict, options)
+        for tensor in (*self._params.values(), *model.buffers()):
+            broadcast([tensor.data], self.wire.rare, group)
+        self._calls = 0
+        self._flight: Flight | None = None
+        self._begin(self._read())
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Exchanges, if one is due after this step of the optimizer; to be called by all ranks after each of them.
+
+        Raises:
+            PeerLost: a neighbour does not answer.
+        """
+        self._calls += 1
+        if self._calls % self.interval:
+            return
+        self.finish()
+        flight = self.peers.begin(self.scheme.step(self._weights, self._moved()))
+        self._flight = flight
+        if not self.overlap:
+            self.finish()
+        assert flight.weights is not None
+        self._weights = flight.weights
+        self._write(self._weights)
+
+    def finish(self) -> None:
+        """Waits for what is under way."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            flight.finish()
+
+    def _begin(self, weights: Tensor) -> None:
+        self._weights = weights
+        self.scheme.start(weights)
+
+    def _moved(self) -> Tensor:
+        """What the optimizer has added to the weights since the last exchange."""
+        shown = self._weights
+        if any(master is None and p.dtype is not torch.float32 for p, master in self._places()):
+            parts = self._split(self._weights)
+            shown = torch.cat(
+                [
+                    (part if master is not None else part.to(p.dtype).float()).reshape(-1)
+                    for part, (p, master) in zip(parts, self._places(), strict=True)
+                ]
+            )
+        return self._read().sub_(shown)
+
+    # --- weights ----------------------------------------------------------------------------------------------------
+
+    def _places(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each parameter with its float32 master, where the optimizer keeps one."""
+        for param in self._params.values():
+            yield param, self.optimizer.state.get(param, {}).get(MASTER)
+
+    def _read(self) -> Tensor:
+        return torch.cat(
+            [
+                (param if master is None else master).detach().to(torch.float32).reshape(-1)
+                for param, master in self._places()
+            ]
+        )
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([param.numel() for param in self._params.values()])
+        return [part.view(param.shape) for part, param in zip(parts, self._params.values(), strict=True)]
+
+    def _write(self, flat: Tensor) -> None:
+        for (param, master), part in zip(self._places(), self._split(flat), strict=True):
+            param.detach().copy_(part)
+            if master is not None:
+                master.copy_(part)
+
+    # --- all ranks together -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def average(self) -> dict[str, Tensor]:
+        """The mean over all ranks of each parameter, float32, and of each buffer of floating numbers in its own dtype;
+        other buffers are the first rank's. By the model's names; all ranks call it."""
+        self.finish()
+        mean = self._mean_of(self._weights)
+        found = dict(zip(self._params, self._split(mean), strict=True))
+        for name, buffer in self.model.named_buffers():
+            if buffer.is_floating_point():
+                found[name] = self._mean_of(buffer.float().reshape(-1)).view(buffer.shape).to(buffer.dtype)
+            else:
+                found[name] = buffer.clone()
+                broadcast([found[name]], self.wire.rare, self.peers.group)
+        return found
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Meanwhile the model has the mean of all ranks' weights and buffers; then its own again. All ranks call it."""
+        mean = self.average()
+        own = {name: tensor.detach().clone() for name, tensor in self._named()}
+        with torch.no_grad():
+            for name, tensor in self._named():
+                tensor.detach().copy_(mean[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in self._named():
+                    tensor.detach().copy_(own[name])
+
+    @torch.no_grad()
+    def consensus(self) -> float:
+        """How far ranks are apart: √(meanᵢ ‖xᵢ − x̄‖²) / ‖x̄‖. All ranks call it; it costs a mean of the weights."""
+        self.finish()
+        mean = self._mean_of(self._weights)
+        squares = self._mean_of((self._weights - mean).double().square().sum().float().view(1))
+        return math.sqrt(float(squares)) / max(float(mean.norm()), 1e-30)
+
+    def _mean_of(self, values: Tensor) -> Tensor:
+        def mean() -> Step:
+            return (yield Mean(values=values))
+
+        return Peers(self.peers.group, self.wire.rare, "average").run(mean())
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._params.items()
+        yield from self.model.named_buffers()
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank needs to go on to the bit; copies of nothing."""
+        self.finish()
+        return {
+            "digest": self._digest,
+            "calls": self._calls,
+            "steps": self.scheme.steps,
+            "weights": self._weights,
+            "scheme": self.scheme.state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken, on the same rank of the same graph with the same settings.
+
+        Raises:
+            ValueError: if settings or ranks were others: `restart` from the average instead.
+        """
+        if state["digest"] != self._digest:
+            raise ValueError(
+                "this state is of another exchange (number of ranks, topology, scheme, compressor, interval or seed): "
+                "load the average of the weights and call restart()"
+            )
+        self.finish()
+        self._calls = state["calls"]
+        device = self._weights.device
+        self._weights = state["weights"].to(device)
+        self.scheme.load({name: value.to(device) for name, value in state["scheme"].items()}, state["steps"])
+        self._write(self._weights)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begins anew from the weights that the model has now, the first rank's on all."""
+        self.finish()
+        for tensor in self._params.values():
+            broadcast([tensor.data], self.wire.rare, self.peers.group)
+        self._begin(self._read())
+
+    # --- refusals ---------------------------------------------------------------------------------------------------
+
+    def _refuse_other_settings(self, mine: Mapping[str, Any]) -> None:
+        device = next(iter(self._params.values())).device
+        for rank, theirs in enumerate(gathered(dict(mine), "start", device, self.wire.rare, self.peers.group)):
+            for name in mine:
+                if mine[name] != theirs.get(name):
+                    raise ValueError(
+                        f"ranks must exchange alike, and {name} is {theirs.get(name)!r} on rank {rank} and "
+                        f"{mine[name]!r} on rank {self.peers.rank}: give every rank the same settings"
+                    )
+
+
+def graph_of(what: Any, ranks: int) -> Topology:
+    """A `Topology` of so many ranks, by its name or as one gives it."""
+    graph = what if isinstance(what, Topology) else topology(what, ranks)
+    if graph.size != ranks:
+        raise ValueError(
+            f"the topology {graph.name} is of {graph.size} ranks, and there are {ranks}: make it for all of them"
+        )
+    return graph
+
+
+def codec_of(scheme: str, what: str | Compressor | None) -> Compressor:
+    """A `Compressor`, by its name or as one gives it, or the one that a scheme usually has."""
+    if isinstance(what, Compressor):
+        return what
+    return compressor(scheme_class(scheme).USUAL if what is None else what)
+
+
+def made(
+    scheme: str,
+    place: Place,
+    codec: Compressor,
+    shapes: list[tuple[int, ...]],
+    strict: bool,
+    options: Mapping[str, Any],
+) -> Scheme:
+    """One rank's side of an exchange, or a ValueError where its parts do not go together."""
+    kind, graph = scheme_class(scheme), place.topology
+    if kind.STATIC and not graph.static:
+        raise ValueError(
+            f"scheme={scheme} keeps a copy of each neighbour, which must hear every message, and topology="
+            f"{graph.name} changes neighbours from step to step: use a static graph, or scheme=dpsgd or powergossip"
+        )
+    if kind.SYMMETRIC and not graph.symmetric:
+        raise ValueError(
+            f"scheme={scheme} needs weights that are the same in both directions, and topology={graph.name} has "
+            "others: use ring, torus, hypercube, complete or Metropolis–Hastings weights (a list of edges)"
+        )
+    if kind.LINEAR and codec.name not in ("float32", "bf16"):
+        raise ValueError(
+            f"scheme={scheme} sends weights themselves, of which compressor={codec.name} would leave too little: use "
+            "float32 or bf16, or a scheme that sends differences (dcd, choco)"
+        )
+    bound = codec.bind(shapes)
+    limit, what = kind.limit(graph)
+    if bound.error > limit:
+        sentence = (
+            f"compressor={codec.name} may err by {bound.error:.3g} of what it is given, and {what} of scheme={scheme} "
+            f"on topology={graph.name} ends at {limit:.3g}: use more bits, smaller buckets or a denser graph"
+        )
+        if strict:
+            raise ValueError(sentence)
+        _log.warning("%s", sentence)
+    return kind(place, bound, **options)
+
+
+def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """What the optimizer trains, by name and once each; a ValueError where the two do not belong together."""
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "DistributedDataParallel averages gradients over all ranks, which exchange weights instead: give the model "
+            "without the wrapper"
+        )
+    if getattr(optimizer, "wire", None) is not None:
+        raise ValueError(
+            "this optimizer exchanges gradients already (replicate, own, or weights in pieces), and ranks exchange "
+            "weights instead: build it anew and leave that call out"
+        )
+    stepped = {param for group in optimizer.param_groups for param in group["params"]}
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    for name, param in params.items():
+        if param not in stepped:
+            raise ValueError(
+                f"{name} is trained and not in the optimizer, so that nobody would know its update: give it to the "
+                "optimizer, or freeze it by requires_grad_(False)"
+            )
+    if not params:
+        raise ValueError("no parameter is trained, so that there is nothing to exchange: set requires_grad")
+    return params
+
+
+__all__ = ["SCHEMES", "Gossip", "codec_of", "graph_of", "made", "trained_parameters"]

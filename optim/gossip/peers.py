@@ -1,0 +1,157 @@
+"""Ranks in processes of their own: rounds of messages from one to another by torch's process groups."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from thinrank.optim.exchange.wire import Count
+from thinrank.optim.gossip.rounds import Mean, PeerLost, Step, Swap
+
+TAGS = 2**20
+"""So many rounds before their tags come again: more than are ever under way at one time."""
+
+
+class Peers:
+    """Carries one rank's messages, round by round; every rank of the group must take part in every round.
+
+    In each round all receives are posted before the first send, so that no graph can lead to a deadlock.
+
+    Args:
+        group: of the ranks; None: all processes.
+        wire: where bytes are counted, those of messages as `kind`.
+        kind: the name of them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, wire: Count | None = None, kind: str = "gossip") -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("ranks need a process group: call torch.distributed.init_process_group before")
+        self.group, self.wire, self.kind = group, Count() if wire is None else wire, kind
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._tags: Iterator[int] = itertools.cycle(range(TAGS))
+
+    def begin(self, step: Step) -> Flight:
+        """Drives an exchange until its rank's new weights are known, and leaves what is then under way."""
+        return Flight(self, step)
+
+    def run(self, step: Step) -> Tensor:
+        """Drives an exchange to its end: the rank's new weights."""
+        return self.begin(step).finish()
+
+    def post(self, ask: Swap | Mean) -> _Swapping | _Averaging:
+        """Puts messages on their way."""
+        return _Swapping(self, ask, next(self._tags)) if isinstance(ask, Swap) else _Averaging(self, ask)
+
+    def travels_by(self, device: torch.device) -> torch.device:
+        """Where messages of tensors on `device` are sent from: there, or from the processor for want of a backend."""
+        group = dist.group.WORLD if self.group is None else self.group
+        assert group is not None
+        try:
+            group._get_backend(device)
+        except RuntimeError:  # torch says that there is none in no other way
+            return torch.device("cpu")
+        return device
+
+
+class Flight:
+    """An exchange under way.
+
+    Attributes:
+        weights: the rank's weights after it; None while they are not known.
+    """
+
+    def __init__(self, peers: Peers, step: Step) -> None:
+        self._peers, self._step = peers, step
+        self.weights: Tensor | None = None
+        self._post: _Swapping | _Averaging | None = None
+        self._ended = False
+        self._go_on(None)
+        while self.weights is None:
+            self._turn()
+
+    def finish(self) -> Tensor:
+        """Waits for all messages; the weights after the exchange."""
+        while not self._ended:
+            self._turn()
+        assert self.weights is not None
+        return self.weights
+
+    def _turn(self) -> None:
+        assert self._post is not None
+        self._go_on(self._post.wait())
+
+    def _go_on(self, answer: Mapping[int, Tensor | None] | Tensor | None) -> None:
+        try:
+            ask = self._step.send(answer)
+        except StopIteration as end:
+            self.weights, self._post, self._ended = end.value, None, True
+            return
+        self.weights = ask.weights
+        self._post = self._peers.post(ask)
+
+
+@dataclass(slots=True)
+class _Swapping:
+    """Messages between this rank and some others."""
+
+    peers: Peers
+    ask: Swap
+    tag: int
+    _into: dict[int, Tensor] = field(default_factory=dict)
+    _coming: dict[int, dist.Work] = field(default_factory=dict)
+    _leaving: dict[int, tuple[dist.Work, Tensor]] = field(default_factory=dict)
+    _device: torch.device = torch.device("cpu")
+
+    def __post_init__(self) -> None:
+        devices = {message.device for message in self.ask.sends.values()}
+        self._device = next(iter(devices), torch.device("cpu"))
+        carrier, group = self.peers.travels_by(self._device), self.peers.group
+        self._into = {j: torch.empty(n, dtype=torch.uint8, device=carrier) for j, n in sorted(self.ask.expects.items())}
+        out = {j: message.to(carrier) for j, message in sorted(self.ask.sends.items())}
+        ops = [dist.P2POp(dist.irecv, into, group=group, tag=self.tag, group_peer=j) for j, into in self._into.items()]
+        ops += [dist.P2POp(dist.isend, message, group=group, tag=self.tag, group_peer=j) for j, message in out.items()]
+        if not ops:
+            return
+        works = dist.batch_isend_irecv(ops)
+        if len(works) < len(ops):  # one for all, as of NCCL
+            works = works * len(ops)
+        self._coming = dict(zip(self._into, works, strict=False))
+        self._leaving = {j: (work, out[j]) for j, work in zip(out, works[len(self._into) :], strict=True)}
+        for message in out.values():
+            self.peers.wire.sent([(self.peers.kind, message.numel())])
+
+    def wait(self) -> dict[int, Tensor | None]:
+        for j, work in (*self._coming.items(), *((j, work) for j, (work, _) in self._leaving.items())):
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise PeerLost(
+                    f"rank {self.peers.rank} could not exchange messages with rank {j} ({_first_line(error)}): look at "
+                    "what rank that one last said, and go on from the last checkpoint",
+                    (j,),
+                ) from error
+        return {j: into.to(self._device) for j, into in self._into.items()}
+
+
+class _Averaging:
+    """A mean over all ranks by the backend's all-reduce."""
+
+    def __init__(self, peers: Peers, ask: Mean) -> None:
+        self._device, self._ranks = ask.values.device, peers.size
+        self._flat = ask.values.to(peers.travels_by(self._device), copy=True)
+        self._work = dist.all_reduce(self._flat, group=peers.group, async_op=True)
+        peers.wire.note([(peers.kind, self._flat.nbytes)], peers.size)
+
+    def wait(self) -> Tensor:
+        assert self._work is not None
+        self._work.wait()
+        return self._flat.div_(self._ranks).to(self._device)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

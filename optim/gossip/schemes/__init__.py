@@ -1,0 +1,18 @@
+"""The ways to exchange weights, by the name that a configuration uses."""
+
+from thinrank.optim.gossip.schemes.base import Place, Scheme, Tally
+from thinrank.optim.gossip.schemes.copies import CHOCO, DCD, ECD
+from thinrank.optim.gossip.schemes.plain import DPSGD
+
+_CLASSES: tuple[type[Scheme], ...] = (DPSGD, DCD, ECD, CHOCO)
+SCHEMES: dict[str, type[Scheme]] = {each.NAME: each for each in _CLASSES}
+
+
+def scheme_class(name: str) -> type[Scheme]:
+    """The class of that name, or a ValueError that names all."""
+    if name not in SCHEMES:
+        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {name!r}: choose one of them")
+    return SCHEMES[name]
+
+
+__all__ = ["CHOCO", "DCD", "DPSGD", "ECD", "SCHEMES", "Place", "Scheme", "Tally", "scheme_class"]
