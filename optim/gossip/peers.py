@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -95,47 +94,38 @@ class Flight:
         self._post = self._peers.post(ask)
 
 
-@dataclass(slots=True)
 class _Swapping:
     """Messages between this rank and some others."""
 
-    peers: Peers
-    ask: Swap
-    tag: int
-    _into: dict[int, Tensor] = field(default_factory=dict)
-    _coming: dict[int, dist.Work] = field(default_factory=dict)
-    _leaving: dict[int, tuple[dist.Work, Tensor]] = field(default_factory=dict)
-    _device: torch.device = torch.device("cpu")
-
-    def __post_init__(self) -> None:
-        devices = {message.device for message in self.ask.sends.values()}
-        self._device = next(iter(devices), torch.device("cpu"))
-        carrier, group = self.peers.travels_by(self._device), self.peers.group
-        self._into = {j: torch.empty(n, dtype=torch.uint8, device=carrier) for j, n in sorted(self.ask.expects.items())}
-        out = {j: message.to(carrier) for j, message in sorted(self.ask.sends.items())}
-        ops = [dist.P2POp(dist.irecv, into, group=group, tag=self.tag, group_peer=j) for j, into in self._into.items()]
-        ops += [dist.P2POp(dist.isend, message, group=group, tag=self.tag, group_peer=j) for j, message in out.items()]
-        if not ops:
-            return
-        works = dist.batch_isend_irecv(ops)
-        if len(works) < len(ops):  # one for all, as of NCCL
-            works = works * len(ops)
-        self._coming = dict(zip(self._into, works, strict=False))
-        self._leaving = {j: (work, out[j]) for j, work in zip(out, works[len(self._into) :], strict=True)}
-        for message in out.values():
-            self.peers.wire.sent([(self.peers.kind, message.numel())])
+    def __init__(self, peers: Peers, ask: Swap, tag: int) -> None:
+        self._peers = peers
+        self._device = next((message.device for message in ask.sends.values()), torch.device("cpu"))
+        carrier, group = peers.travels_by(self._device), peers.group
+        self._into = {j: torch.empty(n, dtype=torch.uint8, device=carrier) for j, n in sorted(ask.expects.items())}
+        self._out = {j: message.to(carrier) for j, message in sorted(ask.sends.items())}
+        ops = [dist.P2POp(dist.irecv, into, group=group, tag=tag, group_peer=j) for j, into in self._into.items()]
+        ops += [dist.P2POp(dist.isend, message, group=group, tag=tag, group_peer=j) for j, message in self._out.items()]
+        works = dist.batch_isend_irecv(ops) if ops else []
+        with_whom = [*self._into, *self._out]
+        self._under_way = list(zip(with_whom, works, strict=False))  # of NCCL it is one work for all
+        for message in self._out.values():
+            peers.wire.sent([(peers.kind, message.numel())])
 
     def wait(self) -> dict[int, Tensor | None]:
-        for j, work in (*self._coming.items(), *((j, work) for j, (work, _) in self._leaving.items())):
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise PeerLost(
-                    f"rank {self.peers.rank} could not exchange messages with rank {j} ({_first_line(error)}): look at "
-                    "what rank that one last said, and go on from the last checkpoint",
-                    (j,),
-                ) from error
+        for j, work in self._under_way:
+            _wait(work, self._peers.rank, j)
         return {j: into.to(self._device) for j, into in self._into.items()}
+
+
+def _wait(work: dist.Work, rank: int, j: int) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise PeerLost(
+            f"rank {rank} could not exchange messages with rank {j} ({_first_line(error)}): see what that one said "
+            "last, and go on from the last checkpoint",
+            (j,),
+        ) from error
 
 
 class _Averaging:
