@@ -175,7 +175,7 @@ def fingerprint(x: Tensor) -> int:
         for shift, factor in _MIX:  # a shift right of a negative number brings ones, which the mask takes away
             mixed.bitwise_xor_((mixed >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(factor)
         total += mixed.bitwise_xor_((mixed >> 16).bitwise_and_(0xFFFF)).sum(dtype=torch.int64)
-    return total.item() & 0xFFFFFFFF
+    return int(total.item()) & 0xFFFFFFFF
 
 
 _PLACE = 0x1E3779B1

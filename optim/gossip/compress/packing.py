@@ -1,7 +1,7 @@
 """Small signed numbers, several to a byte.
 
-The lower-numbered entry lies in the lower bits. Words of several bytes are taken apart with whole-word operations, which
-costs a fraction of doing so by strides, and takes the machine to be little-endian, as the whole wire format does.
+The lower-numbered entry lies in the lower bits. Whole words are shifted and masked, which costs a fraction of what
+strides do, and takes the machine to be little-endian, as the whole wire format does.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack`, times 2^(8 - bits): int8 in whose upper bits the numbers stand, so that signs need no care.
+    """The inverse of `pack`, times 2^(8 - bits): int8 with the numbers in the upper bits, where signs need no care.
 
-    For one bit the numbers are 0 and not 0.
+    For one bit they are 0 and not 0.
     """
     if bits == 8:
         return packed.view(torch.int8)

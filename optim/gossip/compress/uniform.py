@@ -11,32 +11,9 @@ from torch import Tensor
 
 from thinrank.optim.gossip.compress.base import Codec, Compressor, generator_of, spans, whole_rows
 from thinrank.optim.gossip.compress.packing import GROUP, pack, packed_bytes, unpack
+from thinrank.optim.gossip.compress.scales import BF16_MAX, INSIDE, SMALLEST, bf16_above, noise15
 
 BITS = (8, 6, 4, 3, 2)
-
-BF16_MAX = torch.finfo(torch.bfloat16).max
-
-SMALLEST = 2.0**-118
-"""The smallest scale. Its inverse times 127 is a finite float32; smaller entries are rounded as if it were theirs."""
-
-_INSIDE = 1.0 - 2.0**-22
-"""Roundings of the largest entry's level must not carry it beyond the last level, where codes end."""
-
-
-def bf16_above(x: Tensor) -> Tensor:
-    """float32, not negative, to the bfloat16 (as float32) that is equal or next above, the largest finite one at most."""
-    above = (x.view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000)
-    return above.view(torch.float32).clamp_(max=BF16_MAX)
-
-
-def noise15(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """float32 (count,) of odd integers between -2¹⁵ and 2¹⁵, each as likely; count is a multiple of 4.
-
-    Four come from each draw, because drawing is half of all the time on a CPU. Odd numbers lie evenly about zero and
-    never reach a half step, so that a number that is a level stays one.
-    """
-    draws = torch.empty(count // 4, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    return draws.view(torch.int16).bitwise_or_(1).to(torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +101,7 @@ class UniformCodec(Codec):
             most = level.amax(1)
             scale = (most if self.scaled else bf16_above(most)).clamp(min=SMALLEST)
             # beyond bfloat16's range the scale is below the largest entry, and the bucket decodes to 0.4 % less
-            inverse = (self.levels * _INSIDE) / torch.maximum(scale, most).unsqueeze(1)
+            inverse = (self.levels * INSIDE) / torch.maximum(scale, most).unsqueeze(1)
             torch.mul(rows, inverse, out=level)
             if generator is not None:
                 level.view(-1).add_(noise15(level.numel(), generator, flat.device), alpha=2.0**-16)
