@@ -13,7 +13,14 @@ from thinrank.trainers.data.config import FilesConfig, HeadersConfig, HuggingFac
 from thinrank.trainers.finetune import FinetuneConfig
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
-from thinrank.trainers.strategies import FSDP2Config, OwnedConfig, ReplicatedConfig, StrategyConfig, ZeroConfig
+from thinrank.trainers.strategies import (
+    FSDP2Config,
+    GossipConfig,
+    OwnedConfig,
+    ReplicatedConfig,
+    StrategyConfig,
+    ZeroConfig,
+)
 
 FOLDER = Path(__file__).parent
 """Where the YAML files are."""
@@ -25,6 +32,8 @@ STRATEGIES = {
     "thinrank_ddp": ReplicatedConfig,
     "thinrank_owned": OwnedConfig,
     "thinrank_fsdp2": FSDP2Config,
+    "thinrank_gossip": GossipConfig,
+    "gossip": GossipConfig,
     "thinrank_zero1": ZeroConfig,
     "thinrank_zero2": ZeroConfig,
     "thinrank_zero3": ZeroConfig,

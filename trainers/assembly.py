@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
 from thinrank.optim import MatrixOptimizer
+from thinrank.optim.gossip.parts import expected, graph_of
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import leaves_remainder, remembers_untold
 from thinrank.optim.messages import COARSE, UNUSED_FEEDBACK, whole_messages_because
@@ -62,6 +63,7 @@ from thinrank.trainers.rng import seed_all
 from thinrank.trainers.run import RunFolder, config_tree, identity_json
 from thinrank.trainers.strategies import (
     FSDP2Config,
+    GossipConfig,
     ReplicatedConfig,
     World,
     build_strategy,
@@ -337,6 +339,10 @@ def _introduce(parts: Parts) -> None:
 def _exchange(parts: Parts) -> str | None:
     """What travels between the ranks at every step, in words."""
     strategy, rule = parts.config.strategy, parts.config.optimizer.matrix_rule()
+    if isinstance(strategy, GossipConfig):
+        shapes = [param.shape for group in parts.routing.groups for param in group["params"]]
+        graph = graph_of(strategy.made_topology(), parts.world.size)
+        return expected(graph, strategy.scheme, strategy.made_compressor(), shapes, strategy.scheme_options).sentence
     if isinstance(strategy, FSDP2Config) and (parts.shards > 1 or strategy.messages == "auto"):
         near = f"rows of weights and gradients among {parts.shards} ranks"
         if rule is not None:

@@ -57,7 +57,7 @@ def communication(parts: Parts) -> dict[str, float]:
     gradients would have been; and, in all, beside steps. {} where DDP or nobody sends. Ranks that hold pieces send
     unlike much: their mean."""
     optimizer, steps = parts.trainer.optimizers[0], parts.trainer.global_step - parts.start
-    found = sent(optimizer)
+    found = sent(parts.trainer)
     if not found or not steps:
         return {}
     if optimizer.state_ranks > 1:  # pyright: ignore[reportAttributeAccessIssue]
@@ -79,7 +79,7 @@ def measured_on_all(parts: Parts) -> dict[str, float | None]:
     """What a plan says of a process, as it was: bytes of the one that has most of it, and bytes sent for a step in the
     mean over all; None where nothing was measured. All ranks call it."""
     optimizer, steps = parts.trainer.optimizers[0], parts.trainer.global_step - parts.start
-    found = sent(optimizer)
+    found = sent(parts.trainer)
     here = {
         "weights_bytes": parts.held.weights,
         "gradients_bytes": parts.held.gradients if parts.held.weights else 0,

@@ -23,6 +23,7 @@ from thinrank.trainers.run import RunConfig
 from thinrank.trainers.schedule import ScheduleConfig
 from thinrank.trainers.strategies import (
     FSDP2Config,
+    GossipConfig,
     OwnedConfig,
     ReplicatedConfig,
     StrategyConfig,
@@ -200,6 +201,11 @@ class TrainingConfig:
                     f"strategy={name} frees gradients before a loss scaler could look at them: use "
                     "trainer.precision=bf16-mixed or 32-true instead of 16-mixed"
                 )
+        if isinstance(self.strategy, GossipConfig) and self.trainer.precision == "16-mixed":
+            raise ValueError(
+                f"strategy={self.strategy.name} leaves each process its own gradients, by which loss scales would "
+                "part: use trainer.precision=bf16-mixed or 32-true instead of 16-mixed"
+            )
         if isinstance(self.strategy, ZeroConfig):
             self._check_zero(self.strategy.name)
         if self.trainer.in_backward != "off" and getattr(self.optimizer, "rank_allocation", None) == "gradient":

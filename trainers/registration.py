@@ -15,6 +15,7 @@ DESCRIPTIONS = {
     "thinrank_ddp": "whole model on every process; coordinates travel, and gradients only where a step chooses by them",
     "thinrank_owned": "as thinrank_ddp, with the optimizer's state and work shared out; directions travel back",
     "thinrank_fsdp2": "rows of every weight on every process; matrices are stepped by rows, or whole by one process",
+    "thinrank_gossip": "whole model on every process, trained on its own; weights are averaged with neighbours'",
     "thinrank_zero1": "DeepSpeed ZeRO-1: state and float32 masters in pieces, matrices stepped whole by their owners",
     "thinrank_zero2": "DeepSpeed ZeRO-2: gradients in pieces as well",
     "thinrank_zero3": "DeepSpeed ZeRO-3: weights in pieces as well",
@@ -39,6 +40,7 @@ def _register(module: Any) -> None:
         "thinrank_ddp": thinrank_ddp,
         "thinrank_owned": thinrank_owned,
         "thinrank_fsdp2": thinrank_fsdp2,
+        "thinrank_gossip": thinrank_gossip,
     }
     ours |= {f"thinrank_zero{stage}": partial(thinrank_zero, stage) for stage in (1, 2, 3)}
     for name, description in DESCRIPTIONS.items():
@@ -65,6 +67,13 @@ def thinrank_fsdp2(**options: Any) -> Any:
     from thinrank.trainers.strategies.fsdp2 import FSDP2Strategy
 
     return FSDP2Strategy(**options)
+
+
+def thinrank_gossip(**options: Any) -> Any:
+    """A `GossipStrategy`."""
+    from thinrank.trainers.strategies.gossip import GossipStrategy
+
+    return GossipStrategy(**options)
 
 
 def thinrank_zero(stage: int, **options: Any) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import logging
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinrank.optim.exchange.replicas import broadcast, gathered, refuse_other_models
 from thinrank.optim.exchange.wire import Wire
-from thinrank.optim.gossip.compress import Compressor, Measured, compressor, identity_of
+from thinrank.optim.gossip.compress import Compressor, identity_of
+from thinrank.optim.gossip.parts import codec_of, graph_of, made
 from thinrank.optim.gossip.peers import Flight, Peers
 from thinrank.optim.gossip.rounds import Mean, Step
-from thinrank.optim.gossip.schemes import SCHEMES, Place, Scheme, scheme_class
-from thinrank.optim.gossip.topology import Topology, topology
-
-_log = logging.getLogger(__name__)
+from thinrank.optim.gossip.schemes import Place
 
 MASTER = "master"
 """The name in an optimizer's state of a weight's float32 copy."""
@@ -66,6 +63,7 @@ class Gossip:
     Attributes:
         wire: bytes that have left this rank, `gossip` in its payload and what no step needs in `wire.rare`.
         scheme: this rank's side of the exchange.
+        seconds: that `step` has taken so far, waiting for others included.
 
     Raises:
         RuntimeError: without a process group.
@@ -117,6 +115,8 @@ class Gossip:
         for tensor in (*model.parameters(), *model.buffers()):
             broadcast([tensor.data], self.wire.rare, group)
         self._calls = 0
+        self._own: dict[str, Tensor] | None = None  # while the model shows the average
+        self.seconds = 0.0
         self._flight: Flight | None = None
         self._begin(self._read())
 
@@ -132,6 +132,7 @@ class Gossip:
         self._calls += 1
         if self._calls % self.interval:
             return
+        began = time.perf_counter()
         self.finish()
         flight = self.peers.begin(self.scheme.step(self._weights, self._moved()))
         self._flight = flight
@@ -140,6 +141,7 @@ class Gossip:
         assert flight.weights is not None
         self._weights = flight.weights
         self._write(self._weights)
+        self.seconds += time.perf_counter() - began
 
     def finish(self) -> None:
         """Waits for what is under way."""
@@ -171,13 +173,16 @@ class Gossip:
         for param in self._params.values():
             yield param, self.optimizer.state.get(param, {}).get(MASTER)
 
+    def _here(self, name: str, tensor: Tensor) -> Tensor:
+        """This rank's own, also while the model shows the average."""
+        return tensor.detach() if self._own is None else self._own[name]
+
     def _read(self) -> Tensor:
-        return torch.cat(
-            [
-                (param if master is None else master).detach().to(torch.float32).reshape(-1)
-                for param, master in self._places()
-            ]
+        parts = (
+            self._here(name, param) if master is None else master
+            for name, (param, master) in zip(self._params, self._places(), strict=True)
         )
+        return torch.cat([part.detach().to(torch.float32).reshape(-1) for part in parts])
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         parts = flat.split([param.numel() for param in self._params.values()])
@@ -209,25 +214,58 @@ class Gossip:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Meanwhile the model has the mean of all ranks' weights and buffers; then its own again. All ranks call it."""
-        mean = self.average()
-        own = {name: tensor.detach().clone() for name, tensor in self._named()}
-        with torch.no_grad():
-            for name, tensor in self._named():
-                tensor.detach().copy_(mean[name])
+        self.show_average()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, tensor in self._named():
-                    tensor.detach().copy_(own[name])
+            self.show_own()
+
+    @torch.no_grad()
+    def show_average(self) -> None:
+        """Puts the mean of all ranks' weights and buffers into the model until `show_own`. All ranks call it."""
+        if self._own is not None:
+            return
+        mean = self.average()
+        self._own = {name: tensor.detach().clone() for name, tensor in self._named()}
+        for name, tensor in self._named():
+            tensor.detach().copy_(mean[name])
+
+    @torch.no_grad()
+    def show_own(self) -> None:
+        """Gives the model this rank's own weights and buffers back."""
+        own, self._own = self._own, None
+        if own is not None:
+            for name, tensor in self._named():
+                tensor.detach().copy_(own[name])
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Ends with the mean of all ranks' weights and buffers in the model, and in what is exchanged from here on."""
+        self.show_own()
+        mean = self.average()
+        for name, tensor in self._named():
+            tensor.detach().copy_(mean[name])
+        self._begin(torch.cat([mean[name].reshape(-1) for name in self._params]))
+        self._write(self._weights)
 
     @torch.no_grad()
     def consensus(self) -> float:
-        """How far ranks are apart: √(meanᵢ ‖xᵢ − x̄‖²) / ‖x̄‖. All ranks call it; it costs a mean of the weights."""
+        """How far ranks are apart: √(meanᵢ ‖xᵢ − x̄‖²) / ‖x̄‖, after the last exchange. All ranks call it; it costs a
+        mean of the weights."""
         self.finish()
         mean = self._mean_of(self._weights)
         squares = self._mean_of((self._weights - mean).double().square().sum().float().view(1))
         return math.sqrt(float(squares)) / max(float(mean.norm()), 1e-30)
+
+    def measured(self) -> dict[str, float]:
+        """What has happened on this rank so far, without asking others: `seconds` in `step`; messages `lost`, `corrupt`
+        and `skipped` by their senders, copies `repaired`, steps of its own left out (`not_finite`); the `error` of the
+        compressor, √(mean of ‖C(z) − z‖² / ‖z‖²) over the last some twenty, and the `limit` of the scheme's theory."""
+        tally = self.scheme.tally
+        found = {"seconds": self.seconds, "not_finite": float(tally.skipped)}
+        found |= {name: float(tally.counts[name]) for name in ("lost", "corrupt", "skipped", "repaired")}
+        error, limit = tally.error.alpha, type(self.scheme).limit(self.scheme.place.topology)[0]
+        return found | {name: value for name, value in (("error", error), ("limit", limit)) if math.isfinite(value)}
 
     def _mean_of(self, values: Tensor) -> Tensor:
         def mean() -> Step:
@@ -244,6 +282,20 @@ class Gossip:
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on to the bit, its own weights and buffers among it; copies of nothing."""
         self.finish()
+        shown, self._own = self._own, None
+        if shown is not None:  # the state is of what the rank has, whatever the model shows
+            average = {name: tensor.detach().clone() for name, tensor in self._named()}
+            for name, tensor in self._named():
+                tensor.detach().copy_(shown[name])
+        try:
+            return self._state()
+        finally:
+            if shown is not None:
+                for name, tensor in self._named():
+                    tensor.detach().copy_(average[name])
+            self._own = shown
+
+    def _state(self) -> dict[str, Any]:
         between = self._calls % self.interval != 0
         return {
             "digest": self._digest,
@@ -251,9 +303,13 @@ class Gossip:
             "steps": self.scheme.steps,
             "weights": self._weights,
             "moved": self._read() if between else None,
-            "buffers": dict(self.model.named_buffers()),
+            "buffers": {name: self._here(name, buffer) for name, buffer in self.model.named_buffers()},
             "scheme": self.scheme.state(),
         }
+
+    def suits(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state is of an exchange with these ranks and settings."""
+        return state["digest"] == self._digest
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -263,7 +319,7 @@ class Gossip:
         Raises:
             ValueError: if settings or ranks were others: `restart` from the average instead.
         """
-        if state["digest"] != self._digest:
+        if not self.suits(state):
             raise ValueError(
                 "this state is of another exchange (number of ranks, topology, scheme, compressor, interval or seed): "
                 "load the average of the weights and call restart()"
@@ -298,72 +354,6 @@ class Gossip:
                     )
 
 
-def graph_of(what: Any, ranks: int) -> Topology:
-    """A `Topology` of so many ranks, by its name or as one gives it."""
-    graph = what if isinstance(what, Topology) else topology(what, ranks)
-    if graph.size != ranks:
-        raise ValueError(
-            f"the topology {graph.name} is of {graph.size} ranks, and there are {ranks}: make it for all of them"
-        )
-    return graph
-
-
-def codec_of(scheme: str, what: str | Compressor | None) -> Compressor:
-    """A `Compressor`, by its name or as one gives it, or the one that a scheme usually has."""
-    if isinstance(what, Compressor):
-        return what
-    return compressor(scheme_class(scheme).USUAL if what is None else what)
-
-
-def made(
-    scheme: str,
-    place: Place,
-    codec: Compressor,
-    shapes: list[tuple[int, ...]],
-    strict: bool,
-    options: Mapping[str, Any],
-) -> Scheme:
-    """One rank's side of an exchange, or a ValueError where its parts do not go together."""
-    kind, graph = scheme_class(scheme), place.topology
-    if kind.STATIC and not graph.static:
-        raise ValueError(
-            f"scheme={scheme} keeps a copy of each neighbour, which must hear every message, and topology="
-            f"{graph.name} changes neighbours from step to step: use a static graph, or scheme=dpsgd or powergossip"
-        )
-    if kind.SYMMETRIC and not graph.symmetric:
-        raise ValueError(
-            f"scheme={scheme} needs weights that are the same in both directions, and topology={graph.name} has "
-            "others: use ring, torus, hypercube, complete or Metropolis–Hastings weights (a list of edges)"
-        )
-    if kind.LINEAR and codec.name not in ("float32", "bf16"):
-        raise ValueError(
-            f"scheme={scheme} sends weights themselves, of which compressor={codec.name} would leave too little: use "
-            "float32 or bf16, or a scheme that sends differences (dcd, choco)"
-        )
-    limit, what = kind.limit(graph)
-    error = usual_error(codec) if math.isfinite(limit) else 0.0
-    if error > limit:
-        sentence = (
-            f"compressor={codec.name} errs by {error:.3g} of a vector of normal numbers, and {what} of scheme={scheme} "
-            f"on topology={graph.name} with {graph.size} ranks ends at {limit:.3g}: use more bits, smaller buckets or "
-            "a denser graph"
-        )
-        if strict:
-            raise ValueError(sentence)
-        _log.warning("%s", sentence)
-    return kind(place, codec.bind(shapes), **options)
-
-
-@functools.cache
-def usual_error(codec: Compressor) -> float:
-    """√(‖C(z) − z‖² / ‖z‖²) of a matrix (128, 128) of normal numbers: what to expect, far below the worst case."""
-    bound, measured = codec.bind([(128, 128)]), Measured()
-    z = torch.randn(bound.numel, generator=torch.Generator().manual_seed(0))
-    for key in range(4):
-        measured.add(z, bound.decode(bound.encode(z, key), key))
-    return measured.alpha
-
-
 def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """What the optimizer trains, by name and once each; a ValueError where the two do not belong together."""
     if isinstance(model, DistributedDataParallel):
@@ -387,6 +377,3 @@ def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     if not params:
         raise ValueError("no parameter is trained, so that there is nothing to exchange: set requires_grad")
     return params
-
-
-__all__ = ["SCHEMES", "Gossip", "codec_of", "graph_of", "made", "trained_parameters"]

@@ -84,7 +84,8 @@ class Checkpointing(Checkpoint):
                 point(self.folder / "best.ckpt", checkpoint_name(self.best_step))
             for other in listed(self.folder):
                 if step_of(other) not in (step, self.best_step):
-                    other.unlink(missing_ok=True)
+                    for part in (other, *self.folder.glob(f"{other.name}.rank*")):  # and those of ranks, if any
+                        part.unlink(missing_ok=True)
             if self.saved is not None:
                 self.saved(path, step)
         return path

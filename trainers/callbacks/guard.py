@@ -46,7 +46,7 @@ def _rest(module: pl.LightningModule) -> Tensor:
 
 class NonFiniteGuard(pl.Callback):
     """Skip every step whose gradient norm is infinite or NaN, on all ranks together; where replicas exchange
-    coordinates and no norms, every step with a coordinate that is.
+    coordinates and no norms, every step with a coordinate that is. Ranks that exchange weights skip each their own.
 
     A skipped step gives the optimizer no gradients at all, so that weights and optimizer state stay as they are bit for
     bit; the learning-rate schedule and the position in the data move on. Skips are counted, kept in checkpoints,
@@ -78,7 +78,8 @@ class NonFiniteGuard(pl.Callback):
         """Look at the norm after the last backward, before clipping, which would spread a NaN to every gradient."""
         norm = gradient_norm(pl_module)
         bad = not (are_finite(pl_module) if norm is None else bool(torch.isfinite(norm)))
-        if trainer.world_size > 1:  # gradients may be local, and then one rank alone sees it
+        apart = getattr(trainer.strategy, "local_gradients", False)  # then a rank leaves out a step of its own
+        if trainer.world_size > 1 and not apart:  # gradients may be local, and then one rank alone sees it
             bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
         if not bad:
             self.consecutive = 0

@@ -97,6 +97,7 @@ class TrainingMetrics(pl.Callback):
     | `consumed_tokens` | tokens so far |
     | `comm/payload(MiB)`, `comm/<kind>(MiB)` | sent for the optimizer by this rank, a step |
     | `comm/messages` | messages of that, a step |
+    | `gossip/…` | of an exchange of weights, as `Gossip.measured` says it |
     | `comm/rare(MiB)` | sent beside steps since the last reading: the start, checks, what is saved |
     | `memory/optimizer_state(MiB)` | tensors of the optimizer on this rank |
     | `memory/max_rss(GiB)`, `memory/max_active(GiB)` | peak of the process; peak of the CUDA allocator |
@@ -152,8 +153,8 @@ class TrainingMetrics(pl.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
 
-    def _wire(self, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, float]:
-        now = sent(optimizer)
+    def _wire(self, trainer: pl.Trainer, steps: int) -> dict[str, float]:
+        now = sent(trainer)
         new = {kind: (now[kind] - self._sent[kind]) / steps for kind in now}
         self._sent = now
         if not new:
@@ -179,7 +180,9 @@ class TrainingMetrics(pl.Callback):
             metrics |= _measured(getattr(optimizer, "measured", {}))
         tokens, seconds = self._clock.take()
         metrics["time/step"] = seconds / (trainer.global_step - self._last)
-        metrics |= self._wire(optimizer, trainer.global_step - self._last)
+        metrics |= self._wire(trainer, trainer.global_step - self._last)
+        own = getattr(trainer.strategy, "metrics", None)
+        metrics |= {} if own is None else own()
         self._last = trainer.global_step
         if tokens:
             metrics["tokens_per_sec"] = tokens / seconds
@@ -189,10 +192,11 @@ class TrainingMetrics(pl.Callback):
         return metrics | _memory(optimizer, module.device)
 
 
-def sent(optimizer: torch.optim.Optimizer) -> Counter[str]:
-    """Bytes of payload that an optimizer has sent so far, by kind, with its `messages` and the bytes that no step
-    needed (`rare`); nothing where none exchanges."""
-    wire = getattr(optimizer, "wire", None)
+def sent(trainer: pl.Trainer) -> Counter[str]:
+    """Bytes of payload that an optimizer, or a strategy in its place, has sent so far, by kind, with its `messages` and
+    the bytes that no step needed (`rare`); nothing where none exchanges."""
+    exchange = getattr(trainer.strategy, "exchange", None)
+    wire = getattr(trainer.optimizers[0] if exchange is None else exchange, "wire", None)
     if wire is None:
         return Counter()
     return Counter({**wire.payload, "messages": wire.messages, "rare": wire.rare.total()})

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from thinrank.optim.divided import length
+from thinrank.optim.gossip.parts import Exchanged, expected, graph_of
 from thinrank.optim.grouping import Row
 from thinrank.optim.messages import BUCKET_BYTES, COARSE
 from thinrank.optim.remembering import MEMORIES_EVERY, SIDE_BY_SIDE_BYTES
@@ -24,13 +25,14 @@ from thinrank.trainers.plan.wire import (
     FLOAT,
     WHENS,
     Traffic,
+    Transfer,
     averaged_gradients,
     averaged_images,
     gradient_bytes,
     sketched,
     width,
 )
-from thinrank.trainers.strategies.config import MESSAGE_DTYPES, norms_travel
+from thinrank.trainers.strategies.config import MESSAGE_DTYPES, GossipConfig, norms_travel
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,38 @@ class Islands(Pieces):
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Gossips:
+    """`Gossip`: everything everywhere, gradients stay; weights are exchanged, and copies of neighbours kept.
+
+    Attributes:
+        exchanged: what an exchange is.
+        interval: steps of the optimizer between two.
+    """
+
+    exchanged: Exchanged
+    interval: int
+
+    def held(self, rows: Sequence[Row], frozen: int, world: int, in_backward: str = "off") -> Held:
+        alone = Alone().held(rows, frozen, world, in_backward)
+        return replace(alone, buffers=self.exchanged.held, lasting=self.exchanged.held)
+
+    def sent(self, rows: Sequence[Row], world: int) -> Traffic:
+        """Each message goes to one other; nothing of it is shared out."""
+        sizes = [size / self.interval for size in self.exchanged.sent]
+        each = tuple(Transfer(kind="gossip", between=n, renewal=n, averaged=n, passes=1) for n in sizes)
+        mean = sum(sizes) / len(sizes)
+        return Traffic((Transfer(kind="gossip", between=mean, renewal=mean, averaged=mean, passes=1, ranks=each),))
+
+
+def _gossip(config: GossipConfig, world: int, around: Around) -> Strategy:
+    graph = graph_of(config.made_topology(), world)
+    shapes = [param.shape for group in around.routing.groups for param in group["params"]]
+    return Gossips(
+        expected(graph, config.scheme, config.made_compressor(), shapes, config.scheme_options), config.interval
+    )
+
+
 def _rows(config: Any, world: int, around: Around) -> Strategy:
     settings = {"replicas": config.replicas, "reshard": config.reshard_after_forward}
     if config.messages == "full":
@@ -213,6 +247,8 @@ STRATEGIES: dict[str, Callable[[Any, int, Around], Strategy]] = {
         norms=norms_travel(config.norms, around.clips),
     ),
     "thinrank_fsdp2": _rows,
+    "thinrank_gossip": _gossip,
+    "gossip": _gossip,
     **{f"thinrank_zero{stage}": partial(_zero, stage) for stage in (1, 2, 3)},
 }
 """From a strategy's configuration, the number of processes and what is around it to what it holds and sends, by `name`;

@@ -2,6 +2,7 @@
 
 from thinrank.trainers.strategies.config import (
     FSDP2Config,
+    GossipConfig,
     OwnedConfig,
     ReplicatedConfig,
     StrategyConfig,
@@ -12,6 +13,7 @@ from thinrank.trainers.strategies.world import World, process_group, together
 
 __all__ = [
     "FSDP2Config",
+    "GossipConfig",
     "OwnedConfig",
     "ReplicatedConfig",
     "StrategyConfig",

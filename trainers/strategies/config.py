@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from thinrank.optim.gossip.compress import Compressor, compressor
+from thinrank.optim.gossip.schemes import scheme_class
+from thinrank.optim.gossip.topology import TOPOLOGIES
 from thinrank.optim.messages import EMBEDDINGS, MESSAGES, refuse_signs, refuse_widened
 from thinrank.optim.remembering import MEMORIES_EVERY
 
@@ -237,3 +240,67 @@ class ZeroConfig(StrategyConfig):
     def stage(self) -> int:
         """How much is in pieces: 1, 2 or 3."""
         return int(self.name[-1])
+
+
+EVALUATES = ("average", "local")
+"""What is validated: the mean of all ranks' weights, or each rank's own, on its share of the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GossipConfig(StrategyConfig):
+    """Whole model on every process, trained on its own; weights are averaged with neighbours' (`Gossip`)."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("thinrank_gossip", "gossip")
+
+    name: str = field(default="thinrank_gossip", metadata={"help": "neighbours average weights (thinrank_gossip)"})
+    topology: str = field(default="ring", metadata={"help": f"who averages with whom: {', '.join(TOPOLOGIES)}"})
+    topology_options: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "of the topology: rows of torus, per_node of hierarchical, edges"},
+    )
+    scheme: str = field(
+        default="choco", metadata={"help": "what is sent and how it is used; docs/exchange.md lists them"}
+    )
+    scheme_options: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"help": "of the scheme, such as gamma of choco, restart of ecd, order of dpsgd"}
+    )
+    compressor: str = field(
+        default="auto",
+        metadata={"help": "of messages: auto (the scheme's usual one), float32, uniform8, topk, …"},
+    )
+    compressor_options: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"help": "of the compressor, such as bucket of uniform8"}
+    )
+    interval: int = field(default=1, metadata={"help": "steps of the optimizer between two exchanges"})
+    overlap: bool = field(default=True, metadata={"help": "messages travel while the next gradient is computed"})
+    check_every: int = field(
+        default=100, metadata={"help": "exchanges between two looks at whether copies of neighbours are right"}
+    )
+    strict: bool = field(
+        default=False, metadata={"help": "refuse a compressor coarser than the scheme's theory allows; false: warn"}
+    )
+    evaluate: str = field(
+        default="average",
+        metadata={"help": "what is validated: the average of all ranks' weights, or each's own (local)"},
+    )
+    seed: int = field(default=0, metadata={"help": "of what is random about compression"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("topology", self.topology, TOPOLOGIES)
+        one_of("evaluate", self.evaluate, EVALUATES)
+        for name in ("interval", "check_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}: leave it out")
+        scheme_class(self.scheme).refuse_options(self.scheme_options)
+        self.made_compressor()
+
+    def made_compressor(self) -> Compressor:
+        """The compressor by its name and options."""
+        name = scheme_class(self.scheme).USUAL if self.compressor == "auto" else self.compressor
+        return compressor(name, **self.compressor_options)
+
+    def made_topology(self) -> Any:
+        """What `Gossip` takes for `topology`."""
+        return {"name": self.topology, **self.topology_options}

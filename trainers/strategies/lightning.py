@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from thinrank.trainers.strategies.config import (
     FSDP2Config,
+    GossipConfig,
     OwnedConfig,
     ReplicatedConfig,
     StrategyConfig,
@@ -76,6 +77,10 @@ def build_strategy(config: StrategyConfig, world: World) -> tuple[Strategy | str
             config.stage, bucket=config.bucket, overlap=config.overlap, check_every=config.check_every, **options
         )
         return strategy, environment
+    if isinstance(config, GossipConfig):
+        from thinrank.trainers.strategies.gossip import build
+
+        return build(config, **options), environment
     # Every parameter of a language model takes part in every step, so nothing has to be searched for unused ones, and
     # its buffers are constant.
     strategy = DDPStrategy(broadcast_buffers=False, **options)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from thinrank.optim.gossip.compress import Codec, Measured, finite, key_of
 from thinrank.optim.gossip.mail import Mail
+from thinrank.optim.gossip.message import HEADER_BYTES
 from thinrank.optim.gossip.rounds import Step
 from thinrank.optim.gossip.topology import Topology
 
@@ -78,11 +80,32 @@ class Scheme(ABC):
     USUAL: ClassVar[str] = "float32"
     """The compressor where none is asked for."""
 
+    @classmethod
+    def sends(cls, graph: Topology, rank: int, codec: Codec, options: Mapping[str, Any]) -> float:
+        """Bytes that leave a rank in an exchange, in the mean over the rounds of a schedule; checks left out."""
+        rounds = len(graph.rounds)
+        messages = sum(len(graph.targets(rank, t)) for t in range(rounds)) / rounds
+        return messages * (HEADER_BYTES + codec.nbytes)
+
+    @classmethod
+    def holds(cls, graph: Topology, rank: int, codec: Codec, options: Mapping[str, Any]) -> int:
+        """Bytes that a rank remembers beside its weights."""
+        return 0
+
     def __init__(self, place: Place, codec: Codec) -> None:
         self.place, self.codec = place, codec
         self.mail = Mail(place.rank, place.patience, place.compressor, codec.numel)
         self.tally = Tally(counts=self.mail.counts)
         self.steps = 0
+
+    @classmethod
+    def refuse_options(cls, options: Mapping[str, Any]) -> None:
+        """A ValueError for an option that the scheme does not have."""
+        known = [name for name in inspect.signature(cls).parameters if name not in ("place", "codec")]
+        for name in options:
+            if name not in known:
+                has = f"its options are {', '.join(known)}" if known else "it has none"
+                raise ValueError(f"scheme={cls.NAME} has no option {name}; {has}: leave it out")
 
     @classmethod
     def limit(cls, graph: Topology) -> tuple[float, str]:

@@ -50,6 +50,12 @@ class Copies(Scheme):
         yield from self._whole(self.targets, self.sources, weights)
         return weights
 
+    @classmethod
+    def holds(cls, graph: Topology, rank: int, codec: Codec, options: Mapping[str, Any]) -> int:
+        return (
+            FLOAT * codec.numel * (len(graph.sources(rank)) + (cls.NAME != "dcd"))
+        )  # DCD's public copy is its weights
+
     # --- what the methods differ in ---------------------------------------------------------------------------------
 
     @abstractmethod

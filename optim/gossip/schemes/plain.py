@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from thinrank.optim.gossip.compress import Codec
 from thinrank.optim.gossip.mail import to_all
 from thinrank.optim.gossip.rounds import Step
 from thinrank.optim.gossip.schemes.base import Place, Scheme
+from thinrank.optim.gossip.topology import Topology
 
 ORDERS = ("with", "then")
 """Adapt with combine, W X + u, whose first part can travel while u is computed; adapt then combine, W (X + u)."""
@@ -27,6 +29,10 @@ class DPSGD(Scheme):
 
     NAME = "dpsgd"
     LINEAR = True
+
+    @classmethod
+    def holds(cls, graph: Topology, rank: int, codec: Codec, options: Mapping[str, Any]) -> int:
+        return 4 * codec.numel if options.get("order", "with") == "with" else 0
 
     def __init__(self, place: Place, codec: Codec, *, order: str = "with") -> None:
         super().__init__(place, codec)
