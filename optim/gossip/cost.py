@@ -145,6 +145,6 @@ def when_gossip_wins(
     ahead = network.latency * network.bandwidth * (messages - inflation)  # the latencies that it saves, as bytes
     if more > 0.0:
         return 0.0, max(0.0, ahead / more)
-    if ahead > 0.0 or (ahead == 0.0 and more < 0.0):
-        return 0.0, math.inf
-    return (ahead / more, math.inf) if more < 0.0 else (0.0, 0.0)
+    if more < 0.0:
+        return max(0.0, ahead / more), math.inf
+    return 0.0, math.inf if ahead > 0.0 else 0.0

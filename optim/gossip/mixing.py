@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -67,7 +67,7 @@ def bridged(weights: Tensor, gone: list[int]) -> Tensor:
 
 
 def listed(ranks: Collection[int]) -> str:
-    """ "rank 3" or "ranks 1, 2, 5", of many the first eight."""
+    """As `rank 3` or `ranks 1, 2, 5`, of many the first eight."""
     ranks = sorted(ranks)
     names = ", ".join(str(rank) for rank in ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"
@@ -89,7 +89,7 @@ class Topology:
     """
 
     name: str
-    rounds: tuple[Tensor, ...]
+    rounds: tuple[Tensor, ...] = field(repr=False)
     gone: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -118,19 +118,13 @@ class Topology:
                 i, j = bad.nonzero()[0].tolist()
                 value = f"{float(weights[i, j]):g} for what rank {i} hears from rank {j}"
                 raise ValueError(f"{where}: weights must be {rule}, got {value}: use 0 where nothing is sent")
-        for dim, kind, remedy in (
-            (1, "row", "let rank {} keep the rest as its own weight"),
-            (
-                0,
-                "column",
-                "what rank {} gives away must be as much as it gets, or the mean drifts; from_edges sees to it",
-            ),
-        ):
+        keep = "its own weight must be what the others leave of 1, in float64"
+        give = "a rank must give as much as it gets, or the mean drifts, which from_edges sees to"
+        for dim, kind, remedy in ((1, "row", keep), (0, "column", give)):
             sums = weights.sum(dim)
-            off = ((sums - 1.0).abs() > SLACK).nonzero().flatten().tolist()
-            if off:
-                value = f"{float(sums[off[0]]):.13g} in {kind} {off[0]}: {remedy.format(off[0])}"
-                raise ValueError(f"{where}: each {kind} of weights must sum to 1, got {value}")
+            for rank in ((sums - 1.0).abs() > SLACK).nonzero().flatten().tolist():
+                value = f"{float(sums[rank]):.13g} in {kind} {rank}"
+                raise ValueError(f"{where}: each {kind} of weights must sum to 1, got {value}: {remedy}")
         for rank in self.gone:
             if not 0 <= rank < n or weights[rank, rank] != 1.0:
                 raise ValueError(f"{where}: a rank that is gone must have the weight 1 for itself, rank {rank} has not")
@@ -295,10 +289,9 @@ class Topology:
         )
 
     def _apart(self) -> set[int]:
-        """Ranks that no path of any rounds joins to the first. Direction is no matter: where columns sum to 1, too,
-        nothing flows out of a part for good."""
+        """Ranks that no path of any rounds joins to the first. Paths are followed against their direction, which is no
+        matter: where columns sum to 1, too, what leaves a part comes back."""
         linked = torch.stack(self.rounds).sum(0) > 0
-        linked |= linked.mT.clone()
         reached, fresh = {self.alive[0]}, [self.alive[0]]
         while fresh:
             others = set(linked[fresh.pop()].nonzero().flatten().tolist()) - reached

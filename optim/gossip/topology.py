@@ -83,7 +83,7 @@ def torus(n: int, rows: int | None = None) -> Topology:
 
 def exponential(n: int) -> Topology:
     """Equal weights for oneself and the ranks 1, 2, 4, … before: ceil(log2 n) messages a round. Directed (from n = 4
-    on); the gap is 2 / (1 + log2 n) for powers of two (Ying et al. 2021), of that order for others.
+    on); the gap is 2 / (1 + ceil(log2 n)) for even n, and larger for odd ones (Ying et al. 2021).
     """
     _eye(n)
     return Topology("exponential", (_mean_of_shifts(n, (0, *(2**k for k in range(_log2(n))))),))
@@ -150,8 +150,8 @@ def from_edges(n: int, edges: Sequence[Sequence[float]]) -> Topology:
 
     Args:
         edges: each once, as (i, j), which get Metropolis-Hastings weights 1 / (1 + max(d_i, d_j)) by the ranks' numbers
-            of neighbours d; or each as (i, j, weight), of which every rank has at most 1 in sum. A rank keeps the rest
-            for itself.
+            of neighbours d (Xiao, Boyd and Lall 2005); or each as (i, j, weight), of which every rank has at most 1 in
+            sum. A rank keeps the rest for itself.
     """
     weights = torch.zeros_like(_eye(n))
     weighted = {len(edge) == 3 for edge in edges}

@@ -1,14 +1,12 @@
-"""Laws of topologies: closed forms, what averaging keeps and shrinks, exact schedules, lost ranks, every refusal."""
+"""Laws of topologies: closed forms, what averaging keeps and shrinks, exact schedules, lost ranks."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinrank.optim.gossip.mixing import SLACK
 from thinrank.optim.gossip.topology import (
     TOPOLOGIES,
     Topology,
@@ -126,6 +124,16 @@ def test_the_exponential_graph_has_its_gap(k):
     assert made.symmetric == (k < 2)
 
 
+@pytest.mark.parametrize("n", [6, 10, 12, 5, 7, 9, 13])
+def test_the_gap_of_other_exponential_graphs(n):
+    """Exactly so for even sizes, and larger for odd ones."""
+    gap, bound = exponential(n).gap, 2 / (1 + (n - 1).bit_length())
+    if n % 2:
+        assert gap > bound + 0.01
+    else:
+        assert gap == pytest.approx(bound, abs=TIGHT)
+
+
 def test_directed_graphs_hear_those_before():
     assert exponential(8).sources(0) == (4, 6, 7)
     assert exponential(8).targets(0) == (1, 2, 4)
@@ -220,6 +228,28 @@ def test_one_peer_is_not_exact_for_other_sizes(n, rounds, residual):
     assert 0.2 < second < 0.22
     if n == 6:
         assert made.second == pytest.approx(0.60, abs=5e-3)  # as the docstring says
+
+
+def test_exact_averaging_is_known_in_spite_of_rounding():
+    """Two camps of five: everybody takes the other camp's mean, then half of it. What rounding leaves of the
+    disagreement, 7e-17, has a root of 8e-9."""
+    across = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    fifth = torch.full((5, 5), 1 / 5, dtype=torch.float64)
+    swap = torch.kron(across, fifth)
+    half = from_edges(10, [(i, 5 + j, 1 / 10) for i in range(5) for j in range(5)]).weights()
+    made = from_matrix([swap, half])
+    assert made.second == 0.0
+
+
+def test_rho_of_a_schedule_is_of_its_rounds_in_their_order():
+    first = one_peer_exponential(6).weights(0)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    second = one_peer_exponential(6).weights(1)[order][:, order]
+    third = exponential(6).weights()[:, order][order.argsort()]
+    product = third @ second @ first
+    expected = float(torch.linalg.svdvals(product)[1])
+    assert abs(expected - float(torch.linalg.svdvals(first @ second @ third)[1])) > 0.01  # the order matters
+    assert from_matrix([first, second, third]).second == pytest.approx(expected ** (1 / 3), rel=1e-12)
 
 
 def test_a_hierarchy_is_the_mean_of_nodes_and_gossip_between_them():
@@ -321,6 +351,15 @@ def test_a_bridge_leads_over_the_lost_rank():
     left.require_connected()
 
 
+def test_a_bridge_where_the_lost_had_talked_to_each_other_alone():
+    """Two ranks before, of six: 0, 2 and 4 are a circle of their own, and I - W_gg cannot be inverted."""
+    left = one_peer_exponential(6).without([0, 2, 4])
+    w = left.weights(1)
+    assert_doubly_stochastic(w)
+    assert torch.equal(w[[1, 3, 5]], one_peer_exponential(6).weights(1)[[1, 3, 5]])
+    assert left.require_connected().second < 1
+
+
 def test_without_nobody_is_the_same():
     made = ring(5)
     assert made.without([]) is made
@@ -354,6 +393,7 @@ def test_digests_are_equal_where_all_is_equal():
     others += [from_matrix(ring(8).weights()), from_matrix([ring(8).weights()] * 2)]
     others += [from_edges(3, [(0, 1, 0.3), (1, 2, 0.3)]), from_edges(3, [(0, 1, 0.3), (1, 2, 0.3 + 1e-9)])]
     others += [from_matrix(list(reversed(one_peer_exponential(8).rounds)))]
+    others += [from_matrix([ring(8).weights(), complete(8).weights()])]
     assert len({made.digest() for made in others}) == len(others)
 
 
@@ -368,8 +408,8 @@ def test_edges_with_weights():
     made = from_edges(3, [(0, 1, 0.25), (2, 1, 0.5)])
     expected = torch.tensor([[0.75, 0.25, 0.0], [0.25, 0.25, 0.5], [0.0, 0.5, 0.5]], dtype=torch.float64)
     assert torch.equal(made.weights(), expected)
-    full = from_edges(3, [(0, 1, 0.1), (1, 2, 0.9)])  # 0.1 + 0.9: nothing left, whatever rounding says
-    assert float(full.weights()[1, 1]) == pytest.approx(0.0, abs=TIGHT)
+    full = from_edges(4, [(0, 1, 0.33), (0, 2, 0.56), (0, 3, 0.11)])  # their sum is rounded to 1 + 2e-16
+    assert float(full.weights()[0, 0]) == 0.0
     assert from_edges(1, []).size == 1
 
 
@@ -416,105 +456,8 @@ def test_a_configuration_names_a_topology(spec, options, expected):
     assert topology(spec, 8, **options).digest() == expected.digest()
 
 
-NO_SIZE: Any = 2.5
-HALF = torch.full((2, 2), 0.5)
-
-
-@pytest.mark.parametrize(
-    ("make", "sentence"),
-    [
-        (lambda: ring(0), r"at least 1, got 0"),
-        (lambda: ring(NO_SIZE), r"whole number of ranks, at least 1, got 2\.5"),
-        (lambda: ring(True), r"got True"),
-        (lambda: torus(0), r"at least 1, got 0"),
-        (lambda: torus(7), r"a torus of 7 ranks, a prime, would be a ring: use ring"),
-        (lambda: torus(12, rows=5), r"rows must divide the 12 ranks .*, got 5"),
-        (lambda: torus(12, rows=12), r"of two or more, got 12"),
-        (lambda: torus(12, rows=1), r"of two or more, got 1"),
-        (lambda: hypercube(6), r"a power of two of ranks, got 6: use one_peer_exponential, ring or torus"),
-        (lambda: hypercube(5), r"a power of two of ranks, got 5: use one_peer_exponential or ring$"),
-        (lambda: hierarchical(8, 3), r"per_node must be a divisor of the 8 ranks, got 3"),
-        (lambda: hierarchical(8, 0), r"per_node must be a divisor of the 8 ranks, got 0"),
-        (lambda: hierarchical(8, 2, ring(3)), r"as many ranks as the run, 4, got 3"),
-        (lambda: from_edges(3, [(0, 1), (1, 2, 0.5)]), r"either all edges or none must have a weight"),
-        (lambda: from_edges(3, [(0,), (1,)]), r"must be \(i, j\) or \(i, j, weight\), got \(0,\)"),
-        (lambda: from_edges(3, [(0, 3)]), r"two of the ranks 0 to 2, got \(0, 3\)"),
-        (lambda: from_edges(3, [(0, -1)]), r"two of the ranks 0 to 2, got \(0, -1\)"),
-        (lambda: from_edges(3, [(0, 1.5)]), r"two of the ranks 0 to 2, got \(0, 1\.5\)"),
-        (lambda: from_edges(3, [(1, 1)]), r"two different ranks, got \(1, 1\)"),
-        (lambda: from_edges(3, [(0, 1), (1, 0)]), r"listed once, in one direction, got a second one of ranks 1 and 0"),
-        (lambda: from_edges(2, [(0, 1, -0.5)]), r"above 0 and finite, got \(0, 1, -0\.5\)"),
-        (lambda: from_edges(2, [(0, 1, math.nan)]), r"above 0 and finite, got \(0, 1, nan\)"),
-        (lambda: from_edges(3, [(0, 1, 0.6), (1, 2, 0.6)]), r"sum to at most 1, got 1\.2 at rank 1"),
-        (lambda: from_edges(5, [(0, 1), (2, 3), (3, 4)]), r"nothing of rank 0 ever reaches ranks 2, 3, 4: add edges"),
-        (lambda: from_edges(3, [(0, 1)]), r"nothing of rank 0 ever reaches rank 2: add edges"),
-        (lambda: from_edges(13, [(0, 1)]), r"ranks 2, 3, 4, 5, 6, 7, 8, 9 and 3 more: add"),
-        (lambda: from_edges(2, [(0, 1, 1.0)]), r"only swap what they hold for ever: give each rank a positive weight"),
-        (lambda: from_matrix(torch.eye(3).roll(1, 0)), r"only swap what they hold for ever"),
-        (lambda: from_matrix(torch.ones(2, 3) / 3), r"custom, round 0: weights must be a square matrix.*got \(2, 3\)"),
-        (lambda: from_matrix(torch.ones(2)), r"must be a square matrix.*got \(2,\)"),
-        (lambda: from_matrix([[1.0], [0.5, 0.5]]), r"weights must be numbers in rows of one length"),
-        (lambda: from_matrix("ring"), r"weights must be numbers in rows of one length"),
-        (lambda: from_matrix([]), r"weights must be numbers in rows of one length"),
-        (lambda: from_matrix(HALF, 3), r"as many ranks as the run, 3, got 2"),
-        (lambda: from_matrix([[0.5, math.inf], [0.5, 0.5]]), r"finite, got inf for what rank 0 hears from rank 1"),
-        (lambda: from_matrix([[0.5, 0.5], [math.nan, 0.5]]), r"finite, got nan for what rank 1 hears from rank 0"),
-        (lambda: from_matrix([[1.5, -0.5], [-0.5, 1.5]]), r"at least 0, got -0\.5 for what rank 0 hears from rank 1"),
-        (
-            lambda: from_matrix([[0.5, 0.5], [0.4, 0.5]]),
-            r"each row .*must sum to 1, got 0\.9 in row 1: let rank 1 keep",
-        ),
-        (
-            lambda: from_matrix([[0.5, 0.5], [0.4, 0.6]]),
-            r"each column .*must sum to 1, got 0\.9 in column 0: what rank 0 gives",
-        ),
-        (lambda: from_matrix(torch.full((3, 3), 1 / 3, dtype=torch.float32)), r"each row of weights must sum to 1"),
-        (lambda: Topology("mine", ()), r"mine: a topology needs at least one round of weights, got none"),
-        (
-            lambda: Topology("mine", (HALF, torch.ones(1, 1))),
-            r"mine, round 1: all rounds must have as many ranks .*2, got 1",
-        ),
-        (lambda: Topology("mine", (HALF,), gone=(1,)), r"the weight 1 for itself, rank 1 has not"),
-        (lambda: Topology("mine", (HALF,), gone=(2,)), r"the weight 1 for itself, rank 2 has not"),
-        (lambda: ring(3).without([3]), r"ring: rank must be from 0 to 2, got 3"),
-        (lambda: ring(3).without([0, 1, 2]), r"at least one of 3 ranks must remain"),
-        (lambda: ring(3).sources(-1), r"rank must be from 0 to 2, got -1"),
-        (lambda: ring(3).targets(3), r"rank must be from 0 to 2, got 3"),
-        (
-            lambda: exponential(8).require_symmetric("DCD"),
-            r"round 0: DCD needs symmetric .* rank 0 hears rank 1 with 0 and is heard with 0\.25: use",
-        ),
-        (lambda: one_peer_exponential(4).require_symmetric(), r"this exchange needs symmetric weights"),
-        (
-            lambda: hypercube(4).require_static("CHOCO"),
-            r"CHOCO needs the same neighbours in every round, got a schedule of 2",
-        ),
-        (lambda: topology("rings", 4), r"topology must be one of ring, torus, .*custom, got 'rings'"),
-        (lambda: topology("ring", 4, rows=2), r"ring takes no options, got rows"),
-        (lambda: topology("torus", 4, columns=2), r"torus takes rows, got columns"),
-        (lambda: topology("hierarchical", 4), r"hierarchical needs per_node, got none"),
-        (lambda: topology({"rows": 2}, 4), r"must have a name, one of ring, .*got \{'rows': 2\}"),
-        (lambda: topology([(0, 1)], 2, rows=2), r"only a topology that is named takes options, got rows"),
-        (lambda: topology(ring(3), 4), r"ring: a topology must have as many ranks as the run, 4, got 3"),
-        (lambda: topology("custom", 2), r"needs either edges or a matrix, got none"),
-        (lambda: topology("custom", 2, edges=[(0, 1)], matrix=HALF), r"needs either edges or a matrix, got both"),
-    ],
-)
-def test_refusals_say_the_rule_and_what_was_found(make, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        make()
-
-
 def test_what_an_exchange_may_need():
     made = ring(6)
     assert made.require_symmetric() is made.require_static() is made.require_connected() is made
     assert hypercube(8).require_symmetric().size == 8
     assert exponential(8).require_static().size == 8
-
-
-def test_a_sum_that_is_off_by_little_is_refused():
-    """A row of 1 - 1e-9 would shrink a model by a thousandth in a million steps."""
-    w = ring(4).weights().clone()
-    w[2, 2] -= 1000 * SLACK
-    with pytest.raises(ValueError, match="in row 2"):
-        from_matrix(w)

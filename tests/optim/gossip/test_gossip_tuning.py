@@ -58,6 +58,7 @@ def test_a_schedule_is_followed():
 
 def test_who_agrees_first_wins_and_of_equals_the_largest():
     assert consensus_gamma(complete(4), exact, candidates=(0.25, 0.5, 1.0), size=20) == 1.0
+    assert consensus_gamma(ring(4), exact, candidates=(0.5, 3.0), size=20) == 0.5  # 3 overflows soon
     # on a star λ is within [0, 1]: overstepping pays; on two ranks it would swap them for ever
     assert consensus_gamma(star(8), exact, candidates=(0.5, 1.0, 1.5), size=20) == 1.5
     assert consensus_gamma(complete(2), exact, candidates=(0.5, 1.0, 2.0), size=20) == 1.0
