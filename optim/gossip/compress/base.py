@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,36 +41,39 @@ class Codec(ABC):
         self.error = error
         self.nbytes = self._length()
 
-    def encode(self, flat: Tensor, key: int) -> Tensor:
+    def encode(self, flat: Tensor, key: int, *, out: Tensor | None = None) -> Tensor:
         """The payload of a vector.
 
         Args:
             flat: float32 (numel,), finite (ask `finite` before); infinities and NaN give a payload without meaning.
             key: decides all chance, as by `key_of`; not negative.
+            out: uint8 (nbytes,), contiguous and at a multiple of 8 bytes of its storage, to write into; a fresh tensor
+                of this size costs a CPU as much as the compression.
 
         Returns:
             uint8 (nbytes,) on the vector's device.
         """
-        if flat.dtype is not torch.float32 or flat.shape != (self.numel,):
-            raise ValueError(f"expected float32 of shape ({self.numel},), got {flat.dtype} of {tuple(flat.shape)}")
-        payload = torch.empty(self.nbytes, dtype=torch.uint8, device=flat.device)
+        _check(flat, torch.float32, self.numel)
+        payload = torch.empty(self.nbytes, dtype=torch.uint8, device=flat.device) if out is None else out
+        _check(payload, torch.uint8, self.nbytes)
         if self.numel:
             self._write(flat.detach().contiguous(), payload, key)
         return payload
 
-    def decode(self, payload: Tensor, key: int) -> Tensor:
+    def decode(self, payload: Tensor, key: int, *, out: Tensor | None = None) -> Tensor:
         """The vector that a payload stands for: the same bits on every machine of one kind.
 
         Args:
             payload: uint8 (nbytes,).
             key: the one that it was encoded with.
+            out: float32 (numel,), contiguous, to write into.
 
         Returns:
             float32 (numel,) on the payload's device.
         """
-        if payload.dtype is not torch.uint8 or payload.shape != (self.nbytes,):
-            raise ValueError(f"expected uint8 of shape ({self.nbytes},), got {payload.dtype} of {tuple(payload.shape)}")
-        flat = torch.empty(self.numel, dtype=torch.float32, device=payload.device)
+        _check(payload, torch.uint8, self.nbytes)
+        flat = torch.empty(self.numel, dtype=torch.float32, device=payload.device) if out is None else out
+        _check(flat, torch.float32, self.numel)
         if self.numel:
             payload = payload.contiguous()
             # torch views bytes as wider numbers only where they begin at a multiple of their width
@@ -91,16 +93,20 @@ class Codec(ABC):
         """Fills a vector; both contiguous, neither empty."""
 
 
+def _check(x: Tensor, dtype: torch.dtype, numel: int) -> None:
+    if x.dtype is not dtype or x.shape != (numel,):
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"expected {kind} of shape ({numel},), got {x.dtype} of {tuple(x.shape)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compressor(ABC):
     """What a config holds: a compressor and its options, not yet bound to shapes."""
 
-    default: ClassVar[str] = ""
-
     @property
+    @abstractmethod
     def name(self) -> str:
         """The name by which `compressor` makes it."""
-        return self.default
 
     @abstractmethod
     def bind(self, shapes: Sequence[Sequence[int]]) -> Codec:

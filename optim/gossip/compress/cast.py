@@ -88,7 +88,7 @@ class BFloat16Codec(Codec):
 
 @dataclass(frozen=True, kw_only=True)
 class Float8(Compressor):
-    """Floating-point numbers of 8 bits (e4m3: 3 bits of mantissa, 448 the largest), the largest of a bucket becoming 448.
+    """Floating-point numbers of 8 bits (e4m3, 3 bits of mantissa), a bucket's largest entry becoming 448, the largest.
 
     Rounded to nearest, biased. Beside `uniform8` it is about as good for the largest entries' neighbours and far better
     for entries below a hundredth of the largest (Micikevicius et al. 2022 on the format).

@@ -38,7 +38,7 @@ class Natural(Compressor):
 
 
 class NaturalCodec(Codec):
-    """`Natural` bound to shapes. Payload: exponents as float32 has them, a byte each, then signs, a set bit for x < 0."""
+    """`Natural` bound to shapes. Payload: exponents as in float32, a byte each, then signs, a set bit for x < 0."""
 
     def __init__(self, shapes: Sequence[Sequence[int]], config: Natural) -> None:
         self.scaled = config.scaled

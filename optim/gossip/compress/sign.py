@@ -45,7 +45,8 @@ class SignCodec(Codec):
     def __init__(self, shapes: Sequence[Sequence[int]], config: Sign) -> None:
         self.bucket = config.bucket
         # a scale off by 2⁻⁹ of itself keeps 1 - 2⁻¹⁸ of what the mean takes away
-        super().__init__(shapes, unbiased=False, error=math.sqrt(1.0 - (1.0 - 2.0**-18) / config.bucket))
+        super().__init__(shapes, unbiased=False, error=0.0)
+        self.error = math.sqrt(1.0 - (1.0 - 2.0**-18) / max(min(self.bucket, self.numel), 1))
 
     def _length(self) -> int:
         self.buckets = -(-self.numel // self.bucket)

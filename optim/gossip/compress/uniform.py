@@ -80,11 +80,8 @@ class UniformCodec(Codec):
         self.bits, self.bucket, self.stochastic = config.bits, config.bucket, config.stochastic
         self.scaled = config.bits == 2 if config.scaled is None else config.scaled
         self.levels = 2 ** (self.bits - 1) - 1
-        super().__init__(
-            shapes,
-            unbiased=self.stochastic and not self.scaled,
-            error=worst(self.bits, self.bucket, self.stochastic, self.scaled),
-        )
+        super().__init__(shapes, unbiased=self.stochastic and not self.scaled, error=0.0)
+        self.error = worst(self.bits, max(min(self.bucket, self.numel), 1), self.stochastic, self.scaled)
 
     def _length(self) -> int:
         self.buckets = -(-self.numel // self.bucket)
