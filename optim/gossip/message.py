@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinrank.optim.gossip.compress.base import spans
+from thinrank.optim.gossip.compress.base import Scratch, spans
 
 MAGIC = 0x504F4854
 """`THOP` as bytes."""
@@ -165,22 +165,28 @@ def fingerprint(x: Tensor) -> int:
     elif flat.storage_offset() % 4:
         flat = flat.clone()
     words = flat.view(torch.int32)
-    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    total = torch.zeros((), dtype=torch.int32, device=x.device)
     places: Tensor | None = None
+    room = Scratch(x.device)
     for start, stop in spans(words.numel(), 1, x.device):
+        count = stop - start
         if places is None:
-            places = torch.arange(1, stop - start + 1, dtype=torch.int32, device=x.device).mul_(_PLACE)
-        mixed = words[start:stop] + places[: stop - start]
+            places = torch.arange(1, count + 1, dtype=torch.int32, device=x.device).mul_(_PLACE)
+        mixed = torch.add(words[start:stop], places[:count], out=room("mixed", torch.int32, count))
         mixed.add_(_wrapped(start * _PLACE))
-        for shift, factor in _MIX:  # a shift right of a negative number brings ones, which the mask takes away
-            mixed.bitwise_xor_((mixed >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(factor)
-        total += mixed.bitwise_xor_((mixed >> 16).bitwise_and_(0xFFFF)).sum(dtype=torch.int64)
+        for shift, factor in _MIX:
+            moved = torch.bitwise_right_shift(mixed, shift, out=room("moved", torch.int32, count))
+            # a shift to the right brings ones into a negative number, which must not stay
+            mixed.bitwise_xor_(moved.bitwise_and_(2 ** (32 - shift) - 1))
+            if factor != 1:
+                mixed.mul_(factor)
+        total += mixed.sum(dtype=torch.int32)
     return int(total.item()) & 0xFFFFFFFF
 
 
 _PLACE = 0x1E3779B1
-_MIX = ((16, 0x45D9F3B), (15, 0x2C1B3C6D))
-"""Odd factors: a product with one, and `x ^ x >> shift`, are one-to-one on 32 bits."""
+_MIX = ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1))
+"""Shifts and odd factors of lowbias32 (Wellons 2018): `x ^ x >> shift` and such a product are one-to-one on 32 bits."""
 
 
 def _wrapped(n: int) -> int:

@@ -147,9 +147,34 @@ def whole_rows(flat: Tensor, width: int) -> Tensor:
     return (torch.nn.functional.pad(flat, (0, short)) if short else flat).view(-1, width)
 
 
+def multiply_rows(flat: Tensor, factor: Tensor, width: int) -> None:
+    """Multiplies each `width` entries of a vector, the last ones perhaps fewer, by their own factor, in place."""
+    if flat.numel() % width:
+        flat.mul_(factor.repeat_interleave(width)[: flat.numel()])
+    else:
+        flat.view(-1, width).mul_(factor.unsqueeze(1))
+
+
+class Scratch:
+    """Memory in which the blocks of one call are worked on, by name: fresh memory costs a CPU more than arithmetic."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
+        """(count,) of a name that always has the same dtype; what it holds is what its last user left."""
+        if name not in self._held or self._held[name].numel() < count:
+            self._held[name] = torch.empty(count, dtype=dtype, device=self.device)
+        return self._held[name][:count]
+
+
 def finite(flat: Tensor) -> bool:
     """Whether a float32 vector holds neither an infinity nor a NaN; waits for the device once."""
-    largest = [flat[a:b].abs().amax() for a, b in spans(flat.numel(), 1, flat.device)]
+    room = Scratch(flat.device)
+    largest = [
+        torch.abs(flat[a:b], out=room("size", flat.dtype, b - a)).amax() for a, b in spans(flat.numel(), 1, flat.device)
+    ]
     return not largest or math.isfinite(torch.stack(largest).amax().item())
 
 
@@ -173,8 +198,9 @@ class Measured:
         """Counts one vector (float32, flat) and what came of it."""
         lost = torch.zeros((), dtype=torch.float64, device=z.device)
         all_ = torch.zeros_like(lost)
+        room = Scratch(z.device)
         for a, b in spans(z.numel(), 1, z.device):
-            part, difference = z[a:b], decoded[a:b] - z[a:b]
+            part, difference = z[a:b], torch.sub(decoded[a:b], z[a:b], out=room("difference", z.dtype, b - a))
             all_ += torch.dot(part, part)
             lost += torch.dot(difference, difference)
         counts = ((all_ > 0) & (lost < math.inf) & (all_ < math.inf)).to(torch.float64)

@@ -168,8 +168,8 @@ def reference(data: bytes) -> int:
     total = 0
     for i in range(0, len(data), 4):
         word = int.from_bytes(data[i : i + 4], "little") + 0x1E3779B1 * (i // 4 + 1) & 0xFFFFFFFF
-        word = (word ^ word >> 16) * 0x45D9F3B & 0xFFFFFFFF
-        word = (word ^ word >> 15) * 0x2C1B3C6D & 0xFFFFFFFF
+        word = (word ^ word >> 16) * 0x7FEB352D & 0xFFFFFFFF
+        word = (word ^ word >> 15) * 0x846CA68B & 0xFFFFFFFF
         total += word ^ word >> 16
     return total & 0xFFFFFFFF
 
