@@ -56,18 +56,20 @@ class Header:
     replica: int | None = None
 
 
-def pack(header: Header, payload: Tensor | None, *, nbytes: int | None = None) -> Tensor:
+def pack(header: Header, payload: Tensor | None, *, nbytes: int | None = None, out: Tensor | None = None) -> Tensor:
     """One tensor of a header and a payload.
 
     Args:
         payload: uint8, one-dimensional; None sends zeros and a header that says that they are not valid.
         nbytes: bytes after the header where there is no payload: what the receiver waits for. Default 0.
+        out: uint8 of the message's length, to write into. A payload that already lies in it behind the header
+            (`codec.encode(..., out=out[HEADER_BYTES:])`) stays where it is.
 
     Returns:
-        uint8 (`HEADER_BYTES` + payload's bytes,) on the payload's device (the CPU without one).
+        uint8 (`HEADER_BYTES` + payload's bytes,) on the payload's device (without one on out's, else the CPU).
     """
     if payload is None:
-        payload = torch.zeros(nbytes or 0, dtype=torch.uint8)
+        payload = torch.zeros(nbytes or 0, dtype=torch.uint8, device=None if out is None else out.device)
         valid = False
     elif payload.dtype is not torch.uint8 or payload.ndim != 1:
         raise ValueError(f"expected a flat uint8 payload, got {payload.dtype} of {tuple(payload.shape)}")
@@ -85,9 +87,13 @@ def pack(header: Header, payload: Tensor | None, *, nbytes: int | None = None) -
     except struct.error as error:
         raise ValueError(f"{header} does not fit into a message: {error}") from None
     head = head[:-4] + struct.pack("<I", _checksum(head[:-4], payload))
-    message = torch.empty(HEADER_BYTES + payload.numel(), dtype=torch.uint8, device=payload.device)
+    length = HEADER_BYTES + payload.numel()
+    message = torch.empty(length, dtype=torch.uint8, device=payload.device) if out is None else out
+    if message.dtype is not torch.uint8 or message.shape != (length,):
+        raise ValueError(f"out must be uint8 of shape ({length},), got {message.dtype} of {tuple(message.shape)}")
     message[:HEADER_BYTES] = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(payload.device)
-    message[HEADER_BYTES:] = payload
+    if message[HEADER_BYTES:].data_ptr() != payload.data_ptr():
+        message[HEADER_BYTES:] = payload
     return message
 
 

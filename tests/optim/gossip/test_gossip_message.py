@@ -49,6 +49,17 @@ def test_the_bytes_of_a_header():
     assert HEADER_BYTES % 16 == 0
 
 
+def test_a_payload_that_lies_in_its_message_stays():
+    message = torch.zeros(HEADER_BYTES + 50, dtype=torch.uint8)
+    message[HEADER_BYTES:] = payload_of(50)
+    assert pack(HEADER, message[HEADER_BYTES:], out=message) is message
+    assert torch.equal(message, pack(HEADER, payload_of(50)))
+    assert torch.equal(pack(HEADER, payload_of(50, 1), out=message), pack(HEADER, payload_of(50, 1)))
+    assert torch.equal(pack(HEADER, None, nbytes=50, out=message), pack(HEADER, None, nbytes=50))
+    with pytest.raises(ValueError, match=r"out must be uint8 of shape \(82,\)"):
+        pack(HEADER, payload_of(50), out=message[1:])
+
+
 def test_a_message_without_payload_is_as_long_and_says_so():
     message = pack(HEADER, None, nbytes=100)
     assert message.shape == (HEADER_BYTES + 100,)
