@@ -20,7 +20,7 @@ HEADER_BYTES = 32
 """A multiple of 16, so that what follows lies where wider numbers may begin."""
 
 _LAYOUT = struct.Struct("<IBBBBIHHQII")
-"""magic, version, codec, flags, zero, step, part, source, numel, replica, checksum"""
+"""magic, version, codec, flags, options, step, part, source, numel, replica, checksum"""
 
 _VALID, _HAS_REPLICA, _WANTS_REPAIR, _WHOLE = 1, 2, 4, 8
 
@@ -35,6 +35,7 @@ class Header:
 
     Attributes:
         codec: the compressor's number (`identity_of`), 0 to 255.
+        options: `Compressor.digest` of its options, 0 to 255, because other ones may give a payload of the same length.
         step: the sender's step, below 2³².
         part: which part of the model, below 2¹⁶.
         source: the sender's rank, below 2¹⁶.
@@ -46,6 +47,7 @@ class Header:
     """
 
     codec: int
+    options: int = 0
     step: int
     part: int
     source: int
@@ -81,7 +83,7 @@ def pack(header: Header, payload: Tensor | None, *, nbytes: int | None = None, o
     flags |= header.wants_repair * _WANTS_REPAIR | header.whole * _WHOLE
     try:
         head = _LAYOUT.pack(
-            MAGIC, VERSION, header.codec, flags, 0, header.step, header.part, header.source, header.numel,
+            MAGIC, VERSION, header.codec, flags, header.options, header.step, header.part, header.source, header.numel,
             header.replica or 0, 0,
         )  # fmt: skip
     except struct.error as error:
@@ -102,6 +104,7 @@ def unpack(
     *,
     nbytes: int | None = None,
     codec: int | None = None,
+    options: int | None = None,
     step: int | None = None,
     part: int | None = None,
     source: int | None = None,
@@ -112,11 +115,11 @@ def unpack(
     Args:
         message: uint8, one-dimensional.
         nbytes: bytes that the payload must have.
-        codec, step, part, source, numel: what the header must say, where given.
+        codec, options, step, part, source, numel: what the header must say, where given.
 
     Raises:
-        BadMessage: bytes are missing or were changed on the way (any change within 32 neighbouring bits is seen, any
-            other but for one in 2³²), or the message is not the expected one.
+        BadMessage: bytes are missing or were changed on the way (any change of one bit, or of one word of 32, is seen,
+            any other but for one in 2³²), or the message is not the expected one.
     """
     if message.dtype is not torch.uint8 or message.ndim != 1:
         raise ValueError(f"expected a flat uint8 message, got {message.dtype} of {tuple(message.shape)}")
@@ -126,17 +129,18 @@ def unpack(
     payload = message[HEADER_BYTES:]
     if nbytes is not None and payload.numel() != nbytes:
         raise BadMessage(f"the payload has {payload.numel()} bytes where {nbytes} were expected")
-    magic, version, its_codec, flags, zero, *place, replica, checksum = _LAYOUT.unpack(head)
+    magic, version, its_codec, flags, its_options, *place, replica, checksum = _LAYOUT.unpack(head)
     if magic != MAGIC:
         raise BadMessage(f"the message begins with {magic:#010x} where {MAGIC:#010x} was expected")
     if version != VERSION:
         raise BadMessage(f"the message has version {version}, but only version {VERSION} is understood")
     if checksum != _checksum(head[:-4], payload):
         raise BadMessage("the checksum does not fit: bytes were changed on the way")
-    if zero or flags >= 2 * _WHOLE:
-        raise BadMessage(f"the message has flags {flags:#x} and {zero:#x}, which this version does not know")
+    if flags >= 2 * _WHOLE:
+        raise BadMessage(f"the message has flags {flags:#x}, which version {VERSION} does not know")
     header = Header(
         codec=its_codec,
+        options=its_options,
         step=place[0],
         part=place[1],
         source=place[2],
@@ -146,7 +150,7 @@ def unpack(
         whole=bool(flags & _WHOLE),
         replica=replica if flags & _HAS_REPLICA else None,
     )
-    expected = {"codec": codec, "step": step, "part": part, "source": source, "numel": numel}
+    expected = {"codec": codec, "options": options, "step": step, "part": part, "source": source, "numel": numel}
     for name, value in expected.items():
         if value is not None and getattr(header, name) != value:
             raise BadMessage(f"the message's {name} is {getattr(header, name)} where {value} was expected")
@@ -201,5 +205,5 @@ def _wrapped(n: int) -> int:
 
 
 def _checksum(head: bytes, payload: Tensor) -> int:
-    """CRC-32 of the header and of the payload's fingerprint, which a GPU computes without sending the payload out."""
-    return zlib.crc32(struct.pack("<I", fingerprint(payload)), zlib.crc32(head))
+    """CRC-32 of the header, and of the payload's length and fingerprint, which a GPU finds without giving it away."""
+    return zlib.crc32(struct.pack("<QI", payload.numel(), fingerprint(payload)), zlib.crc32(head))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,11 @@ class Compressor(ABC):
     @abstractmethod
     def name(self) -> str:
         """The name by which `compressor` makes it."""
+
+    @property
+    def digest(self) -> int:
+        """A number of 8 bits that follows from the name and all options: what two ranks should agree on."""
+        return zlib.crc32(repr(self).encode()) & 0xFF
 
     @abstractmethod
     def bind(self, shapes: Sequence[Sequence[int]]) -> Codec:

@@ -90,8 +90,8 @@ class BFloat16Codec(Codec):
 class Float8(Compressor):
     """Floating-point numbers of 8 bits (e4m3, 3 bits of mantissa), a bucket's largest entry becoming 448, the largest.
 
-    Rounded to nearest, biased. Beside `uniform8` it is about as good for the largest entries' neighbours and far better
-    for entries below a hundredth of the largest (Micikevicius et al. 2022 on the format).
+    Micikevicius et al. 2022. Rounded to nearest, biased. A Gaussian bucket loses 2.6 % of its norm, twice what
+    `uniform8` takes and more, but each entry down to 3.5e-5 of the largest loses at most 6 % of itself.
 
     Attributes:
         bucket: entries that share a scale (2 bytes of bfloat16), a multiple of 8. Buckets run on over tensors' ends.

@@ -243,6 +243,10 @@ def test_keys_of_counters_differ_even_in_their_lower_half():
 def test_names_and_numbers():
     assert {"float32", "bf16", "fp8", "sign", "natural", "topk", "randomk", "lowrank", "dct"} < set(COMPRESSORS)
     assert all(compressor(name).name == name for name in COMPRESSORS)
+    digests = {config.digest for config in (compressor("dct"), compressor("dct", chunk=128, k=128), compressor("sign"))}
+    assert len(digests) == 3
+    assert all(0 <= digest < 256 for digest in digests)
+    assert compressor("dct").digest == compressor("dct", k=32).digest
     numbers = {name: identity_of(name) for name in COMPRESSORS}
     assert len(set(numbers.values())) == len(numbers)
     assert (numbers["float32"], numbers["uniform8"], numbers["uniform4"], numbers["sign"]) == (1, 24, 20, 17)
@@ -278,7 +282,6 @@ def test_the_smallest_scale_leaves_room():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpu_decodes_what_it_encoded_as_well(case):
     codec = bound(case, ((70, 50), (33,)))
