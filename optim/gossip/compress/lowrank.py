@@ -73,10 +73,9 @@ class LowRankCodec(Codec):
             if not thin:
                 sent.copy_(x.view(-1))
                 continue
-            # sizes are taken out first: only the directions of X G matter, and its entries could overflow
-            most = x.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
+            # X's size is taken out of G: only the directions of X G matter, and its entries could overflow
             sketch = torch.randn(n, self.rank, generator=generator, device=x.device)
-            left = cholesky_qr((x / most) @ sketch)
+            left = cholesky_qr(x @ sketch.div_(x.abs().amax().clamp_(min=1e-30)))
             sent[: m * self.rank] = left.reshape(-1)
             torch.mm(x.mT, left, out=sent[m * self.rank :].view(n, self.rank))
 

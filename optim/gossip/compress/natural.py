@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinrank.optim.gossip.compress.base import Codec, Compressor, generator_of, spans
-from thinrank.optim.gossip.compress.packing import pack, packed_bytes, unpack
-from thinrank.optim.gossip.compress.scales import draw16
+from thinrank.optim.gossip.compress.base import Codec, Compressor, Scratch, spans, whole_rows
+from thinrank.optim.gossip.compress.packing import packed_bytes, read_signs, write_signs
+from thinrank.optim.gossip.compress.scales import Draws
 
 _SHRUNK = 8.0 / 9.0
 
@@ -38,7 +38,7 @@ class Natural(Compressor):
 
 
 class NaturalCodec(Codec):
-    """`Natural` bound to shapes. Payload: exponents as float32 has them, a byte each, then signs, a set bit for x < 0."""
+    """`Natural` bound to shapes. Payload: exponents as in float32, a byte each, then signs, a set bit for x < 0."""
 
     def __init__(self, shapes: Sequence[Sequence[int]], config: Natural) -> None:
         self.scaled = config.scaled
@@ -54,24 +54,23 @@ class NaturalCodec(Codec):
 
     def _write(self, flat: Tensor, payload: Tensor, key: int) -> None:
         exponents, signs = payload[: self.numel], payload[self.numel :]
-        generator = generator_of(key, flat.device)
+        room = Scratch(flat.device)
+        draws = Draws(key, room)
         for start, stop in spans(self.numel, 8, flat.device):
-            count = stop - start
-            padded = torch.nn.functional.pad(flat[start:stop], (0, -count % 8))
-            word = padded.view(torch.int32)
-            # uniform in [64, 2²³) in steps of 128, which carries a mantissa into the exponent as often as it is large
-            noise = draw16(word.numel(), generator, flat.device).to(torch.int32).bitwise_and_(0xFFFF)
-            size = noise.bitwise_left_shift_(7).bitwise_or_(64).add_(word & 0x7FFFFFFF)
-            exponents[start:stop] = size.bitwise_right_shift_(23).clamp_(max=254).to(torch.uint8)[:count]
-            packed = pack((word < 0).view(torch.int8), 1)
-            signs[start // 8 : start // 8 + packed.numel()] = packed
+            padded = whole_rows(flat[start:stop], 8).view(-1)
+            count = padded.numel()
+            size = torch.bitwise_and(padded.view(torch.int32), 0x7FFFFFFF, out=room("size", torch.int32, count))
+            # 64, 192 .. 2²³ - 64, which carry a mantissa into the exponent as often as it is large
+            size.add_(draws.wide(count), alpha=128).add_(2**22 + 64)
+            exponents[start:stop] = size.bitwise_right_shift_(23).clamp_(max=254)[: stop - start]
+            write_signs(padded, signs, start, room)
 
     def _read(self, payload: Tensor, flat: Tensor, key: int) -> None:
         exponents, signs = payload[: self.numel], payload[self.numel :]
+        room = Scratch(flat.device)
         for start, stop in spans(self.numel, 8, flat.device):
-            count = stop - start
-            word = exponents[start:stop].to(torch.int32).bitwise_left_shift_(23)
-            negative = unpack(signs[start // 8 : start // 8 + packed_bytes(count, 1)], 1)[:count] != 0
-            word |= negative.to(torch.int32).bitwise_left_shift_(31)
-            value = word.view(torch.float32)
-            flat[start:stop] = value.mul_(_SHRUNK) if self.scaled else value
+            part = flat[start:stop]
+            word = read_signs(part.view(torch.int32), signs, start)
+            word |= room("size", torch.int32, len(part)).copy_(exponents[start:stop]).bitwise_left_shift_(23)
+            if self.scaled:
+                part.mul_(_SHRUNK)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thinrank.optim.gossip.compress.base import Scratch, generator_of
+
 BF16_MAX = torch.finfo(torch.bfloat16).max
 
 SMALLEST = 2.0**-118
@@ -20,18 +22,28 @@ def bf16_above(x: Tensor) -> Tensor:
     return above.view(torch.float32).clamp_(max=BF16_MAX)
 
 
-def draw16(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """int16 (count,), all values as likely; count is a multiple of 4.
+class Draws:
+    """16 random bits for each entry, block after block, from a generator that belongs to a key alone.
 
-    Four come from each draw, because drawing is half of all the time on a CPU.
+    Four entries share a draw of 64 bits, because drawing is half of all the time on a CPU.
     """
-    draws = torch.empty(count // 4, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    return draws.view(torch.int16)
 
+    def __init__(self, key: int, room: Scratch) -> None:
+        self.generator = generator_of(key, room.device)
+        self.room = room
 
-def noise15(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """float32 (count,) of odd integers between -2¹⁵ and 2¹⁵, each as likely; count is a multiple of 4.
+    def bits(self, count: int) -> Tensor:
+        """int16 (count,), all values as likely."""
+        draws = self.room("draws", torch.int64, -(-count // 4))
+        return draws.random_(-(2**63), None, generator=self.generator).view(torch.int16)[:count]
 
-    Odd numbers lie evenly about zero and never reach a half step, so that a number that is a level stays one.
-    """
-    return draw16(count, generator, device).bitwise_or_(1).to(torch.float32)
+    def odd(self, count: int) -> Tensor:
+        """float32 (count,) of odd integers between -2¹⁵ and 2¹⁵, each as likely.
+
+        They lie evenly about zero and never reach a half step of 2¹⁵, so that a number that is a level stays one.
+        """
+        return self.room("odd", torch.float32, count).copy_(self.bits(count).bitwise_or_(1))
+
+    def wide(self, count: int) -> Tensor:
+        """int32 (count,) from -2¹⁵ to 2¹⁵ - 1, each as likely."""
+        return self.room("wide", torch.int32, count).copy_(self.bits(count))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinrank.optim.gossip.compress.base import Codec, Compressor, spans, whole_rows
-from thinrank.optim.gossip.compress.packing import pack, packed_bytes, unpack
+from thinrank.optim.gossip.compress.base import Codec, Compressor, Scratch, spans, whole_rows
+from thinrank.optim.gossip.compress.packing import packed_bytes, read_signs, write_signs
 from thinrank.optim.gossip.compress.scales import BF16_MAX
 
 
@@ -19,7 +19,7 @@ class Sign(Compressor):
     """Signs times the mean absolute value of each bucket (Bernstein et al. 2018; scaled as in Karimireddy et al. 2019).
 
     The mean is the factor that loses least: `‖x‖² - ‖x‖₁²/d`, 1 - 2/π of a Gaussian bucket's square, at most
-    1 - 1/d. Biased, contractive. A zero counts as positive.
+    1 - 1/d. Biased, contractive. A zero has the sign of its bits.
 
     Attributes:
         bucket: entries that share a scale (2 bytes of bfloat16), a multiple of 8. Buckets run on over tensors' ends.
@@ -40,12 +40,13 @@ class Sign(Compressor):
 
 
 class SignCodec(Codec):
-    """`Sign` bound to shapes. Payload: bfloat16 scales, one for each bucket, then signs, a set bit for x ≥ 0."""
+    """`Sign` bound to shapes. Payload: bfloat16 scales, one for each bucket, then signs, a set bit for a minus."""
 
     def __init__(self, shapes: Sequence[Sequence[int]], config: Sign) -> None:
         self.bucket = config.bucket
         # a scale off by 2⁻⁹ of itself keeps 1 - 2⁻¹⁸ of what the mean takes away
-        super().__init__(shapes, unbiased=False, error=math.sqrt(1.0 - (1.0 - 2.0**-18) / config.bucket))
+        super().__init__(shapes, unbiased=False, error=0.0)
+        self.error = math.sqrt(1.0 - (1.0 - 2.0**-18) / max(min(self.bucket, self.numel), 1))
 
     def _length(self) -> int:
         self.buckets = -(-self.numel // self.bucket)
@@ -53,24 +54,24 @@ class SignCodec(Codec):
 
     def _write(self, flat: Tensor, payload: Tensor, key: int) -> None:
         scales, signs = payload[: 2 * self.buckets].view(torch.bfloat16), payload[2 * self.buckets :]
+        room = Scratch(flat.device)
         for start, stop in spans(self.numel, self.bucket, flat.device):
             rows = whole_rows(flat[start:stop], self.bucket)
+            size = torch.abs(rows, out=room("size", torch.float32, rows.numel()).view(rows.shape))
             # each entry is divided before the sum, which would overflow for entries near the largest float32
-            mean = rows.abs().mul_(1.0 / self.bucket).sum(1)
+            mean = size.mul_(1.0 / self.bucket).sum(1)
             if stop == self.numel:
                 mean[-1] *= self.bucket / (self.bucket - -self.numel % self.bucket)
             scales[start // self.bucket :][: len(rows)] = mean.clamp_(max=BF16_MAX)
-            packed = pack((rows.view(-1) >= 0).view(torch.int8), 1)
-            place = start // 8
-            end = min(place + packed.numel(), signs.numel())
-            signs[place:end] = packed[: end - place]
+            write_signs(rows.view(-1), signs, start, room)
 
     def _read(self, payload: Tensor, flat: Tensor, key: int) -> None:
         scales, signs = payload[: 2 * self.buckets].view(torch.bfloat16), payload[2 * self.buckets :]
         for start, stop in spans(self.numel, self.bucket, flat.device):
-            count = stop - start
-            scale = scales[start // self.bucket :][: -(-count // self.bucket)].to(torch.float32).unsqueeze(1)
-            places = signs[start // 8 : start // 8 + packed_bytes(count, 1)]
-            positive = whole_rows(unpack(places, 1)[:count] != 0, self.bucket)
-            size = positive.to(torch.float32).mul_(2.0).sub_(1.0).mul_(scale)
-            flat[start:stop] = size.view(-1)[:count]
+            part = flat[start:stop]
+            scale = scales[start // self.bucket :][: -(-len(part) // self.bucket)].to(torch.float32)
+            sign = read_signs(part.view(torch.int32), signs, start)
+            if len(part) % self.bucket:
+                sign |= scale.repeat_interleave(self.bucket)[: len(part)].view(torch.int32)
+            else:
+                sign.view(-1, self.bucket).bitwise_or_(scale.view(torch.int32).unsqueeze(1))

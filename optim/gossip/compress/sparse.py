@@ -191,4 +191,5 @@ class RandomKCodec(Codec):
         places, length = self._places(key, flat.device)
         value = read_values(payload, self.values)
         flat.zero_()
-        flat[places] = value * length if self.enlarged else value
+        most = torch.finfo(torch.float32).max
+        flat[places] = (value * length).clamp_(-most, most) if self.enlarged else value
