@@ -282,20 +282,6 @@ class Gossip:
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on to the bit, its own weights and buffers among it; copies of nothing."""
         self.finish()
-        shown, self._own = self._own, None
-        if shown is not None:  # the state is of what the rank has, whatever the model shows
-            average = {name: tensor.detach().clone() for name, tensor in self._named()}
-            for name, tensor in self._named():
-                tensor.detach().copy_(shown[name])
-        try:
-            return self._state()
-        finally:
-            if shown is not None:
-                for name, tensor in self._named():
-                    tensor.detach().copy_(average[name])
-            self._own = shown
-
-    def _state(self) -> dict[str, Any]:
         between = self._calls % self.interval != 0
         return {
             "digest": self._digest,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,10 @@ class GossipStrategy(DDPStrategy):
         self.exchange.step()
         return result
 
-    def block_backward_sync(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Nothing is sent in backward."""
+        yield
 
     def on_train_end(self) -> None:
         if self.exchange is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from thinrank.optim.gossip.compress import compressor
@@ -12,7 +14,9 @@ from thinrank.optim.gossip.topology import topology
 SIZE = 96
 
 
-def schemes(name, graph, codec="float32", *, size=SIZE, shapes=None, check_every=100, seed=0, patience=100, **options):
+def schemes(
+    name, graph, codec: Any = "float32", *, size=SIZE, shapes=None, check_every=100, seed=0, patience=100, **options
+):
     """A rank's side each."""
     graph = topology(graph, 8) if isinstance(graph, str) else graph
     bound = (compressor(codec) if isinstance(codec, str) else codec).bind(shapes or [(size,)])

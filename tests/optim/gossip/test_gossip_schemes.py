@@ -1,6 +1,7 @@
 """Laws of ways to exchange weights, on ranks of a simulator."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from thinrank.optim.gossip.simulator import Simulator
 from thinrank.optim.gossip.topology import from_edges, topology
 
 COPIES = ("dcd", "ecd", "choco")
-CLOSE = {"rtol": 2e-5, "atol": 2e-6}  # float32, some hundred sums
+CLOSE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-6}  # float32, some hundred sums
 
 
 def followed(name, graph, codec="float32", steps=12, seed=0, **options):
@@ -166,7 +167,7 @@ def test_the_same_seed_sends_the_same_bytes(name):
                 heard.append((source, target, bytes(message.tolist())))
                 return message
 
-            def delay(self, *who):
+            def delay(self, count, source, target):
                 return 0.0
 
         ranks = schemes(name, "ring", codec, seed=seed)
