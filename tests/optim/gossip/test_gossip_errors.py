@@ -115,6 +115,14 @@ def test_the_bound_is_reached(bits, scaled):
     assert 0.93 * codec.error <= lost <= codec.error * (1 + 1e-2)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_powers_of_two_reach_their_bound_at_four_thirds(scaled):
+    flat = torch.full((30000,), 4 / 3)
+    codec = compressor("natural", scaled=scaled).bind(((30000,),))
+    lost = ((codec.decode(codec.encode(flat, 1), 1) - flat).norm() / flat.norm()).item()
+    assert lost == pytest.approx(codec.error, rel=0.02)
+
+
 def test_nearest_levels_reach_their_bound_halfway():
     row = torch.full((512,), 0.4999 / 127)
     row[0] = 1.0
