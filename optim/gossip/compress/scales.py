@@ -40,7 +40,7 @@ class Draws:
     def odd(self, count: int) -> Tensor:
         """float32 (count,) of odd integers between -2¹⁵ and 2¹⁵, each as likely.
 
-        They lie evenly about zero and never reach a half step of 2¹⁵, so that a number that is a level stays one.
+        They lie evenly about zero, and none reaches 2¹⁵, half a step, so that zero stays zero.
         """
         return self.room("odd", torch.float32, count).copy_(self.bits(count).bitwise_or_(1))
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinrank.optim.gossip.compress import compressor
+from thinrank.optim.gossip.compress.base import Scratch
 from thinrank.optim.gossip.compress.packing import GROUP, pack, packed_bytes, unpack
-from thinrank.optim.gossip.compress.scales import bf16_above
+from thinrank.optim.gossip.compress.scales import Draws, bf16_above
 
 
 @given(st.sampled_from(sorted(GROUP)), st.integers(1, 40), st.integers(0, 2**32))
@@ -51,6 +52,42 @@ def test_decoded_numbers_are_levels_next_to_their_entries(bits, numel):
         levels = decoded / step
         assert (levels - levels.round()).abs().max() <= 2.0**-16  # two roundings of numbers up to 127
         assert ((decoded - flat).abs() / step).max() <= (1.0 if stochastic else 0.5) + 2.0**-14
+
+
+def test_draws_lie_evenly_about_zero():
+    room = Scratch(torch.device("cpu"))
+    draws = Draws(3, room)
+    odd = draws.odd(2**18 + 1).clone()
+    assert odd.shape == (2**18 + 1,)
+    assert (odd % 2 == 1).all()
+    assert 2**15 - 9 < odd.max() < 2**15
+    assert -(2**15) < odd.min() < -(2**15) + 9
+    assert odd.double().mean().abs() < 5 * 2**15 / math.sqrt(3 * len(odd))
+    wide = draws.wide(2**18)
+    assert wide.unique().numel() > 0.9 * 2**16  # (1 - e⁻⁴) of them
+    assert abs(wide.double().mean() + 0.5) < 5 * 2**15 / math.sqrt(3 * len(wide))
+
+
+@pytest.mark.parametrize("numel", [1, 7, 512, 513, 1031])
+def test_signs_have_their_buckets_mean_size(numel):
+    flat = gaussian(numel)
+    codec = compressor("sign").bind(((numel,),))
+    decoded = codec.decode(codec.encode(flat, 0), 0)
+    for part, own in zip(flat.split(512), decoded.split(512), strict=True):
+        assert torch.equal(own.signbit(), part.signbit())
+        assert own.abs().unique().numel() == 1
+        assert own[0].abs().item() == pytest.approx(part.abs().mean().item(), rel=2.0**-8)
+
+
+def test_places_ascend():
+    for config, shape in (
+        (compressor("topk", fraction=0.1, chunk=100), (1000,)),
+        (compressor("dct", chunk=10), (40, 25)),
+    ):
+        codec = config.bind((shape,))
+        payload = codec.encode(gaussian(1000), 0)
+        places = payload[codec.nbytes // 2 :].view(torch.int16).view(10 if shape == (1000,) else 12, -1)
+        assert (places.diff(dim=1) > 0).all()
 
 
 def test_equal_entries_stay_equal():

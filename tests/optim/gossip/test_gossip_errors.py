@@ -115,6 +115,27 @@ def test_the_bound_is_reached(bits, scaled):
     assert 0.93 * codec.error <= lost <= codec.error * (1 + 1e-2)
 
 
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_the_bound_knows_of_scales_rounded_up(bits):
+    """A largest entry just above a bfloat16 makes steps longer by 2⁻⁷ and lies between two levels itself."""
+    bucket, step = 512, (1 + 2.0**-7) / (2 ** (bits - 1) - 1)
+    row = torch.full((bucket,), (math.sqrt(1 + (bucket - 1) * step**2) - 1) / ((bucket - 1) * step))
+    row[0] = 1 + 2.0**-20
+    flat = row.repeat(4000)
+    codec = compressor(f"uniform{bits}", scaled=False).bind(((flat.numel(),),))
+    decoded = codec.decode(codec.encode(flat, 1), 1)
+    lost = ((decoded - flat).double().square().sum() / flat.double().square().sum()).sqrt().item()
+    assert lost == pytest.approx(codec.error, rel=3e-3)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_powers_of_two_reach_their_bound_at_four_thirds(scaled):
+    flat = torch.full((30000,), 4 / 3)
+    codec = compressor("natural", scaled=scaled).bind(((30000,),))
+    lost = ((codec.decode(codec.encode(flat, 1), 1) - flat).norm() / flat.norm()).item()
+    assert lost == pytest.approx(codec.error, rel=0.02)
+
+
 def test_nearest_levels_reach_their_bound_halfway():
     row = torch.full((512,), 0.4999 / 127)
     row[0] = 1.0
