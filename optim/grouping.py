@@ -170,6 +170,11 @@ class Routing:
     def elements(self) -> int:
         return sum(row.elements for row in self.rows)
 
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of all that is stepped, group by group."""
+        entries = (entry for group in self.groups for entry in group["params"])
+        return [tuple((entry[1] if isinstance(entry, tuple) else entry).shape) for entry in entries]
+
     def table(self) -> str:
         """One line for each role and rule: parameters, elements, state bytes, learning rate."""
         titles = f"{'tensors':>7} {'elements':>14} {'state bytes':>14} {'bytes/weight':>12} {'lr':>9}"

@@ -29,8 +29,16 @@ if TYPE_CHECKING:
     from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
     from thinrank.trainers.run import RunConfig
     from thinrank.trainers.schedule import ScheduleConfig
-    from thinrank.trainers.strategies import FSDP2Config, OwnedConfig, ReplicatedConfig, StrategyConfig, ZeroConfig
+    from thinrank.trainers.strategies import (
+        FSDP2Config,
+        GossipConfig,
+        OwnedConfig,
+        ReplicatedConfig,
+        StrategyConfig,
+        ZeroConfig,
+    )
     from thinrank.trainers.strategies.fsdp2 import FSDP2Strategy
+    from thinrank.trainers.strategies.gossip import GossipStrategy
     from thinrank.trainers.strategies.replicated import OwnedStrategy, ReplicatedStrategy
     from thinrank.trainers.strategies.zero import ZeroStrategy
 
@@ -41,6 +49,8 @@ __all__ = [
     "FSDP2Config",
     "FSDP2Strategy",
     "FilesConfig",
+    "GossipConfig",
+    "GossipStrategy",
     "GuardStop",
     "HuggingFaceConfig",
     "ModelConfig",
@@ -81,8 +91,9 @@ _HOMES = {
     "pretrain": ("PretrainConfig", "TrainerConfig"),
     "run": ("RunConfig",),
     "schedule": ("ScheduleConfig",),
-    "strategies": ("FSDP2Config", "OwnedConfig", "ReplicatedConfig", "StrategyConfig", "ZeroConfig"),
+    "strategies": ("FSDP2Config", "GossipConfig", "OwnedConfig", "ReplicatedConfig", "StrategyConfig", "ZeroConfig"),
     "strategies.fsdp2": ("FSDP2Strategy",),
+    "strategies.gossip": ("GossipStrategy",),
     "strategies.replicated": ("OwnedStrategy", "ReplicatedStrategy"),
     "strategies.zero": ("ZeroStrategy",),
 }

@@ -340,8 +340,7 @@ def _exchange(parts: Parts) -> str | None:
     """What travels between the ranks at every step, in words."""
     strategy, rule = parts.config.strategy, parts.config.optimizer.matrix_rule()
     if isinstance(strategy, GossipConfig):
-        shapes = [param.shape for group in parts.routing.groups for param in group["params"]]
-        graph = graph_of(strategy.made_topology(), parts.world.size)
+        graph, shapes = graph_of(strategy.made_topology(), parts.world.size), parts.routing.shapes()
         return expected(graph, strategy.scheme, strategy.made_compressor(), shapes, strategy.scheme_options).sentence
     if isinstance(strategy, FSDP2Config) and (parts.shards > 1 or strategy.messages == "auto"):
         near = f"rows of weights and gradients among {parts.shards} ranks"

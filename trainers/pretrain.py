@@ -13,6 +13,8 @@ from typing import Any, cast
 
 from thinrank.optim import MethodConfig, SubspaceAdamWConfig
 from thinrank.optim.backward import MODES, whole_because
+from thinrank.optim.gossip.parts import graph_of, made
+from thinrank.optim.gossip.schemes import Place
 from thinrank.optim.layers import ReparamConfig
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.messages import COARSE
@@ -309,6 +311,8 @@ class Plan:
                 f"strategy.replicas must divide the {world_size} processes, got {config.strategy.replicas}: leave it "
                 "out for one group of all"
             )
+        if isinstance(config.strategy, GossipConfig):
+            _check_exchange(config.strategy, world_size)
         if batch % world_size:
             raise UserError(
                 f"trainer.batch_size must be a multiple of the {world_size} processes, got {batch}: "
@@ -352,6 +356,16 @@ def pretrain(config: PretrainConfig, *, resolved: Mapping[str, Any] | None = Non
 
     # cast: to a checker this file is also trainers/pretrain.py, with a PretrainConfig of its own
     return run(Pretraining(cast(Any, config)), resolved)
+
+
+def _check_exchange(strategy: GossipConfig, ranks: int) -> None:
+    """Refuses a graph that there is not of so many ranks, and parts that do not go together."""
+    try:
+        graph = graph_of(strategy.made_topology(), ranks)
+        place = Place(rank=0, topology=graph)
+        made(strategy.scheme, place, strategy.made_compressor(), [(1,)], strategy.strict, strategy.scheme_options)
+    except ValueError as error:
+        raise UserError(f"strategy={strategy.name}: {error}") from error
 
 
 def _check_launch(trainer: TrainerConfig, world: World) -> None:

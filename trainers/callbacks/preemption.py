@@ -55,6 +55,7 @@ class Preemption(pl.Callback):
         self.received = 0  # the last signal that this rank got
         self.stopped_by: str | None = None  # "SIGTERM", "SIGUSR1", … or "max_time", the same on all ranks
         self._boundary = 0
+        self._asked: tuple[torch.Tensor, torch.distributed.Work | None] | None = None  # of the last step, on its way
         self._previous: dict[int, Any] = {}
         self._held = False
 
@@ -101,6 +102,9 @@ class Preemption(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        asked, self._asked = self._asked, None
+        if asked is not None and asked[1] is not None:
+            asked[1].wait()
         self._release()
 
     @override
@@ -152,5 +156,14 @@ class Preemption(pl.Callback):
         if trainer.world_size == 1:
             return request
         largest = torch.tensor([request], device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        work = torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, async_op=True)
+        asked = (largest, work)
+        if getattr(trainer.strategy, "local_gradients", False):
+            # Ranks that wait for neighbours alone must not wait for all: they know a step later.
+            asked, self._asked = self._asked, asked
+        if asked is None:
+            return 0
+        largest, work = asked
+        if work is not None:
+            work.wait()
         return int(largest.item())

@@ -210,8 +210,7 @@ class Gossips:
 
 
 def _gossip(config: GossipConfig, world: int, around: Around) -> Strategy:
-    graph = graph_of(config.made_topology(), world)
-    shapes = [param.shape for group in around.routing.groups for param in group["params"]]
+    graph, shapes = graph_of(config.made_topology(), world), around.routing.shapes()
     return Gossips(
         expected(graph, config.scheme, config.made_compressor(), shapes, config.scheme_options), config.interval
     )
