@@ -362,7 +362,7 @@ def _check_exchange(strategy: GossipConfig, ranks: int) -> None:
     """Refuses a graph that there is not of so many ranks, and parts that do not go together."""
     try:
         graph = graph_of(strategy.made_topology(), ranks)
-        place = Place(rank=0, topology=graph)
+        place = Place(rank=0, topology=graph, compressor=strategy.made_compressor())
         made(strategy.scheme, place, strategy.made_compressor(), [(1,)], strategy.strict, strategy.scheme_options)
     except ValueError as error:
         raise UserError(f"strategy={strategy.name}: {error}") from error

@@ -27,7 +27,7 @@ def base(tmp_path_factory):
     write_corpus(folder)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, strategies_in_turn.__file__, str(folder), "ddp", *STRATEGIES],
+        [*torchrun, strategies_in_turn.__file__, str(folder), "ddp", *STRATEGIES, "gossip"],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT / "src"),
@@ -56,3 +56,12 @@ def test_a_strategy_by_name_ends_where_ddp_ends(base, name):
     found, expected = report(base / name), report(base / "ddp")
     assert found["training"]["world"] == expected["training"]["world"] == 2
     assert found["metrics"]["test/loss"] == pytest.approx(expected["metrics"]["test/loss"], abs=1e-4)
+
+
+def test_ranks_that_exchange_weights_by_name(base):
+    """Another method, and so another loss than DDP's; near it after three steps."""
+    status = json.loads((base / "gossip" / "status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("finished", 3, 0)
+    found, expected = report(base / "gossip"), report(base / "ddp")
+    assert found["training"]["communication"]["gossip"] > 0
+    assert found["metrics"]["test/loss"] == pytest.approx(expected["metrics"]["test/loss"], rel=0.05)

@@ -16,6 +16,7 @@ from tiny_run import forked, read
 
 from thinrank.trainers import (
     FSDP2Config,
+    GossipConfig,
     OwnedConfig,
     RankLost,
     ReplicatedConfig,
@@ -177,6 +178,7 @@ STRATEGIES = {
     "thinrank_owned": OwnedConfig(),
     "thinrank_fsdp2": FSDP2Config(),
     "thinrank_zero2": ZeroConfig(),
+    "thinrank_gossip": GossipConfig(),
 }
 
 
