@@ -48,15 +48,15 @@ class PowerGossip(DPSGD):
     Tensors of two dimensions and more are matrices of (first dimension, all others). Those with a dimension of r at
     most, and vectors, are averaged as they are, in the same message.
 
-    Ours is what makes lost messages harmless. An end that has not heard the other cannot renew its q, and would from
-    then on project on another basis than the other end, whose difference would be of the size of the weights. Each
-    message therefore tells the fingerprint of the basis that it was made with. Where the two differ, matrices are left
-    as they are, and p and q begin anew from (seed, a, b, step): on both ends at the first step in which both messages
-    arrive, and by the same numbers. A message lost one way takes from the mean what the other way has brought, as in
-    any averaging.
+    Ours is what makes lost messages harmless. An end that has not heard the other keeps the q that it had, and would
+    next project on another basis than the other end: their difference would be of the size of the weights. Each message
+    therefore tells the fingerprint of its basis, and where the two differ, both ends leave matrices, and p, as they
+    are. At the turn after, both still have the same p, from which both find the same q. (And with p and q the other way
+    round: never are both different, since one is renewed only where the other was the same.) A message that was lost
+    one way takes from the mean what the other way has brought, as in any averaging.
 
-    Both ends must compute on processors of one kind: orthonormal bases of others differ in their last bits, and then
-    begin anew at each step (`tally.counts["repaired"]`).
+    Both ends must compute on processors of one kind: orthonormal bases of others differ in their last bits, and
+    matrices are then never averaged. `tally.counts["repaired"]` counts differences, and is 0 where nothing is lost.
 
     Args:
         rank: r. A step sends r (m + k) / 2 numbers of a matrix to each neighbour, on average.
@@ -96,15 +96,15 @@ class PowerGossip(DPSGD):
         super().start(weights)
         graph, own = self.place.topology, self.place.rank
         met = {j for t in range(len(graph.rounds)) for j in graph.sources(own, t)}
-        self.edges = {j: self._seeded(j, 0, weights.device) for j in sorted(met)}
+        self.edges = {j: self._seeded(j, weights.device) for j in sorted(met)}
 
     def introduce(self, weights: Tensor) -> Step:
         self.start(weights)
         return (yield from super().introduce(weights))
 
-    def _seeded(self, j: int, step: int, device: torch.device) -> Bases:
+    def _seeded(self, j: int, device: torch.device) -> Bases:
         low, high = sorted((self.place.rank, j))
-        generator = generator_of(key_of(self.place.seed, low, step, high), torch.device("cpu"))
+        generator = generator_of(key_of(self.place.seed, low, 0, high), torch.device("cpu"))
 
         def drawn(side: int) -> list[Tensor]:
             rows = [shape[side] for shape in self.matrices.values()]
@@ -148,7 +148,6 @@ class PowerGossip(DPSGD):
         for part, difference in zip(plain, differences, strict=False):
             part.add_(difference, alpha=weight)
         if not agreed:
-            self.edges[j] = self._seeded(j, self.steps + 1, matrices[0].device)
             self.tally.counts["repaired"] += 1
             return
         bases, others = self.edges[j][turn], self.edges[j][1 - turn]

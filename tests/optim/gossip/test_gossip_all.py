@@ -192,12 +192,14 @@ def test_allreduce_is_the_mean_of_updates():
         torch.testing.assert_close(after[0].double(), x, **CLOSE)
 
 
-def test_allreduce_in_pieces_errs_by_two_roundings():
-    """Each rank's piece and the mean of them by half a step of 8 bits at most, stochastic ones by one."""
+@pytest.mark.parametrize("good", [4, 3])
+def test_allreduce_in_pieces_errs_by_two_roundings(good):
+    """Each rank's piece, and then the mean of them, by a step of 8 bits at most; also without one rank's update."""
     ranks = schemes("allreduce", FOUR, "uniform8", shapes=SHAPES)
     weights = started(ranks)
-    moves = updates(4, 0)
-    found = step_all(Simulator(4), ranks, weights, moves)[0] - weights[0]
+    moves = updates(4, 0)[:good]
+    left_out = [torch.full_like(weights[0], float("nan"))] * (4 - good)
+    found = step_all(Simulator(4), ranks, weights, moves + left_out)[0] - weights[0]
     largest = max(float(u.abs().max()) for u in moves)
     off = float((found - torch.stack(moves).mean(0)).abs().max())
     assert 0 < off < 2 * 1.01 * largest / 127

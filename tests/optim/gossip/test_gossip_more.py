@@ -122,7 +122,9 @@ def test_deepsqueeze_is_its_definition():
         weights = step_all(simulator, ranks, weights, updates(4, step))
         # what differs in the last bit before rounding may be rounded to the next level: restart from what was found
         torch.testing.assert_close(torch.stack(weights).double(), x, rtol=1e-4, atol=1e-5)
-        x, left = torch.stack(weights).double(), torch.stack([rank.state()["left"] for rank in ranks]).double()
+        kept = torch.stack([rank.state()["left"] for rank in ranks]).double()
+        torch.testing.assert_close(kept, left, rtol=1e-4, atol=1e-5)
+        x, left = torch.stack(weights).double(), kept
 
 
 def test_deepsqueeze_sends_a_message_to_each_neighbour():
@@ -256,7 +258,8 @@ def test_powergossip_sends_what_the_formula_says(order):
 
 @pytest.mark.parametrize("graph", ["ring", "hypercube"])
 def test_lost_messages_leave_no_edge_of_powergossip_with_two_bases(graph):
-    """An end that missed a message has another q; the next two that meet begin anew, and weights stay of their size."""
+    """An end that missed a message has another q, which both find out before they use it: weights stay of their size,
+    and ranks agree afterwards."""
     ranks = schemes("powergossip", topology(graph, 8), shapes=SHAPES, rank=3, order="then")
     weights = introduced(ranks, spread(8, SHAPED))
     lossy = Simulator(8, faults=Chance(drop=0.1, corrupt=0.05))
