@@ -22,9 +22,8 @@ from thinrank.optim.gossip.topology import Topology
 Bases = tuple[list[Tensor], list[Tensor]]
 """Of one edge: p (m, r) of each matrix, and q (k, r) of each."""
 
-
 RANK = 4
-"""On a ring of 8 with matrices (60, 40), without updates, ranks agree to 1e-9 after 1000 steps; with rank 1 to 3e-3."""
+"""In a ring of 8 with matrices (60, 40), ranks are apart by 4e-4 after 400 steps without updates; rank 1: 0.16."""
 
 
 def matrices_of(shapes: Sequence[tuple[int, ...]], rank: int) -> dict[int, tuple[int, int]]:
