@@ -116,6 +116,7 @@ class Gossip:
         self._calls = 0
         self._own: dict[str, Tensor] | None = None  # while the model shows the average
         self.seconds = 0.0
+        self._distance = math.nan  # of the last look
         self._flight: Flight | None = None
         self._begin(self._read())
 
@@ -201,6 +202,7 @@ class Gossip:
         other buffers are the first rank's. By the model's names; all ranks call it."""
         self.finish()
         mean = self._mean_of(self._weights)
+        self._apart(mean)
         found = dict(zip(self._params, self._split(mean), strict=True))
         for name, buffer in self.model.named_buffers():
             if buffer.is_floating_point():
@@ -252,19 +254,24 @@ class Gossip:
         """How far ranks are apart: √(meanᵢ ‖xᵢ − x̄‖²) / ‖x̄‖, after the last exchange. All ranks call it; it costs a
         mean of the weights."""
         self.finish()
-        mean = self._mean_of(self._weights)
+        return self._apart(self._mean_of(self._weights))
+
+    def _apart(self, mean: Tensor) -> float:
         squares = self._mean_of((self._weights - mean).double().square().sum().float().view(1))
-        return math.sqrt(float(squares)) / max(float(mean.norm()), 1e-30)
+        self._distance = math.sqrt(float(squares)) / max(float(mean.norm()), 1e-30)
+        return self._distance
 
     def measured(self) -> dict[str, float]:
         """What has happened on this rank so far, without asking others: `seconds` in `step`; messages `lost`, `corrupt`
         and `skipped` by their senders, copies `repaired`, steps of its own left out (`not_finite`); the `error` of the
-        compressor, √(mean of ‖C(z) − z‖² / ‖z‖²) over the last some twenty, and the `limit` of the scheme's theory."""
+        compressor, √(mean of ‖C(z) − z‖² / ‖z‖²) over the last some twenty, and the `limit` of the scheme's theory; the
+        `consensus` that was last looked at, by `consensus` or with an average."""
         tally = self.scheme.tally
         found = {"seconds": self.seconds, "not_finite": float(tally.skipped)}
         found |= {name: float(tally.counts[name]) for name in ("lost", "corrupt", "skipped", "repaired")}
-        error, limit = tally.error.alpha, type(self.scheme).limit(self.scheme.place.topology)[0]
-        return found | {name: value for name, value in (("error", error), ("limit", limit)) if math.isfinite(value)}
+        limit, _ = type(self.scheme).limit(self.scheme.place.topology)
+        known = {"error": tally.error.alpha, "limit": limit, "consensus": self._distance}
+        return found | {name: value for name, value in known.items() if math.isfinite(value)}
 
     def _mean_of(self, values: Tensor) -> Tensor:
         def mean() -> Step:

@@ -99,6 +99,7 @@ class TestRuns:
         assert 0.05 < error[12] < 0.5
         assert losses(base / "dcd whole", "gossip/repaired")[12] == 0
         assert losses(base / "dcd whole", "gossip/seconds")[12] > 0
+        assert 0 < losses(base / "choco whole", "gossip/consensus")[12] < 0.5  # of the last validation
 
     def test_the_local_models_of_a_complete_graph_are_the_average(self, base):
         found = losses(base / "local", "val/loss")
