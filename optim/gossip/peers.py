@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from thinrank.optim.exchange.wire import Count
+from thinrank.optim.gossip.mixing import listed
 from thinrank.optim.gossip.rounds import Mean, PeerLost, Step, Swap
 
 TAGS = 2**20
 """So many rounds before their tags come again: more than are ever under way at one time."""
+
+BRIEFLY = datetime.timedelta(seconds=0.1)
+"""How long the others are waited for once somebody has failed: a connection that is closed says so at once."""
 
 
 class Peers:
@@ -103,44 +109,80 @@ class _Swapping:
         carrier, group = peers.travels_by(self._device), peers.group
         self._into = {j: torch.empty(n, dtype=torch.uint8, device=carrier) for j, n in sorted(ask.expects.items())}
         self._out = {j: message.to(carrier) for j, message in sorted(ask.sends.items())}
-        ops = [dist.P2POp(dist.irecv, into, group=group, tag=tag, group_peer=j) for j, into in self._into.items()]
-        ops += [dist.P2POp(dist.isend, message, group=group, tag=tag, group_peer=j) for j, message in self._out.items()]
-        works = dist.batch_isend_irecv(ops) if ops else []
-        with_whom = [*self._into, *self._out]
-        self._under_way = list(zip(with_whom, works, strict=False))  # of NCCL it is one work for all
+        self._failed: dict[tuple[int, ...], RuntimeError] = {}
+        self._under_way: list[tuple[tuple[int, ...], dist.Work | None]] = []
+        if carrier.type == "cpu":  # one by one, so that each failure has a name
+            for j, into in self._into.items():
+                self._post((j,), lambda j=j, into=into: [dist.irecv(into, group=group, tag=tag, group_src=j)])
+            for j, out in self._out.items():
+                self._post((j,), lambda j=j, out=out: [dist.isend(out, group=group, tag=tag, group_dst=j)])
+        else:
+            ops = [dist.P2POp(dist.irecv, into, group=group, tag=tag, group_peer=j) for j, into in self._into.items()]
+            ops += [dist.P2POp(dist.isend, out, group=group, tag=tag, group_peer=j) for j, out in self._out.items()]
+            if ops:  # of NCCL it is one work for all
+                self._post(tuple(sorted({*self._into, *self._out})), lambda: dist.batch_isend_irecv(ops))
         for message in self._out.values():
             peers.wire.sent([(peers.kind, message.numel())])
 
+    def _post(self, whom: tuple[int, ...], begin: Callable[[], Sequence[dist.Work | None]]) -> None:
+        try:
+            self._under_way += [(whom, work) for work in begin()]
+        except RuntimeError as error:  # a connection that is closed already; others still get their messages
+            self._failed[whom] = error
+
     def wait(self) -> dict[int, Tensor | None]:
-        for j, work in self._under_way:
-            _wait(work, self._peers.rank, j)
+        """All that is waited for; a `PeerLost` that names everybody whose connection has failed.
+
+        One that has ended because of another's end is named beside it, and not in its place.
+        """
+        for whom, work in self._under_way:
+            self._wait(whom, work)
+        if self._failed:
+            ranks, error = sorted({j for whom in self._failed for j in whom}), next(iter(self._failed.values()))
+            raise PeerLost(
+                f"rank {self._peers.rank} could not exchange messages with {listed(ranks)} ({_first_line(error)}): see "
+                "what was said there last, and go on from the last checkpoint",
+                tuple(ranks),
+            ) from error
         return {j: into.to(self._device) for j, into in self._into.items()}
 
-
-def _wait(work: dist.Work, rank: int, j: int) -> None:
-    try:
-        work.wait()
-    except RuntimeError as error:
-        raise PeerLost(
-            f"rank {rank} could not exchange messages with rank {j} ({_first_line(error)}): see what that one said "
-            "last, and go on from the last checkpoint",
-            (j,),
-        ) from error
+    def _wait(self, whom: tuple[int, ...], work: dist.Work | None) -> None:
+        try:
+            if work is not None:
+                work.wait(BRIEFLY) if self._failed else work.wait()
+        except RuntimeError as error:
+            if not self._failed or "timed out" not in str(error).lower():
+                self._failed.setdefault(whom, error)
 
 
 class _Averaging:
     """A mean over all ranks by the backend's all-reduce."""
 
     def __init__(self, peers: Peers, ask: Mean) -> None:
-        self._device, self._ranks = ask.values.device, peers.size
+        self._device, self._rank, self._ranks = ask.values.device, peers.rank, peers.size
         self._flat = ask.values.to(peers.travels_by(self._device), copy=True)
-        self._work = dist.all_reduce(self._flat, group=peers.group, async_op=True)
+        with _unnamed(self._rank):
+            self._work = dist.all_reduce(self._flat, group=peers.group, async_op=True)
         peers.wire.note([(peers.kind, self._flat.nbytes)], peers.size)
 
     def wait(self) -> Tensor:
         assert self._work is not None
-        self._work.wait()
+        with _unnamed(self._rank):
+            self._work.wait()
         return self._flat.div_(self._ranks).to(self._device)
+
+
+@contextmanager
+def _unnamed(rank: int) -> Iterator[None]:
+    """Turns the backend's error into a `PeerLost` without names: where all act together nobody knows who is missing."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(
+            f"rank {rank} could not average with all ranks ({_first_line(error)}): see which of them has ended and "
+            "what it said last, and go on from the last checkpoint",
+            (),
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

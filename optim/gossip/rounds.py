@@ -47,10 +47,10 @@ returns the weights after the step. Who drives it, processes or a simulator, dec
 
 
 class PeerLost(RuntimeError):
-    """A neighbour has not been heard of for too long.
+    """A neighbour has not been heard of for too long, or cannot be reached.
 
     Attributes:
-        ranks: who.
+        ranks: who; none where it can be any.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...]) -> None:

@@ -19,6 +19,7 @@ from thinrank.optim.gossip.mixing import Topology
 __all__ = [
     "TOPOLOGIES",
     "Topology",
+    "among",
     "complete",
     "exponential",
     "from_edges",
@@ -182,6 +183,30 @@ def from_edges(n: int, edges: Sequence[Sequence[float]]) -> Topology:
         )
     weights.diagonal().copy_((1.0 - given).clamp(min=0.0))
     return Topology("custom", (weights,))
+
+
+def among(graph: Topology, members: Sequence[int], n: int) -> Topology:
+    """`graph` for some ranks of n, the others gone: its rank k is the k-th member.
+
+    Ranks keep their numbers when the graph is formed anew: those that were lost leave gaps, a new one has a new number.
+
+    Args:
+        members: as many as the graph has ranks.
+        n: numbers that have been given.
+    """
+    known = sorted(set(members))
+    if len(known) != len(members) or graph.size != len(known) or known[0] < 0 or known[-1] >= n:
+        raise ValueError(
+            f"members must be {graph.size} different ranks from 0 to {n - 1}, one for each of {graph.name}, got "
+            f"{list(members)}"
+        )
+    if graph.gone:
+        raise ValueError(f"{graph.name} must be a graph of ranks that are there, and {list(graph.gone)} are gone")
+    rounds, places = [], torch.tensor(members)
+    for weights in graph.rounds:
+        rounds.append(_eye(n))
+        rounds[-1][places[:, None], places] = weights
+    return Topology(graph.name, tuple(rounds), tuple(rank for rank in range(n) if rank not in known))
 
 
 def from_matrix(weights: Any, n: int | None = None) -> Topology:

@@ -6,8 +6,8 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from thinrank.optim.gossip.compress import Codec, Compressor, Float32, Measured, finite, identity_of, key_of
 from thinrank.optim.gossip.mail import Mail
 from thinrank.optim.gossip.message import HEADER_BYTES
-from thinrank.optim.gossip.rounds import Step
+from thinrank.optim.gossip.rounds import PeerLost, Step
 from thinrank.optim.gossip.topology import Topology
 
 
@@ -29,7 +29,7 @@ class Place:
         topology: who averages with whom.
         seed: of all chance; the same on every rank.
         check_every: steps between two looks at whether copies of neighbours still are what they are copies of.
-        patience: rounds in a row without a message from a neighbour after which it is lost.
+        patience: exchanges in a row without a message from a neighbour that are borne; one more, and it is lost.
         compressor: what the scheme's codec was made by: for its number in messages' headers, and for a scheme that
             sends pieces of the weights and binds it to them.
     """
@@ -137,6 +137,61 @@ class Scheme(ABC):
         self.start(weights)
         return weights
         yield  # a generator, whose rounds are none
+
+    def reform(self, graph: Topology, weights: Tensor | None, *, steps: int, newcomers: Collection[int] = ()) -> Step:
+        """Goes on with other neighbours: without ranks that were lost, or with new ones; returns this rank's weights.
+
+        Ranks keep their numbers (`Topology.without`, `among`). To be driven on all ranks of the new graph together, at
+        the same point, and with the same `graph`, `steps` and `newcomers`: to agree on these is for whoever knows who
+        is there. Neighbours are introduced to each other anew, since an exchange that was broken off may have reached
+        some of them only; counts are kept.
+
+        Args:
+            graph: the new one.
+            weights: this rank's. One whose last exchange was broken off goes on from what it gave to `step`, weights
+                plus update if that is finite. None of a newcomer, which begins at the mean of what its neighbours send.
+            steps: exchanges that count as done from here on: of the ranks that were left, the highest number.
+            newcomers: ranks without weights.
+
+        Raises:
+            ValueError: this rank is not of the graph, or the graph is none for this scheme.
+            PeerLost: a newcomer has not got the weights of anybody.
+        """
+        rank, fresh = self.place.rank, set(newcomers)
+        if rank not in graph.alive:
+            raise ValueError(f"rank {rank} is gone from the new graph ({graph.name}): only those who stay reform it")
+        if (weights is None) != (rank in fresh):
+            raise ValueError(f"newcomers, and no others, begin without weights, and rank {rank} breaks this")
+        if weights is not None and not finite(weights):
+            raise ValueError(
+                f"rank {rank} has weights that are not finite: let it begin as a newcomer, or leave it out"
+            )
+        graph.require_connected()
+        if self.SYMMETRIC:
+            graph.require_symmetric(self.NAME)
+        if self.STATIC:
+            graph.require_static(self.NAME)
+        self.place, self.steps = replace(self.place, topology=graph), steps
+        self.mail.forgive()
+        if fresh:
+            weights = yield from self._welcome(weights, fresh)
+        assert weights is not None
+        return (yield from self.introduce(weights))
+
+    def _welcome(self, weights: Tensor | None, fresh: set[int]) -> Step:
+        """Newcomers get weights of their neighbours, the mean of those that come."""
+        if weights is not None:
+            yield from self.mail.whole(self.steps, weights, [j for j in self.targets if j in fresh], ())
+            return weights
+        askable = [j for j in self.sources if j not in fresh]
+        got = yield from self.mail.whole(self.steps, None, (), askable)
+        if not got:
+            raise PeerLost(
+                f"rank {self.place.rank} wants to join, and has got the weights of none of its neighbours "
+                f"({', '.join(map(str, askable)) or 'all of them are new'}): let it try again",
+                tuple(askable),
+            )
+        return torch.stack([*got.values()]).mean(0)
 
     def step(self, weights: Tensor, update: Tensor) -> Step:
         """One exchange. To be driven on all ranks together, and to its end before the next one begins."""

@@ -2,7 +2,19 @@
 
 The three differ in what is compressed, how a copy absorbs it, and how copies are mixed. Told once, here, is how copies
 stay the same on both ends: a message that its sender leaves out is left out on both; a fingerprint that travels now and
-then shows a copy that has missed one, which is then sent whole.
+then shows a copy that has missed one, which is then sent whole. What may happen, and what becomes of it:
+
+- A message is lost or damaged: its receiver uses the copy it has, which is right again after the next check. A check
+  that is lost is taken for a difference; a question or a copy that is lost is asked for again at the next check.
+- Ranks are parted for a while: each side goes on with the copies it has, and the first check afterwards mends them.
+- A rank's update is not finite: nothing of it is absorbed anywhere; its weights stay as they are in DCD and ECD, and
+  are averaged in CHOCO.
+- A rank is late: who hears it waits. Nothing else changes.
+- Nothing that can be read comes from a rank for more than `patience` exchanges: `PeerLost` names it. Between processes
+  a connection that ends says so at once (`Peers`), and as torch's groups cannot lose a rank, the others end and go on
+  from the last checkpoint with fewer ranks. Where messages may be lost, all who are left begin again on a graph without
+  it (`Scheme.reform`).
+- A rank joins: `Scheme.reform` as well, in which its neighbours give it their weights first.
 """
 
 from __future__ import annotations
@@ -15,13 +27,11 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.gossip.compress import Codec
-from thinrank.optim.gossip.mail import Letter, as_bytes, as_floats, to_all
+from thinrank.optim.gossip.mail import Letter, to_all
 from thinrank.optim.gossip.message import fingerprint
 from thinrank.optim.gossip.rounds import Step
 from thinrank.optim.gossip.schemes.base import Place, Scheme
 from thinrank.optim.gossip.topology import Topology
-
-FLOAT = torch.float32.itemsize
 
 
 class Copies(Scheme):
@@ -52,9 +62,8 @@ class Copies(Scheme):
 
     @classmethod
     def holds(cls, graph: Topology, rank: int, codec: Codec, options: Mapping[str, Any]) -> int:
-        return (
-            FLOAT * codec.numel * (len(graph.sources(rank)) + (cls.NAME != "dcd"))
-        )  # DCD's public copy is its weights
+        copies = len(graph.sources(rank)) + (cls.NAME != "dcd")  # whose public copy is its weights
+        return torch.float32.itemsize * codec.numel * copies
 
     # --- what the methods differ in ---------------------------------------------------------------------------------
 
@@ -99,22 +108,17 @@ class Copies(Scheme):
         return self.met(weights, update) if new is None else new
 
     def _repair(self, letters: Mapping[int, Letter], weights: Tensor | None) -> Any:
-        bad = {j for j in self.sources if j not in letters or not self._same(j, letters[j].hash)}
-        nothing = torch.empty(0, dtype=torch.uint8, device=self.public.device)
-        asks = {j: self.mail.seal(self.steps, nothing, wants=j in bad) for j in self.sources}
-        answers = yield from self.mail.swap(self.steps, asks, dict.fromkeys(self.targets, 0), weights=weights)
-        wanted = [k for k, letter in answers.items() if letter.wants]
-        self.tally.counts["repaired"] += yield from self._whole(wanted, sorted(bad), weights)
+        bad = [j for j in self.sources if j not in letters or not self._same(j, letters[j].hash)]
+        device = self.public.device
+        asking = yield from self.mail.ask(self.steps, bad, self.sources, self.targets, weights=weights, device=device)
+        self.tally.counts["repaired"] += yield from self._whole(asking, bad, weights)
 
     def _same(self, j: int, mark: int | None) -> bool:
         return j in self.copies and fingerprint(self.copies[j]) == mark
 
     def _whole(self, targets: Iterable[int], sources: Iterable[int], weights: Tensor | None) -> Any:
         """Sends `public` to some and takes copies from others; how many have come."""
-        message = self.mail.seal(self.steps, as_bytes(self.public))
-        expects = dict.fromkeys(sources, FLOAT * self.public.numel())
-        letters = yield from self.mail.swap(self.steps, to_all(targets, message), expects, weights=weights)
-        got = {j: as_floats(letter.payload) for j, letter in letters.items() if letter.payload is not None}
+        got = yield from self.mail.whole(self.steps, self.public, targets, sources, weights=weights)
         self.copies |= got
         return len(got)
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from thinrank.optim.gossip.compress import compressor
+from thinrank.optim.gossip.rounds import PeerLost
 from thinrank.optim.gossip.schemes import Place, scheme_class
+from thinrank.optim.gossip.schemes.copies import Copies
 from thinrank.optim.gossip.simulator import Simulator, run
 from thinrank.optim.gossip.topology import topology
 
@@ -18,7 +20,7 @@ CLOSE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-6}  # float32, some hundred su
 
 def schemes(
     name, graph, codec: Any = "float32", *, size=SIZE, shapes=None, check_every=100, seed=0, patience=100, **options
-):
+) -> list[Any]:
     """A rank's side each."""
     graph = topology(graph, 8) if isinstance(graph, str) else graph
     codec = compressor(codec) if isinstance(codec, str) else codec
@@ -126,3 +128,55 @@ class Quadratics:
             weights = step_all(simulator, ranks, weights, self.updates(weights, step, lr))
             errors.append(self.error(weights))
         return weights, sum(errors[-50:]) / 50
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def diverged(ranks):
+    """(i, j) of every copy of j on rank i that is not there, or not equal to the bit; dead ranks are None."""
+    return [
+        (i, j)
+        for i, rank in enumerate(ranks)
+        if isinstance(rank, Copies)
+        for j in rank.sources
+        if ranks[j] is not None and not (j in rank.copies and torch.equal(rank.copies[j], ranks[j].public))
+    ]
+
+
+def attempt(simulator, ranks, weights, moves) -> tuple[list[Any], dict[int, Any]]:
+    """One exchange in which ranks may be dead (None) or fail. Who failed keeps weights and update, if that is finite.
+
+    Returns the weights, and what was raised by the rank that raised it.
+    """
+    steps = [rank and rank.step(w, u) for rank, w, u in zip(ranks, weights, moves, strict=True)]
+    found = simulator.run(steps)
+    raised = {i: each for i, each in enumerate(found) if isinstance(each, Exception)}
+    assert all(isinstance(each, PeerLost) for each in raised.values()), raised
+    new = [
+        w + u.nan_to_num(0.0) * bool(u.isfinite().all()) if i in raised else w if each is None else each
+        for i, (w, u, each) in enumerate(zip(weights, moves, found, strict=True))
+    ]
+    return new, raised
+
+
+def reformed(simulator, ranks, graph, weights, newcomers=()) -> tuple[list[Any], dict[int, Any]]:
+    """All who are alive begin on a new graph; their weights, and what was raised."""
+    steps = max(rank.steps for i, rank in enumerate(ranks) if rank is not None and i not in newcomers)
+    found = simulator.run(
+        [
+            rank and rank.reform(graph, None if i in newcomers else weights[i], steps=steps, newcomers=newcomers)
+            for i, rank in enumerate(ranks)
+        ]
+    )
+    raised = {i: each for i, each in enumerate(found) if isinstance(each, Exception)}
+    return [
+        w if i in raised or each is None else each for i, (w, each) in enumerate(zip(weights, found, strict=True))
+    ], raised
+
+
+def flipped(message, place=77):
+    """A copy with one bit changed."""
+    message = message.clone()
+    message[place // 8 % len(message)] ^= 1 << (place % 8)
+    return message
