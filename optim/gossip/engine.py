@@ -35,6 +35,8 @@ class EngineGossip(Gossip):
 
     Of bfloat16 weights the float32 masters of DeepSpeed's wrapper are exchanged, and the weights are their rounding.
     DeepSpeed decays its masters once by `lr · weight_decay` while it is initialised, in a step without gradients.
+    thinrank's optimizers know only the parameters that they were built for, which this wrapper replaces: give them
+    float32 weights, and the model bfloat16 by DeepSpeed's `torch_autocast`.
 
     `engine.save_checkpoint` knows the first rank alone. To go on, every rank saves `engine.optimizer.state_dict()`, its
     scheduler's and `state_dict()`, after a step that was not in the midst of accumulation, and loads them in that

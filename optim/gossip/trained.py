@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from thinrank.optim.exchange.replicas import Group, broadcast
-from thinrank.optim.exchange.wire import Wire
+from thinrank.optim.exchange.wire import Count
 
 MASTER = "master"
 """The name in an optimizer's state of a weight's float32 copy."""
@@ -71,7 +71,7 @@ class Trained:
         return [part.view(param.shape) for part, param in zip(parts, self.params.values(), strict=True)]
 
     @torch.no_grad()
-    def level(self, wire: Wire, group: Group | None) -> None:
+    def level(self, wire: Count, group: Group | None) -> None:
         """Gives all ranks the weights that the first one's model has now, and masters whose rounding they are: entries
         of a master start again from a weight that somebody has changed, all others keep what is finer."""
         for param, master in self.pairs():

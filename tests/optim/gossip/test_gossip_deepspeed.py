@@ -24,6 +24,7 @@ pytestmark = pytest.mark.timeout(120)
 
 STEPS = 9
 BF16 = {"bf16": {"enabled": True}}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
 def engine_of(model, optimizer, scheduler=None, **settings: Any) -> Any:
@@ -165,7 +166,7 @@ def alone_in_skipping():
     for step in range(8):
         engine.backward(loss_of(engine, step))
         if (rank, step) == (1, 3):
-            model.up.weight.grad.fill_(float("inf"))
+            model.up.weight.grad = torch.full_like(model.up.weight, torch.inf)
         before = exchange.wire.payload["gossip"], model.up.weight.detach().clone()
         engine.step()
         assert torch.equal(before[1], model.up.weight) == ((rank, step) == (1, 3))
@@ -222,7 +223,7 @@ def collectives(**settings):
     return found
 
 
-@pytest.mark.parametrize("settings", [{}, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", [{}, BF16, AUTOCAST], ids=["float32", "bfloat16", "autocast"])
 def test_nothing_of_gradients_leaves_a_rank(ranks, settings):
     """Neither they themselves, nor their norm, nor whether they are finite."""
     for own, apart in ranks(2).run(collectives, **settings):
@@ -349,7 +350,7 @@ def refusals():
     engine = plain(**BF16)
     del engine.optimizer.overflow_checker
     note("insides", lambda: refuse_engine(engine))
-    refuse_engine(plain(torch_autocast={"enabled": True, "dtype": "bfloat16"}))
+    refuse_engine(plain(**AUTOCAST))
     return said
 
 
