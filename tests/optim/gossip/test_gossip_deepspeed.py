@@ -109,10 +109,12 @@ def both(name, parts, clip, interval):
 
 @pytest.mark.parametrize(
     ("name", "parts", "clip", "interval"),
-    [("torch", 1, 0.0, 1), ("torch", 2, 0.3, 1), ("galore", 1, 0.3, 2), ("galore", 3, 0.0, 1), ("own", 1, 0.0, 1)],
+    [("torch", 1, 0.0, 1), ("torch", 2, 0.3, 1), ("galore", 1, 0.3, 2), ("galore", 4, 0.0, 1), ("own", 1, 0.0, 1)],
 )
 def test_float32_is_to_the_bit_a_loop_of_ones_own(ranks, name, parts, clip, interval):
-    """Clipped by the norm of this rank's gradient, exchanged after whole steps only, with the engine's scheduler."""
+    """Clipped by the norm of this rank's gradient, exchanged after whole steps only, with the engine's scheduler.
+
+    Parts are a power of two: some versions divide the loss by their number, and some what it leads to."""
     answers = ranks(2).run(both, name, parts, clip, interval)
     for engine, loop in answers:
         assert all(torch.equal(engine[0][key], loop[0][key]) for key in loop[0])
@@ -137,6 +139,7 @@ def in_bfloat16():
         next(name for name, each in model.named_parameters() if each is param): (param.detach(), master.detach())
         for params, wide in zip(zero.fp16_groups, zero.fp32_groups, strict=True)
         for param, master in zip(params, wide, strict=True)
+        if param.requires_grad  # DeepSpeed 0.19.0 has masters of all
     }
     return found, masters
 
@@ -145,7 +148,7 @@ def test_masters_are_exchanged_and_weights_are_their_rounding(ranks):
     answers = ranks(2).run(in_bfloat16)
     means = {name: sum(masters[name][1].double() for _, masters in answers) / 2 for name in answers[0][1]}
     for ((wide, *_), (own, mean, inside, after, consensus)), masters in answers:
-        assert masters.keys() == {name for name in mean if "norm." not in name or name.endswith(("weight", "bias"))}
+        assert masters.keys() == mean.keys()
         for name, (param, master) in masters.items():
             assert param.dtype is torch.bfloat16
             assert master.dtype is mean[name].dtype is torch.float32
