@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from thinrank.optim.exchange.replicas import broadcast, gathered, refuse_other_models
 from thinrank.optim.exchange.wire import Wire
@@ -21,9 +20,7 @@ from thinrank.optim.gossip.parts import codec_of, graph_of, made
 from thinrank.optim.gossip.peers import Flight, Peers
 from thinrank.optim.gossip.rounds import Mean, Step
 from thinrank.optim.gossip.schemes import Place
-
-MASTER = "master"
-"""The name in an optimizer's state of a weight's float32 copy."""
+from thinrank.optim.gossip.trained import Trained
 
 
 class Gossip:
@@ -95,7 +92,8 @@ class Gossip:
         self.peers = Peers(group, self.wire)
         self.model, self.optimizer = model, optimizer
         self.interval, self.overlap, self.seed = interval, overlap, seed
-        self._params = trained_parameters(model, optimizer)
+        self._trained = self._find(model, optimizer)
+        self._params = self._trained.params
         refuse_other_models(self._params, self.wire.rare, group)
         graph, codec = graph_of(topology, self.peers.size), codec_of(scheme, compressor)
         settings = {
@@ -111,8 +109,11 @@ class Gossip:
         self._digest = hashlib.sha256(repr((self.peers.size, settings)).encode()).hexdigest()
         place = Place(rank=self.peers.rank, topology=graph, seed=seed, check_every=check_every, compressor=codec)
         self.scheme = made(scheme, place, codec, [tuple(p.shape) for p in self._params.values()], strict, options)
+        trained = {*self._params.values()}
         for tensor in (*model.parameters(), *model.buffers()):
-            broadcast([tensor.data], self.wire.rare, group)
+            if tensor not in trained:
+                broadcast([tensor.data], self.wire.rare, group)
+        self._trained.level(self.wire.rare, group)
         self._calls = 0
         self._own: dict[str, Tensor] | None = None  # while the model shows the average
         self.seconds = 0.0
@@ -140,7 +141,7 @@ class Gossip:
             self.finish()
         assert flight.weights is not None
         self._weights = flight.weights
-        self._write(self._weights)
+        self._trained.write(self._weights)
         self.seconds += time.perf_counter() - began
 
     def finish(self) -> None:
@@ -155,44 +156,19 @@ class Gossip:
 
     def _moved(self) -> Tensor:
         """What the optimizer has added to the weights since the last exchange."""
-        shown = self._weights
-        if any(master is None and p.dtype is not torch.float32 for p, master in self._places()):
-            parts = self._split(self._weights)
-            shown = torch.cat(
-                [
-                    (part if master is not None else part.to(p.dtype).float()).reshape(-1)
-                    for part, (p, master) in zip(parts, self._places(), strict=True)
-                ]
-            )
-        return self._read().sub_(shown)
+        return self._read().sub_(self._trained.held(self._weights))
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
-    def _places(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each parameter with its float32 master, where the optimizer keeps one."""
-        for param in self._params.values():
-            yield param, self.optimizer.state.get(param, {}).get(MASTER)
+    def _find(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Trained:
+        return Trained(model, optimizer)
 
     def _here(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's own, also while the model shows the average."""
         return tensor.detach() if self._own is None else self._own[name]
 
     def _read(self) -> Tensor:
-        parts = (
-            self._here(name, param) if master is None else master
-            for name, (param, master) in zip(self._params, self._places(), strict=True)
-        )
-        return torch.cat([part.detach().to(torch.float32).reshape(-1) for part in parts])
-
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([param.numel() for param in self._params.values()])
-        return [part.view(param.shape) for part, param in zip(parts, self._params.values(), strict=True)]
-
-    def _write(self, flat: Tensor) -> None:
-        for (param, master), part in zip(self._places(), self._split(flat), strict=True):
-            param.detach().copy_(part)
-            if master is not None:
-                master.copy_(part)
+        return self._trained.read(self._own)
 
     # --- all ranks together -----------------------------------------------------------------------------------------
 
@@ -203,7 +179,7 @@ class Gossip:
         self.finish()
         mean = self._mean_of(self._weights)
         self._apart(mean)
-        found = dict(zip(self._params, self._split(mean), strict=True))
+        found = dict(zip(self._params, self._trained.split(mean), strict=True))
         for name, buffer in self.model.named_buffers():
             if buffer.is_floating_point():
                 found[name] = self._mean_of(buffer.float().reshape(-1)).view(buffer.shape).to(buffer.dtype)
@@ -247,7 +223,7 @@ class Gossip:
         for name, tensor in self._named():
             tensor.detach().copy_(mean[name])
         self._begin(torch.cat([mean[name].reshape(-1) for name in self._params]))
-        self._write(self._weights)
+        self._trained.write(self._weights)
 
     @torch.no_grad()
     def consensus(self) -> float:
@@ -321,7 +297,7 @@ class Gossip:
         device = self._weights.device
         self._weights = state["weights"].to(device)
         self.scheme.load({name: value.to(device) for name, value in state["scheme"].items()}, state["steps"])
-        self._write(self._weights if state["moved"] is None else state["moved"].to(device))
+        self._trained.write(self._weights if state["moved"] is None else state["moved"].to(device))
         for name, buffer in self.model.named_buffers():
             buffer.copy_(state["buffers"][name])
 
@@ -329,8 +305,7 @@ class Gossip:
     def restart(self) -> None:
         """Begins anew from the weights that the model has now, the first rank's on all."""
         self.finish()
-        for tensor in self._params.values():
-            broadcast([tensor.data], self.wire.rare, self.peers.group)
+        self._trained.level(self.wire.rare, self.peers.group)
         self._begin(self._read())
 
     # --- refusals ---------------------------------------------------------------------------------------------------
@@ -344,28 +319,3 @@ class Gossip:
                         f"ranks must exchange alike, and {name} is {theirs.get(name)!r} on rank {rank} and "
                         f"{mine[name]!r} on rank {self.peers.rank}: give every rank the same settings"
                     )
-
-
-def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """What the optimizer trains, by name and once each; a ValueError where the two do not belong together."""
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            "DistributedDataParallel averages gradients over all ranks, which exchange weights instead: give the model "
-            "without the wrapper"
-        )
-    if getattr(optimizer, "wire", None) is not None:
-        raise ValueError(
-            "this optimizer exchanges gradients already (replicate, own, or weights in pieces), and ranks exchange "
-            "weights instead: build it anew and leave that call out"
-        )
-    stepped = {param for group in optimizer.param_groups for param in group["params"]}
-    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    for name, param in params.items():
-        if param not in stepped:
-            raise ValueError(
-                f"{name} is trained and not in the optimizer, so that nobody would know its update: give it to the "
-                "optimizer, or freeze it by requires_grad_(False)"
-            )
-    if not params:
-        raise ValueError("no parameter is trained, so that there is nothing to exchange: set requires_grad")
-    return params

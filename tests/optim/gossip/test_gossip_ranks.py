@@ -298,7 +298,7 @@ def test_one_rank_with_another_setting_is_named(ranks):
 
 def test_what_is_trained_must_be_stepped():
     model = nn.Linear(SIZE, 4)
-    from thinrank.optim.gossip.exchange import trained_parameters
+    from thinrank.optim.gossip.trained import trained_parameters
 
     with pytest.raises(ValueError, match=r"bias is trained and not in the optimizer"):
         trained_parameters(model, torch.optim.SGD([model.weight], lr=0.1))
