@@ -120,7 +120,7 @@ class Quadratics:
         best = self.targets.mean(0)
         return float((torch.stack(list(weights)).mean(0) - best).norm() / best.norm())
 
-    def train(self, ranks, steps=300, simulator=None, lr=0.1):
+    def train(self, ranks, steps=160, simulator=None, lr=0.1):
         simulator = simulator or Simulator(len(ranks))
         weights = started(ranks, torch.zeros(self.targets.shape[1]))
         errors = []

@@ -265,7 +265,7 @@ def test_a_rank_that_joins_gets_weights_from_its_neighbours(name):
     for step in range(30):
         weights, _ = attempt(simulator, ranks, weights, problem.updates(weights, step))
 
-    place = Place(rank=8, topology=ring(9), check_every=CHECK)
+    place = Place(rank=8, topology=ring(9), check_every=CHECK, compressor=codec)
     ranks[8] = scheme_class(name)(place, codec.bind([(SIZE,)]))
     before = weights
     weights, raised = reformed(simulator, ranks, ring(9), weights, newcomers={8})
