@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinrank.optim.exchange.replicas import broadcast, gathered, refuse_other_models
 from thinrank.optim.exchange.wire import Wire
-from thinrank.optim.gossip.compress import Compressor, compressor, identity_of
+from thinrank.optim.gossip.compress import Compressor, compressor
 from thinrank.optim.gossip.peers import Flight, Peers
 from thinrank.optim.gossip.rounds import Mean, Step
 from thinrank.optim.gossip.schemes import SCHEMES, Place, Scheme, scheme_class
@@ -110,8 +110,7 @@ class Gossip:
         }
         self._refuse_other_settings(settings)
         self._digest = hashlib.sha256(repr((self.peers.size, settings)).encode()).hexdigest()
-        number = identity_of(codec.name)
-        place = Place(rank=self.peers.rank, topology=graph, seed=seed, check_every=check_every, compressor=number)
+        place = Place(rank=self.peers.rank, topology=graph, seed=seed, check_every=check_every, compressor=codec)
         self.scheme = made(scheme, place, codec, [tuple(p.shape) for p in self._params.values()], strict, options)
         for tensor in (*self._params.values(), *model.buffers()):
             broadcast([tensor.data], self.wire.rare, group)

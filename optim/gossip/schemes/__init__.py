@@ -3,8 +3,10 @@
 from thinrank.optim.gossip.schemes.base import Place, Scheme, Tally
 from thinrank.optim.gossip.schemes.copies import CHOCO, DCD, ECD
 from thinrank.optim.gossip.schemes.plain import DPSGD
+from thinrank.optim.gossip.schemes.power import PowerGossip
+from thinrank.optim.gossip.schemes.squeeze import DeepSqueeze
 
-_CLASSES: tuple[type[Scheme], ...] = (DPSGD, DCD, ECD, CHOCO)
+_CLASSES: tuple[type[Scheme], ...] = (DPSGD, DCD, ECD, CHOCO, DeepSqueeze, PowerGossip)
 SCHEMES: dict[str, type[Scheme]] = {each.NAME: each for each in _CLASSES}
 
 
@@ -15,4 +17,16 @@ def scheme_class(name: str) -> type[Scheme]:
     return SCHEMES[name]
 
 
-__all__ = ["CHOCO", "DCD", "DPSGD", "ECD", "SCHEMES", "Place", "Scheme", "Tally", "scheme_class"]
+__all__ = [
+    "CHOCO",
+    "DCD",
+    "DPSGD",
+    "ECD",
+    "SCHEMES",
+    "DeepSqueeze",
+    "Place",
+    "PowerGossip",
+    "Scheme",
+    "Tally",
+    "scheme_class",
+]

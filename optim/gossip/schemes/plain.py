@@ -30,6 +30,8 @@ class DPSGD(Scheme):
 
     def __init__(self, place: Place, codec: Codec, *, order: str = "with") -> None:
         super().__init__(place, codec)
+        if order not in ORDERS:
+            raise ValueError(f"order must be {' or '.join(ORDERS)}, got {order!r}: leave it out for the paper's")
         self.order = order
         self._mixed: Tensor | None = None  # W X of the weights that this rank has now
 

@@ -15,10 +15,10 @@ SIZE = 96
 def schemes(name, graph, codec="float32", *, size=SIZE, shapes=None, check_every=100, seed=0, patience=100, **options):
     """A rank's side each."""
     graph = topology(graph, 8) if isinstance(graph, str) else graph
-    bound = (compressor(codec) if isinstance(codec, str) else codec).bind(shapes or [(size,)])
-    places = [
-        Place(rank=i, topology=graph, seed=seed, check_every=check_every, patience=patience) for i in range(graph.size)
-    ]
+    codec = compressor(codec) if isinstance(codec, str) else codec
+    bound = codec.bind(shapes or [(size,)])
+    common = {"topology": graph, "seed": seed, "check_every": check_every, "patience": patience, "compressor": codec}
+    places = [Place(rank=i, **common) for i in range(graph.size)]
     return [scheme_class(name)(place, bound, **options) for place in places]
 
 
