@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinrank.optim.gossip.compress.base import spans
+from thinrank.optim.gossip.compress.base import Scratch, spans
 
 MAGIC = 0x504F4854
 """`THOP` as bytes."""
@@ -20,7 +20,7 @@ HEADER_BYTES = 32
 """A multiple of 16, so that what follows lies where wider numbers may begin."""
 
 _LAYOUT = struct.Struct("<IBBBBIHHQII")
-"""magic, version, codec, flags, zero, step, part, source, numel, replica, checksum"""
+"""magic, version, codec, flags, options, step, part, source, numel, replica, checksum"""
 
 _VALID, _HAS_REPLICA, _WANTS_REPAIR, _WHOLE = 1, 2, 4, 8
 
@@ -35,6 +35,7 @@ class Header:
 
     Attributes:
         codec: the compressor's number (`identity_of`), 0 to 255.
+        options: `Compressor.digest` of its options, 0 to 255, because other ones may give a payload of the same length.
         step: the sender's step, below 2³².
         part: which part of the model, below 2¹⁶.
         source: the sender's rank, below 2¹⁶.
@@ -46,6 +47,7 @@ class Header:
     """
 
     codec: int
+    options: int = 0
     step: int
     part: int
     source: int
@@ -56,18 +58,20 @@ class Header:
     replica: int | None = None
 
 
-def pack(header: Header, payload: Tensor | None, *, nbytes: int | None = None) -> Tensor:
+def pack(header: Header, payload: Tensor | None, *, nbytes: int | None = None, out: Tensor | None = None) -> Tensor:
     """One tensor of a header and a payload.
 
     Args:
         payload: uint8, one-dimensional; None sends zeros and a header that says that they are not valid.
         nbytes: bytes after the header where there is no payload: what the receiver waits for. Default 0.
+        out: uint8 of the message's length, to write into. A payload that already lies in it behind the header
+            (`codec.encode(..., out=out[HEADER_BYTES:])`) stays where it is.
 
     Returns:
-        uint8 (`HEADER_BYTES` + payload's bytes,) on the payload's device (the CPU without one).
+        uint8 (`HEADER_BYTES` + payload's bytes,) on the payload's device (without one on out's, else the CPU).
     """
     if payload is None:
-        payload = torch.zeros(nbytes or 0, dtype=torch.uint8)
+        payload = torch.zeros(nbytes or 0, dtype=torch.uint8, device=None if out is None else out.device)
         valid = False
     elif payload.dtype is not torch.uint8 or payload.ndim != 1:
         raise ValueError(f"expected a flat uint8 payload, got {payload.dtype} of {tuple(payload.shape)}")
@@ -79,15 +83,19 @@ def pack(header: Header, payload: Tensor | None, *, nbytes: int | None = None) -
     flags |= header.wants_repair * _WANTS_REPAIR | header.whole * _WHOLE
     try:
         head = _LAYOUT.pack(
-            MAGIC, VERSION, header.codec, flags, 0, header.step, header.part, header.source, header.numel,
+            MAGIC, VERSION, header.codec, flags, header.options, header.step, header.part, header.source, header.numel,
             header.replica or 0, 0,
         )  # fmt: skip
     except struct.error as error:
         raise ValueError(f"{header} does not fit into a message: {error}") from None
     head = head[:-4] + struct.pack("<I", _checksum(head[:-4], payload))
-    message = torch.empty(HEADER_BYTES + payload.numel(), dtype=torch.uint8, device=payload.device)
+    length = HEADER_BYTES + payload.numel()
+    message = torch.empty(length, dtype=torch.uint8, device=payload.device) if out is None else out
+    if message.dtype is not torch.uint8 or message.shape != (length,):
+        raise ValueError(f"out must be uint8 of shape ({length},), got {message.dtype} of {tuple(message.shape)}")
     message[:HEADER_BYTES] = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(payload.device)
-    message[HEADER_BYTES:] = payload
+    if message[HEADER_BYTES:].data_ptr() != payload.data_ptr():
+        message[HEADER_BYTES:] = payload
     return message
 
 
@@ -96,6 +104,7 @@ def unpack(
     *,
     nbytes: int | None = None,
     codec: int | None = None,
+    options: int | None = None,
     step: int | None = None,
     part: int | None = None,
     source: int | None = None,
@@ -106,11 +115,11 @@ def unpack(
     Args:
         message: uint8, one-dimensional.
         nbytes: bytes that the payload must have.
-        codec, step, part, source, numel: what the header must say, where given.
+        codec, options, step, part, source, numel: what the header must say, where given.
 
     Raises:
-        BadMessage: bytes are missing or were changed on the way (any change within 32 neighbouring bits is seen, any
-            other but for one in 2³²), or the message is not the expected one.
+        BadMessage: bytes are missing or were changed on the way (any change of one bit, or of one word of 32, is seen,
+            any other but for one in 2³²), or the message is not the expected one.
     """
     if message.dtype is not torch.uint8 or message.ndim != 1:
         raise ValueError(f"expected a flat uint8 message, got {message.dtype} of {tuple(message.shape)}")
@@ -120,17 +129,18 @@ def unpack(
     payload = message[HEADER_BYTES:]
     if nbytes is not None and payload.numel() != nbytes:
         raise BadMessage(f"the payload has {payload.numel()} bytes where {nbytes} were expected")
-    magic, version, its_codec, flags, zero, *place, replica, checksum = _LAYOUT.unpack(head)
+    magic, version, its_codec, flags, its_options, *place, replica, checksum = _LAYOUT.unpack(head)
     if magic != MAGIC:
         raise BadMessage(f"the message begins with {magic:#010x} where {MAGIC:#010x} was expected")
     if version != VERSION:
         raise BadMessage(f"the message has version {version}, but only version {VERSION} is understood")
     if checksum != _checksum(head[:-4], payload):
         raise BadMessage("the checksum does not fit: bytes were changed on the way")
-    if zero or flags >= 2 * _WHOLE:
-        raise BadMessage(f"the message has flags {flags:#x} and {zero:#x}, which this version does not know")
+    if flags >= 2 * _WHOLE:
+        raise BadMessage(f"the message has flags {flags:#x}, which version {VERSION} does not know")
     header = Header(
         codec=its_codec,
+        options=its_options,
         step=place[0],
         part=place[1],
         source=place[2],
@@ -140,7 +150,7 @@ def unpack(
         whole=bool(flags & _WHOLE),
         replica=replica if flags & _HAS_REPLICA else None,
     )
-    expected = {"codec": codec, "step": step, "part": part, "source": source, "numel": numel}
+    expected = {"codec": codec, "options": options, "step": step, "part": part, "source": source, "numel": numel}
     for name, value in expected.items():
         if value is not None and getattr(header, name) != value:
             raise BadMessage(f"the message's {name} is {getattr(header, name)} where {value} was expected")
@@ -165,22 +175,28 @@ def fingerprint(x: Tensor) -> int:
     elif flat.storage_offset() % 4:
         flat = flat.clone()
     words = flat.view(torch.int32)
-    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    total = torch.zeros((), dtype=torch.int32, device=x.device)
     places: Tensor | None = None
+    room = Scratch(x.device)
     for start, stop in spans(words.numel(), 1, x.device):
+        count = stop - start
         if places is None:
-            places = torch.arange(1, stop - start + 1, dtype=torch.int32, device=x.device).mul_(_PLACE)
-        mixed = words[start:stop] + places[: stop - start]
+            places = torch.arange(1, count + 1, dtype=torch.int32, device=x.device).mul_(_PLACE)
+        mixed = torch.add(words[start:stop], places[:count], out=room("mixed", torch.int32, count))
         mixed.add_(_wrapped(start * _PLACE))
-        for shift, factor in _MIX:  # a shift right of a negative number brings ones, which the mask takes away
-            mixed.bitwise_xor_((mixed >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(factor)
-        total += mixed.bitwise_xor_((mixed >> 16).bitwise_and_(0xFFFF)).sum(dtype=torch.int64)
-    return total.item() & 0xFFFFFFFF
+        for shift, factor in _MIX:
+            moved = torch.bitwise_right_shift(mixed, shift, out=room("moved", torch.int32, count))
+            # a shift to the right brings ones into a negative number, which must not stay
+            mixed.bitwise_xor_(moved.bitwise_and_(2 ** (32 - shift) - 1))
+            if factor != 1:
+                mixed.mul_(factor)
+        total += mixed.sum(dtype=torch.int32)
+    return int(total.item()) & 0xFFFFFFFF
 
 
 _PLACE = 0x1E3779B1
-_MIX = ((16, 0x45D9F3B), (15, 0x2C1B3C6D))
-"""Odd factors: a product with one, and `x ^ x >> shift`, are one-to-one on 32 bits."""
+_MIX = ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1))
+"""Shifts and odd factors of lowbias32 (Wellons 2018): `x ^ x >> shift` and such a product are one-to-one on 32 bits."""
 
 
 def _wrapped(n: int) -> int:
@@ -189,5 +205,5 @@ def _wrapped(n: int) -> int:
 
 
 def _checksum(head: bytes, payload: Tensor) -> int:
-    """CRC-32 of the header and of the payload's fingerprint, which a GPU computes without sending the payload out."""
-    return zlib.crc32(struct.pack("<I", fingerprint(payload)), zlib.crc32(head))
+    """CRC-32 of the header, and of the payload's length and fingerprint, which a GPU finds without giving it away."""
+    return zlib.crc32(struct.pack("<QI", payload.numel(), fingerprint(payload)), zlib.crc32(head))

@@ -1,13 +1,15 @@
 """Small signed numbers, several to a byte.
 
-The lower-numbered entry lies in the lower bits. Words of several bytes are taken apart with whole-word operations, which
-costs a fraction of doing so by strides, and takes the machine to be little-endian, as the whole wire format does.
+The lower-numbered entry lies in the lower bits. Whole words are shifted and masked, which costs a fraction of what
+strides do, and takes the machine to be little-endian, as the whole wire format does.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from thinrank.optim.gossip.compress.base import Scratch
 
 GROUP = {8: (1, 1), 6: (4, 3), 4: (2, 1), 3: (8, 3), 2: (4, 1), 1: (8, 1)}
 """By bits: so many entries fill so many bytes."""
@@ -27,14 +29,14 @@ def packed_bytes(numel: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """int8 (n,) in two's complement, n a multiple of the group, to uint8 (`packed_bytes(n, bits)`,).
 
-    Numbers must fit in `bits`; for one bit they are 0 and 1.
+    Numbers must fit in `bits`; for one bit they are 0 and -1.
     """
     if bits == 8:
         return codes.view(torch.uint8)
     entries, size = GROUP[bits]
     word = codes.view(_WORD[entries])
     if bits == 1:  # the product brings the lowest bit of byte i to bit 56 + i; no two bits meet
-        return (word * _GATHER).bitwise_right_shift_(56).to(torch.uint8)
+        return (word & _ONES).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
     mask = 2**bits - 1
     packed = word & mask
     for i in range(1, entries):
@@ -45,9 +47,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack`, times 2^(8 - bits): int8 in whose upper bits the numbers stand, so that signs need no care.
+    """The inverse of `pack`, times 2^(8 - bits): int8 with the numbers in the upper bits, where signs need no care.
 
-    For one bit the numbers are 0 and not 0.
+    For one bit they are 0 and -128.
     """
     if bits == 8:
         return packed.view(torch.int8)
@@ -59,12 +61,28 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         word = torch.zeros(packed.numel() // size, dtype=kind, device=packed.device)
         word.view(torch.uint8).view(-1, word.element_size())[:, :size] = packed.view(-1, size)
     if bits == 1:
-        return word.mul_(_ONES).bitwise_and_(_PLACES).view(torch.int8)
-    codes = torch.zeros_like(word)
-    for i in range(entries):
-        mask = (2**bits - 1) << (8 - bits) << 8 * i
-        codes |= (word << (8 - bits) * (i + 1)).bitwise_and_(_signed(mask, codes.element_size()))
+        # the sum carries any set bit to the top of its byte and none beyond
+        word.mul_(_ONES).bitwise_and_(_PLACES).add_(0x7F * _ONES)
+        return word.bitwise_and_(_signed(0x80 * _ONES, 8)).view(torch.int8)
+    mask = (2**bits - 1) << (8 - bits)
+    codes = (word << 8 - bits).bitwise_and_(mask)
+    for i in range(1, entries):
+        codes |= (word << (8 - bits) * (i + 1)).bitwise_and_(_signed(mask << 8 * i, codes.element_size()))
     return codes.view(torch.int8)
+
+
+def write_signs(flat: Tensor, into: Tensor, start: int, room: Scratch) -> None:
+    """Puts the sign bits of a float32 vector, filled up to a multiple of 8, behind those of `start` entries."""
+    word = torch.bitwise_right_shift(flat.view(torch.int32), 31, out=room("signs", torch.int32, flat.numel()))
+    packed = pack(room("signs8", torch.int8, flat.numel()).copy_(word), 1)
+    part = into[start // 8 :][: packed.numel()]
+    part.copy_(packed[: part.numel()])
+
+
+def read_signs(out: Tensor, signs: Tensor, start: int) -> Tensor:
+    """Fills int32 `out` with the sign bits of the entries from `start` on, all other bits zero; returns it."""
+    part = signs[start // 8 :][: packed_bytes(out.numel(), 1)]
+    return out.copy_(unpack(part, 1)[: out.numel()]).bitwise_left_shift_(24)
 
 
 def _signed(mask: int, size: int) -> int:

@@ -9,34 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinrank.optim.gossip.compress.base import Codec, Compressor, generator_of, spans, whole_rows
+from thinrank.optim.gossip.compress.base import Codec, Compressor, Scratch, multiply_rows, spans, whole_rows
 from thinrank.optim.gossip.compress.packing import GROUP, pack, packed_bytes, unpack
+from thinrank.optim.gossip.compress.scales import BF16_MAX, INSIDE, SMALLEST, Draws, bf16_above
 
 BITS = (8, 6, 4, 3, 2)
-
-BF16_MAX = torch.finfo(torch.bfloat16).max
-
-SMALLEST = 2.0**-118
-"""The smallest scale. Its inverse times 127 is a finite float32; smaller entries are rounded as if it were theirs."""
-
-_INSIDE = 1.0 - 2.0**-22
-"""Roundings of the largest entry's level must not carry it beyond the last level, where codes end."""
-
-
-def bf16_above(x: Tensor) -> Tensor:
-    """float32, not negative, to the bfloat16 (as float32) that is equal or next above, the largest finite one at most."""
-    above = (x.view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000)
-    return above.view(torch.float32).clamp_(max=BF16_MAX)
-
-
-def noise15(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """float32 (count,) of odd integers between -2¹⁵ and 2¹⁵, each as likely; count is a multiple of 4.
-
-    Four come from each draw, because drawing is half of all the time on a CPU. Odd numbers lie evenly about zero and
-    never reach a half step, so that a number that is a level stays one.
-    """
-    draws = torch.empty(count // 4, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    return draws.view(torch.int16).bitwise_or_(1).to(torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +80,8 @@ class UniformCodec(Codec):
         self.bits, self.bucket, self.stochastic = config.bits, config.bucket, config.stochastic
         self.scaled = config.bits == 2 if config.scaled is None else config.scaled
         self.levels = 2 ** (self.bits - 1) - 1
-        super().__init__(
-            shapes,
-            unbiased=self.stochastic and not self.scaled,
-            error=worst(self.bits, self.bucket, self.stochastic, self.scaled),
-        )
+        super().__init__(shapes, unbiased=self.stochastic and not self.scaled, error=0.0)
+        self.error = worst(self.bits, max(min(self.bucket, self.numel), 1), self.stochastic, self.scaled)
 
     def _length(self) -> int:
         self.buckets = -(-self.numel // self.bucket)
@@ -115,32 +89,34 @@ class UniformCodec(Codec):
 
     def _write(self, flat: Tensor, payload: Tensor, key: int) -> None:
         scales, codes = payload[: 2 * self.buckets].view(torch.bfloat16), payload[2 * self.buckets :]
-        generator = generator_of(key, flat.device) if self.stochastic else None
+        room = Scratch(flat.device)
+        draws = Draws(key, room) if self.stochastic else None
         entries, size = GROUP[self.bits]
         for start, stop in spans(self.numel, self.bucket, flat.device):
             rows = whole_rows(flat[start:stop], self.bucket)
-            own = scales[start // self.bucket :][: len(rows)]
-            level = rows.abs()
-            most = level.amax(1)
+            count = rows.numel()
+            level = room("level", torch.float32, count).view(rows.shape)
+            most = torch.abs(rows, out=level).amax(1)
             scale = (most if self.scaled else bf16_above(most)).clamp(min=SMALLEST)
             # beyond bfloat16's range the scale is below the largest entry, and the bucket decodes to 0.4 % less
-            inverse = (self.levels * _INSIDE) / torch.maximum(scale, most).unsqueeze(1)
+            inverse = (self.levels * INSIDE) / torch.maximum(scale, most).unsqueeze(1)
             torch.mul(rows, inverse, out=level)
-            if generator is not None:
-                level.view(-1).add_(noise15(level.numel(), generator, flat.device), alpha=2.0**-16)
+            if draws is not None:
+                level.view(-1).add_(draws.odd(count), alpha=2.0**-16)
             level.round_()
             if self.scaled:
-                scale = self._nearest(rows, level, inverse)
-            own.copy_(scale)
-            packed = pack(level.view(-1).to(torch.int8), self.bits)
+                scale = self._nearest(rows, level, inverse, room)
+            scales[start // self.bucket :][: len(rows)] = scale
+            packed = pack(room("codes", torch.int8, count).copy_(level.view(-1)), self.bits)
             place = start // entries * size
             end = min(place + packed.numel(), codes.numel())
             codes[place:end] = packed[: end - place]
 
-    def _nearest(self, rows: Tensor, level: Tensor, inverse: Tensor) -> Tensor:
+    def _nearest(self, rows: Tensor, level: Tensor, inverse: Tensor, room: Scratch) -> Tensor:
         """The scale with which levels come nearest to a bucket; zero for a bucket of zeros."""
-        across = (rows * inverse).mul_(level).sum(1)
-        square = level.square().sum(1)
+        product = room("product", torch.float32, rows.numel()).view(rows.shape)
+        across = torch.mul(rows, inverse, out=product).mul_(level).sum(1)
+        square = torch.square(level, out=product).sum(1)
         scale = self.levels * (across / square.clamp(min=1.0)) / inverse.squeeze(1)
         return scale.clamp_(max=BF16_MAX)
 
@@ -148,14 +124,9 @@ class UniformCodec(Codec):
         scales, codes = payload[: 2 * self.buckets].view(torch.bfloat16), payload[2 * self.buckets :]
         entries, size = GROUP[self.bits]
         for start, stop in spans(self.numel, self.bucket, flat.device):
-            count = stop - start
-            step = scales[start // self.bucket :][: -(-count // self.bucket)].to(torch.float32)
-            step = step.div_(self.levels).mul_(2.0 ** (self.bits - 8)).unsqueeze(1)
+            part = flat[start:stop]
+            step = scales[start // self.bucket :][: -(-len(part) // self.bucket)].to(torch.float32)
             place = start // entries * size
-            level = unpack(codes[place : place + packed_bytes(count, self.bits)], self.bits)[:count]
-            if count % self.bucket == 0:
-                torch.mul(
-                    level.to(torch.float32).view(-1, self.bucket), step, out=flat[start:stop].view(-1, self.bucket)
-                )
-            else:
-                flat[start:stop] = whole_rows(level.to(torch.float32), self.bucket).mul_(step).view(-1)[:count]
+            packed = codes[place : place + packed_bytes(len(part), self.bits)]
+            part.copy_(unpack(packed, self.bits)[: len(part)])
+            multiply_rows(part, step.div_(self.levels).mul_(2.0 ** (self.bits - 8)), self.bucket)
