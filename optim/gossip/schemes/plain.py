@@ -12,7 +12,7 @@ from thinrank.optim.gossip.rounds import Step
 from thinrank.optim.gossip.schemes.base import Place, Scheme
 
 ORDERS = ("with", "then")
-"""Adapt with combine, W X + u, of which the first part can travel while u is computed; adapt then combine, W (X + u)."""
+"""Adapt with combine, W X + u, of which W X can travel while u is computed; adapt then combine, W (X + u)."""
 
 
 class DPSGD(Scheme):

@@ -1,45 +1,32 @@
 """Laws of DeepSqueeze and PowerGossip, on ranks of a simulator."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from gossip_ranks import Quadratics, introduced, schemes, spread, started, step_all, updates
+from gossip_ranks import (
+    CLOSE,
+    Quadratics,
+    apart,
+    followed,
+    heard,
+    introduced,
+    schemes,
+    spread,
+    started,
+    step_all,
+    still,
+    updates,
+)
 
 from thinrank.optim.gossip.message import HEADER_BYTES
+from thinrank.optim.gossip.schemes import PowerGossip
 from thinrank.optim.gossip.simulator import Chance, Simulator
 from thinrank.optim.gossip.topology import from_edges, topology
 
-CLOSE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-6}  # float32, some hundred sums
 SHAPES = [(12, 9), (7,), (10, 3, 4), (3, 20)]
 """With rank 3 a matrix, a vector, three dimensions as a matrix (10, 12), and one too low to gain."""
 SHAPED = 12 * 9 + 7 + 120 + 60
-
-
-def followed(name, graph, codec="float32", steps=12, size=96, **options):
-    """All ranks' weights after each step of the same updates."""
-    ranks = schemes(name, graph, codec, size=size, **options)
-    weights, simulator, path = started(ranks, size=size), Simulator(len(ranks)), []
-    for step in range(steps):
-        weights = step_all(simulator, ranks, weights, updates(len(ranks), step, size))
-        path.append(torch.stack(weights))
-    return torch.stack(path), ranks, simulator
-
-
-def apart(weights):
-    """√(Σ‖xᵢ − x̄‖² / Σ‖xᵢ‖²)."""
-    x = torch.stack(list(weights)).double()
-    return float((x - x.mean(0)).norm() / x.norm())
-
-
-def still(ranks, weights, steps, simulator=None):
-    """Steps without updates."""
-    simulator = simulator or Simulator(len(ranks))
-    nothing = [torch.zeros_like(w) for w in weights]
-    for _ in range(steps):
-        weights = step_all(simulator, ranks, weights, nothing)
-    return weights
 
 
 # --- both ---------------------------------------------------------------------------------------------------------
@@ -65,23 +52,7 @@ def test_the_mean_stays_for_a_thousand_rounds(name, codec):
 @pytest.mark.parametrize(("name", "codec"), [("deepsqueeze", "uniform8"), ("powergossip", "float32")])
 def test_the_same_seed_sends_the_same_bytes(name, codec):
     def messages(seed):
-        heard = []
-
-        class Listen:
-            def carried(self, count, source, target, message):
-                heard.append((source, target, bytes(message.tolist())))
-                return message
-
-            def delay(self, count, source, target):
-                return 0.0
-
-        ranks = schemes(name, topology("ring", 4), codec, shapes=SHAPES, seed=seed)
-        weights, simulator = started(ranks, size=SHAPED), Simulator(4, faults=Listen())
-        before = torch.get_rng_state()
-        for step in range(3):
-            weights = step_all(simulator, ranks, weights, updates(4, step, SHAPED))
-        assert torch.equal(torch.get_rng_state(), before)
-        return heard
+        return heard(schemes(name, topology("ring", 4), codec, shapes=SHAPES, seed=seed), SHAPED)
 
     first = messages(0)
     assert first == messages(0)
@@ -255,6 +226,7 @@ def test_both_ends_of_an_edge_have_the_same_bases_to_the_bit():
     for graph in ("ring", "hypercube"):
         _, ranks, _ = followed("powergossip", graph, steps=7, shapes=SHAPES, size=SHAPED, rank=3)
         for i, rank in enumerate(ranks):
+            assert isinstance(rank, PowerGossip)
             for j in rank.edges:
                 for side in "pq":
                     assert torch.equal(rank.state()[f"{side}.{j}"], ranks[j].state()[f"{side}.{i}"])
@@ -290,6 +262,7 @@ def test_lost_messages_leave_no_edge_of_powergossip_with_two_bases(graph):
     assert sum(rank.tally.counts["repaired"] for rank in ranks) > 10
     weights = still(ranks, weights, 150)
     for i, rank in enumerate(ranks):
+        assert isinstance(rank, PowerGossip)
         for j in rank.edges:
             for side in "pq":
                 assert torch.equal(rank.state()[f"{side}.{j}"], ranks[j].state()[f"{side}.{i}"])
