@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinrank.optim.exchange.replicas import broadcast, gathered, refuse_other_models
 from thinrank.optim.exchange.wire import Wire
-from thinrank.optim.gossip.compress import Compressor, identity_of
+from thinrank.optim.gossip.compress import Compressor
 from thinrank.optim.gossip.parts import codec_of, graph_of, made
 from thinrank.optim.gossip.peers import Flight, Peers
 from thinrank.optim.gossip.rounds import Mean, Step
@@ -109,8 +109,7 @@ class Gossip:
         }
         self._refuse_other_settings(settings)
         self._digest = hashlib.sha256(repr((self.peers.size, settings)).encode()).hexdigest()
-        number = identity_of(codec.name)
-        place = Place(rank=self.peers.rank, topology=graph, seed=seed, check_every=check_every, compressor=number)
+        place = Place(rank=self.peers.rank, topology=graph, seed=seed, check_every=check_every, compressor=codec)
         self.scheme = made(scheme, place, codec, [tuple(p.shape) for p in self._params.values()], strict, options)
         for tensor in (*model.parameters(), *model.buffers()):
             broadcast([tensor.data], self.wire.rare, group)

@@ -45,10 +45,10 @@ class Mail:
         self.silent: Counter[int] = Counter()
 
     def seal(
-        self, step: int, payload: Tensor, *, valid: bool = True, held: Tensor | None = None, wants: bool = False
+        self, step: int, payload: Tensor, *, valid: bool = True, held: Tensor | int | None = None, wants: bool = False
     ) -> Tensor:
-        """A message of `payload`, and of the fingerprint of what is `held`."""
-        mark = None if held is None else fingerprint(held)
+        """A message of `payload`, and of the fingerprint of what is `held`, or that itself."""
+        mark = fingerprint(held) if isinstance(held, Tensor) else held
         header = Header(
             codec=self.compressor,
             step=step,

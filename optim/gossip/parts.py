@@ -19,7 +19,8 @@ _log = logging.getLogger(__name__)
 
 
 def graph_of(what: Any, ranks: int) -> Topology:
-    """A `Topology` of so many ranks, by its name or as one gives it."""
+    """A `Topology` of so many ranks, by its name or as one gives it; None: complete, for schemes among all ranks."""
+    what = "complete" if what is None else what
     graph = what if isinstance(what, Topology) else topology(what, ranks)
     if graph.size != ranks:
         raise ValueError(

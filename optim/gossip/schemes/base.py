@@ -6,14 +6,14 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from thinrank.optim.gossip.compress import Codec, Measured, finite, key_of
+from thinrank.optim.gossip.compress import Codec, Compressor, Float32, Measured, finite, identity_of, key_of
 from thinrank.optim.gossip.mail import Mail
 from thinrank.optim.gossip.message import HEADER_BYTES
 from thinrank.optim.gossip.rounds import Step
@@ -30,7 +30,8 @@ class Place:
         seed: of all chance; the same on every rank.
         check_every: steps between two looks at whether copies of neighbours still are what they are copies of.
         patience: rounds in a row without a message from a neighbour after which it is lost.
-        compressor: its number in messages' headers (`identity_of`).
+        compressor: what the scheme's codec was made by: for its number in messages' headers, and for a scheme that
+            sends pieces of the weights and binds it to them.
     """
 
     rank: int
@@ -38,7 +39,22 @@ class Place:
     seed: int = 0
     check_every: int = 100
     patience: int = 100
-    compressor: int = 0
+    compressor: Compressor = field(default_factory=Float32)
+
+
+def require(name: str, value: float, holds: Callable[[float], bool], rule: str, remedy: str) -> None:
+    """Refuses a number, such as an option of a scheme, that is not what it must be.
+
+    Raises:
+        ValueError: in one sentence of the rule, the value and what to do.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+        raise ValueError(f"{name} must be {rule}, got {value!r}: {remedy}")
+
+
+def require_whole(name: str, value: int, least: int, remedy: str) -> None:
+    """Refuses what is no whole number of at least `least`."""
+    require(name, value, lambda n: isinstance(n, int) and n >= least, f"a whole number of at least {least}", remedy)
 
 
 @dataclass(slots=True)
@@ -94,7 +110,7 @@ class Scheme(ABC):
 
     def __init__(self, place: Place, codec: Codec) -> None:
         self.place, self.codec = place, codec
-        self.mail = Mail(place.rank, place.patience, place.compressor, codec.numel)
+        self.mail = Mail(place.rank, place.patience, identity_of(place.compressor.name), codec.numel)
         self.tally = Tally(counts=self.mail.counts)
         self.steps = 0
 
@@ -157,10 +173,16 @@ class Scheme(ABC):
 
     def mixed(self, own: Tensor, others: Mapping[int, Tensor]) -> Tensor:
         """Σⱼ Wᵢⱼ xⱼ, in the order of the ranks, for this step's W; the weight of who is missing falls to one's own."""
+        return self.pulled(own, others).add_(own)
+
+    def pulled(self, own: Tensor, others: Mapping[int, Tensor]) -> Tensor:
+        """Σⱼ Wᵢⱼ (xⱼ − xᵢ): what `mixed` adds to one's own.
+
+        Of differences, because three thirds in float32 are 1 + 3e-8, by which weights would grow in every step.
+        """
         row = self.place.topology.weights(self.steps)[self.place.rank]
-        missing = sum(float(row[j]) for j in self.sources if j not in others)
-        found = own * (float(row[self.place.rank]) + missing)
+        found = torch.zeros_like(own)
         for j in self.sources:
             if j in others:
-                found.add_(others[j], alpha=float(row[j]))
+                found.add_(others[j] - own, alpha=float(row[j]))
         return found

@@ -14,7 +14,7 @@ from thinrank.optim.gossip.schemes.base import Place, Scheme
 from thinrank.optim.gossip.topology import Topology
 
 ORDERS = ("with", "then")
-"""Adapt with combine, W X + u, whose first part can travel while u is computed; adapt then combine, W (X + u)."""
+"""Adapt with combine, W X + u, of which W X can travel while u is computed; adapt then combine, W (X + u)."""
 
 
 class DPSGD(Scheme):
@@ -36,6 +36,8 @@ class DPSGD(Scheme):
 
     def __init__(self, place: Place, codec: Codec, *, order: str = "with") -> None:
         super().__init__(place, codec)
+        if order not in ORDERS:
+            raise ValueError(f"order must be {' or '.join(ORDERS)}, got {order!r}: leave it out for the paper's")
         self.order = order
         self._mixed: Tensor | None = None  # W X of the weights that this rank has now
 

@@ -13,16 +13,18 @@ from thinrank.optim.gossip.topology import topology
 
 SIZE = 96
 
+CLOSE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-6}  # float32, some hundred sums
+
 
 def schemes(
     name, graph, codec: Any = "float32", *, size=SIZE, shapes=None, check_every=100, seed=0, patience=100, **options
 ):
     """A rank's side each."""
     graph = topology(graph, 8) if isinstance(graph, str) else graph
-    bound = (compressor(codec) if isinstance(codec, str) else codec).bind(shapes or [(size,)])
-    places = [
-        Place(rank=i, topology=graph, seed=seed, check_every=check_every, patience=patience) for i in range(graph.size)
-    ]
+    codec = compressor(codec) if isinstance(codec, str) else codec
+    bound = codec.bind(shapes or [(size,)])
+    common = {"topology": graph, "seed": seed, "check_every": check_every, "patience": patience, "compressor": codec}
+    places = [Place(rank=i, **common) for i in range(graph.size)]
     return [scheme_class(name)(place, bound, **options) for place in places]
 
 
@@ -51,6 +53,51 @@ def updates(n, step, size=SIZE, scale=0.1):
 
 def step_all(simulator, ranks, weights, moves):
     return run(simulator, [rank.step(w, u) for rank, w, u in zip(ranks, weights, moves, strict=True)])
+
+
+def followed(name, graph, codec: Any = "float32", steps=12, size=96, **options):
+    """All ranks' weights after each step of the same updates."""
+    ranks = schemes(name, graph, codec, size=size, **options)
+    weights, simulator, path = started(ranks, size=size), Simulator(len(ranks)), []
+    for step in range(steps):
+        weights = step_all(simulator, ranks, weights, updates(len(ranks), step, size))
+        path.append(torch.stack(weights))
+    return torch.stack(path), ranks, simulator
+
+
+def apart(weights):
+    """√(Σ‖xᵢ − x̄‖² / Σ‖xᵢ‖²)."""
+    x = torch.stack(list(weights)).double()
+    return float((x - x.mean(0)).norm() / x.norm())
+
+
+def still(ranks, weights, steps, simulator=None):
+    """Steps without updates."""
+    simulator = simulator or Simulator(len(ranks))
+    nothing = [torch.zeros_like(w) for w in weights]
+    for _ in range(steps):
+        weights = step_all(simulator, ranks, weights, nothing)
+    return weights
+
+
+def heard(ranks, size=SIZE, steps=3):
+    """Every message of some steps: from whom, for whom, and its bytes. The global generator is left alone."""
+    found = []
+
+    class Listen:
+        def carried(self, count, source, target, message):
+            found.append((source, target, bytes(message.tolist())))
+            return message
+
+        def delay(self, count, source, target):
+            return 0.0
+
+    weights, simulator = started(ranks, size=size), Simulator(len(ranks), faults=Listen())
+    before = torch.get_rng_state()
+    for step in range(steps):
+        weights = step_all(simulator, ranks, weights, updates(len(ranks), step, size))
+    assert torch.equal(torch.get_rng_state(), before)
+    return found
 
 
 class Quadratics:
