@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ class Job:
             )
 
     def data(self) -> TextData:
+        """The same object for trainings on the same text, which it takes seconds to find; nothing of it is used up."""
         config = PySourceConfig(
             vocab_size=self.vocabulary,
             sequence_length=self.length,
@@ -52,9 +54,7 @@ class Job:
             folder=self.text,
             validation_tokens=self.held_out,
         )
-        data = TextData(config, batch_size=self.rows)
-        data.setup("fit")
-        return data
+        return _data(config, self.rows)
 
     def recipe(self, vocabulary: int) -> Recipe:
         return Recipe(
@@ -65,6 +65,13 @@ class Job:
             embedding_lr=self.embedding_lr,
             seed=self.seed,
         )
+
+
+@functools.cache
+def _data(config: PySourceConfig, rows: int) -> TextData:
+    data = TextData(config, batch_size=rows)
+    data.setup("fit")
+    return data
 
 
 @dataclass(kw_only=True)
