@@ -45,6 +45,7 @@ from thinrank.trainers.models import PRESETS, build_model
 
 RANK = Path(__file__).resolve().parent / "wan_rank.py"
 FAR = 0.2  # a prediction that is worse is marked
+PAYLOAD = 0.956  # of a link's rate that is left to it by the headers of full frames (docs/slow-network.md)
 
 
 def measure(job: Job, link: Link, ranks: int, timeout: float) -> tuple[dict[str, list[Seen]], bool]:
@@ -92,7 +93,7 @@ def predicted_time(name: str, ranks: Sequence[Seen], alone: float, link: Link) -
     if name not in ROUTES or sent is None or link.rate is None:
         return None
     own = statistics.fmean(rank.own for rank in ranks) / len(ranks[0].durations)
-    network = Network(latency=link.delay / 1e3, bandwidth=link.rate * 125e3)
+    network = Network(latency=link.delay / 1e3, bandwidth=PAYLOAD * link.rate * 125e3)
     return ROUTES[name].seconds(len(ranks), sent, network, compute=alone, own=own)
 
 
