@@ -109,6 +109,7 @@ def test_powersgd_gives_back_a_mean_of_low_rank_and_keeps_what_it_leaves_out():
     torch.manual_seed(0)
     low = [torch.randn(64, 2) @ torch.randn(2, 48) for _ in range(2)]  # a mean of rank 4
     vectors = [torch.randn(64) for _ in range(2)]
+    found, rounds = [], ()
     for step in range(4):
         found, rounds = average([[a.clone(), v] for a, v in zip(low, vectors, strict=True)])
         assert len(rounds) == (1 if step < 2 else 3)
@@ -180,7 +181,7 @@ def test_a_page_is_made_and_no_training_made_again(command, tmp_path, monkeypatc
 
 def test_every_method_trains_and_sends_what_its_formula_says(command):
     args = gossip.arguments(["--ranks", "4", *command])
-    args.steps = args.every = 2 * methods.INTERVAL
+    args.steps = args.every = methods.INTERVAL
     (job,) = gossip.jobs(args)
     sizes = methods.sizes_of(job.recipe(job.data().vocab_size))
     for name, method in methods.METHODS.items():
@@ -188,7 +189,7 @@ def test_every_method_trains_and_sends_what_its_formula_says(command):
         assert found.loss < math.log(300) + 0.5, name
         if name not in ("powersgd-4", "thinrank"):  # whose first steps are not like the others
             headers = 32 * 12
-            assert abs(found.trace.bytes(4) - method.bytes(sizes, 4)) < headers + 0.05 * method.bytes(sizes, 4), name
+            assert abs(found.trace.bytes(4) - method.bytes(sizes, 4)) < headers + 0.1 * method.bytes(sizes, 4), name
 
 
 def test_rows_that_cannot_be_shared_out_are_refused():
