@@ -4,11 +4,21 @@
     python benchmarks/wan.py --rates 100 --delays 20 --methods ddp powersgd-2 --steps 5          # a look in minutes
     python benchmarks/wan.py --rates 100 --delays 20 --train 120 --out table.md                 # loss against time
 
+The exchanges of weights beside what they compete with, on the networks of their paper (some 5 hours), and two of them:
+
+    python benchmarks/wan.py --rates 1000 100 50 20 10 5 --delays 0 1 5 10 20 50 --preset 2m --vocabulary 1024 \\
+        --methods ddp ddp-bf16 powersgd-4 thinrank-bf16 allreduce-8 dpsgd dcd-8 ecd-8 choco-4 powergossip-4 diloco \\
+        --out benchmarks/results/wan-gossip-cpu-2m.md
+    python benchmarks/wan.py --rates 100 10 --delays 20 --preset 2m --vocabulary 1024 --train 120 \\
+        --methods ddp ddp-bf16 allreduce-8 dpsgd dcd-8 ecd-8 choco-4 powergossip-4 diloco --out table.md
+
 Ranks of one thread each train a Llama on Python's standard library, each in a network namespace of its own; frames
 between them take their time (docs/slow-network.md; root only). Batches are small, so that the network and not the
 processor decides; `noop` exchanges nothing, and is what a step takes at least. A slow step is measured three times, a
 fast one as often as fits `--budget`. Bytes are those that the switch saw a rank send, headers and acknowledgements
-included. Keep the machine to itself: four ranks share its cores with the switch, which says how late it was.
+included. What the cost model of `thinrank.optim.gossip.cost` predicts, from the bytes that a method
+counts and the step of `noop`, stands beside each time, with a ! where it is off by more than 20 %. Keep the machine to
+itself: four ranks share its cores with the switch, which says how late it was.
 """
 
 from __future__ import annotations
@@ -26,13 +36,16 @@ from pathlib import Path
 import torch
 from machine import command_line, describe, save
 from slow_network import Link, SlowNetwork, exit_on_sigterm
-from wan_methods import ABOUT, METHODS, NOOP
+from wan_methods import ABOUT, METHODS, NOOP, ROUTES
 from wan_rank import WARMUP, Job, Seen
 
+from thinrank.optim.gossip.cost import Network, all_reduce_bytes
 from thinrank.trainers import TextData
 from thinrank.trainers.models import PRESETS, build_model
 
 RANK = Path(__file__).resolve().parent / "wan_rank.py"
+FAR = 0.2  # a prediction that is worse is marked
+PAYLOAD = 0.956  # of a link's rate that is left to it by the headers of full frames (docs/slow-network.md)
 
 
 def measure(job: Job, link: Link, ranks: int, timeout: float) -> tuple[dict[str, list[Seen]], bool]:
@@ -57,32 +70,57 @@ def measure(job: Job, link: Link, ranks: int, timeout: float) -> tuple[dict[str,
         return seen, network.prompt
 
 
-def step_time(ranks: Sequence[Seen]) -> float:
-    """Median seconds of a step, over steps and ranks."""
-    return statistics.median(duration for rank in ranks for duration in rank.durations)
+def step_time(ranks: Sequence[Seen], name: str = "") -> float:
+    """Median seconds of a step, over steps and ranks; the mean where not every step of the method has an exchange."""
+    durations = [duration for rank in ranks for duration in rank.durations]
+    every = name not in ROUTES or ROUTES[name].interval == 1
+    return statistics.median(durations) if every else statistics.fmean(durations)
+
+
+def ideal_bytes(ranks: Sequence[Seen]) -> float | None:
+    """That leave a rank in a step with no headers: of a ring, or of the messages of methods that count these."""
+    steps, size = len(ranks[0].durations), len(ranks)
+    left = [rank.egress for rank in ranks if rank.egress is not None]
+    if left:
+        return statistics.fmean(left) / steps
+    payloads = [rank.payload for rank in ranks if rank.payload is not None]
+    return all_reduce_bytes(size, statistics.fmean(payloads)) / steps if payloads else None
+
+
+def predicted_time(name: str, ranks: Sequence[Seen], alone: float, link: Link) -> float | None:
+    """Seconds of a step by the cost model, from those of one that exchanges nothing; None where it cannot tell."""
+    sent = ideal_bytes(ranks)
+    if name not in ROUTES or sent is None or link.rate is None:
+        return None
+    own = statistics.fmean(rank.own for rank in ranks) / len(ranks[0].durations)
+    network = Network(latency=link.delay / 1e3, bandwidth=PAYLOAD * link.rate * 125e3)
+    return ROUTES[name].seconds(len(ranks), sent, network, compute=alone, own=own)
 
 
 def times_table(seen: Mapping[str, Sequence[Seen]], link: Link) -> str:
     """One row for each method."""
     lines = [
-        "| method | steps | step, s | ÷ ddp | sent by a rank in a step, bytes | of an ideal ring, bytes | sent ÷ ideal "
-        "| ideal ÷ rate, s | switch late, ms | dropped |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method | steps | step, s | ÷ ddp | sent by a rank in a step, bytes | of an ideal ring or of messages "
+        "| sent ÷ ideal | ideal ÷ rate, s | switch late, ms | dropped | own work, s | predicted, s | ÷ predicted |",
+        "| --- |" + " ---: |" * 12,
     ]
     for name, ranks in seen.items():
-        steps, size = len(ranks[0].durations), len(ranks)
+        steps, own = len(ranks[0].durations), statistics.fmean(rank.own for rank in ranks)
         sent = statistics.fmean(rank.sent for rank in ranks) / steps
-        ratio = f"{step_time(ranks) / step_time(seen['ddp']):.2f}" if "ddp" in seen else ""
-        payloads = [rank.payload for rank in ranks if rank.payload is not None]
+        step = step_time(ranks, name)
+        ratio = f"{step / step_time(seen['ddp']):.2f}" if "ddp" in seen else ""
+        ring = ideal_bytes(ranks)
         ideal, share, least = "", "", ""
-        if payloads:
-            ring = 2 * (size - 1) / size * statistics.fmean(payloads) / steps
+        if ring is not None:
             ideal = f"{ring:,.0f}"
             share = f"{sent / ring:.3f}" if ring else ""
             least = f"{ring * 8e-6 / link.rate:.2f}" if link.rate else ""
+        expected = predicted_time(name, ranks, step_time(seen[NOOP]), link) if NOOP in seen else None
+        mark = "" if expected is None or abs(step / expected - 1) <= FAR else " !"
+        model = ["", ""] if expected is None else [f"{expected:.3f}", f"{step / expected:.2f}{mark}"]
         lines.append(
-            f"| {name} | {steps} | {step_time(ranks):.3f} | {ratio} | {sent:,.0f} | {ideal} | {share} | {least} "
-            f"| {ranks[0].late:.2f} | {ranks[0].dropped} |"
+            f"| {name} | {steps} | {step:.3f} | {ratio} | {sent:,.0f} | {ideal} | {share} | {least} "
+            f"| {ranks[0].late:.2f} | {ranks[0].dropped} | {own / steps:.3f} | {model[0]} | {model[1]} |"
         )
     return "\n".join(lines)
 

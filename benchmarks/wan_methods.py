@@ -2,11 +2,13 @@
 
 A method is a name in `METHODS` and a function of a plain model, a process group and a learning rate that gives a
 `Training`. The model has the same weights on every rank, and nothing else has been done to it: the baselines here wrap
-it with torch's DistributedDataParallel, and a method that communicates in its optimizer's step takes it as it is.
+it with torch's DistributedDataParallel, and a method that communicates in its optimizer's step, or after it, takes it
+as it is. `ROUTES` says how what a method sends travels, for the cost model.
 """
 
 # No deferred annotations here: DDP reads those of a hook as objects.
 import inspect
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default
 from torch.nn.parallel import DistributedDataParallel
 
 from thinrank.optim import GaLoreConfig, build, replicate
+from thinrank.optim.gossip import cost
+from thinrank.optim.gossip.exchange import Gossip
+from thinrank.optim.gossip.rounds import Step as Exchange
+from thinrank.optim.gossip.schemes import SCHEMES
 
 Batch = Mapping[str, Any]
 """`input_ids` and `labels`, int64 (rows, length), labels already shifted."""
@@ -32,12 +38,20 @@ class Training:
         step: one optimizer step on this rank's batch, in which the ranks meet; gives the batch's loss before it.
         payload: bytes of all tensors that this rank has had summed over the ranks so far, as they travel; a ring
             all-reduce sends 2(n−1)/n times as many. None if the method cannot tell.
-        together: whether all ranks have the same weights after a step.
+        together: whether all ranks have the same weights after a step, or after `settle`.
+        egress: bytes that have left this rank so far, where it counts these instead.
+        own: seconds that this rank has spent on its side of exchanges so far, without waiting.
+        finish: waits for what is under way.
+        settle: ends the training, with the same weights on all ranks.
     """
 
     step: Step
     payload: Callable[[], int] | None = None
     together: bool = True
+    egress: Callable[[], float] | None = None
+    own: Callable[[], float] = lambda: 0.0
+    finish: Callable[[], None] = lambda: None
+    settle: Callable[[], None] = lambda: None
 
 
 Method = Callable[[nn.Module, dist.ProcessGroup, float], Training]
@@ -162,6 +176,113 @@ def thinrank(rank: float, targets: list[str], dtype: torch.dtype | None, norms: 
     return make
 
 
+INTERVAL = 5  # steps between two exchanges of DiLoCo here, few so that a short measurement has some
+
+
+def gossip(scheme: str, compressor: str | None = None, interval: int = 1, **options: Any) -> Method:
+    """AdamW on each rank by itself, which exchanges weights with the others on a ring, behind the next step where the
+    scheme allows it."""
+
+    def make(model: nn.Module, group: dist.ProcessGroup, lr: float) -> Training:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+        exchange = Gossip(
+            model, optimizer, scheme=scheme, compressor=compressor, interval=interval, group=group, **options
+        )
+        alone, own, spent = step_of(model, optimizer), exchange.scheme.step, 0.0
+
+        def watched(weights: Tensor, update: Tensor) -> Exchange:
+            nonlocal spent
+            running, answer = own(weights, update), None
+            while True:
+                before = time.perf_counter()
+                try:
+                    ask = running.send(answer)
+                except StopIteration as end:
+                    spent += time.perf_counter() - before
+                    return end.value
+                spent += time.perf_counter() - before
+                answer = yield ask
+
+        exchange.scheme.step = watched
+
+        def step(batch: Batch) -> Tensor:
+            value = alone(batch)
+            exchange.step()
+            return value
+
+        return Training(
+            step=step,
+            egress=lambda: exchange.wire.egress,
+            own=lambda: spent,
+            finish=exchange.finish,
+            settle=exchange.settle,
+        )
+
+    return make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """How what a method sends travels.
+
+    Attributes:
+        among: `ring`, around which all ranks reduce it; `neighbours`, each of two; or `pieces`, one from each rank to
+            each other, there and back.
+        collectives: one after the other.
+        behind: the share of a step's computation behind which it does.
+        interval: steps between two exchanges.
+    """
+
+    among: str
+    collectives: int = 1
+    behind: float = 0.0
+    interval: int = 1
+
+    def seconds(self, ranks: int, sent: float, network: cost.Network, *, compute: float, own: float = 0.0) -> float:
+        """Of a step, by the cost model.
+
+        Args:
+            sent: bytes that leave a rank in a step.
+            compute: seconds of a step without any exchange.
+            own: seconds in a step of a rank's side of the exchange.
+        """
+        hops = cost.ring_messages(ranks) * self.collectives if self.among == "ring" else 2
+        latency = network.latency * (1 if self.among == "neighbours" else hops)
+        exchange = latency + self.interval * sent / network.bandwidth
+        more = cost.step_seconds(compute, exchange, self.behind) - compute
+        return compute + own + more / self.interval
+
+
+BACKWARD = 2 / 3  # the share of a step's computation that is behind a gradient's first bucket
+GRADIENTS, BEHIND = Route(among="ring", behind=BACKWARD), Route(among="neighbours", behind=1.0)
+GOSSIP: dict[str, tuple[str, Method, Route, str]] = {
+    "allreduce-8": (
+        "allreduce",
+        gossip("allreduce", "uniform8"),
+        Route(among="pieces"),
+        "all-reduce of AdamW's updates in 8 bits, pieces compressed twice",
+    ),
+    "dpsgd": ("dpsgd", gossip("dpsgd"), BEHIND, "D-PSGD on a ring, weights in float32"),
+    "dcd-8": ("dcd", gossip("dcd", "uniform8"), BEHIND, "DCD-PSGD on a ring, 8 bits"),
+    "ecd-8": ("ecd", gossip("ecd", "uniform8"), BEHIND, "ECD-PSGD on a ring, 8 bits"),
+    "choco-4": ("choco", gossip("choco", "uniform4"), Route(among="neighbours"), "CHOCO-SGD on a ring, 4 bits"),
+    "choco-4-with": (
+        "choco",
+        gossip("choco", "uniform4", order="with"),
+        BEHIND,
+        "the same, stepping by the copies it has",
+    ),
+    "powergossip-4": ("powergossip", gossip("powergossip", rank=4), BEHIND, "PowerGossip of rank 4 on a ring"),
+    "diloco": (
+        "diloco",
+        gossip("diloco", interval=INTERVAL),
+        Route(among="ring", interval=INTERVAL),
+        f"DiLoCo, {INTERVAL} steps of AdamW between two means of the weights",
+    ),
+}
+"""By name: the scheme, whose lack leaves the method out; the method; its route; and what it is."""
+GOSSIP = {name: row for name, row in GOSSIP.items() if row[0] in SCHEMES}
+
 LINEAR, EVERYTHING = ["all-linear"], ["all-linear", r".*embed_tokens.*", r"lm_head.*"]
 
 NOOP = "noop"
@@ -178,6 +299,12 @@ METHODS: dict[str, Method] = {
     "thinrank-all-8-bf16": thinrank(0.125, EVERYTHING, torch.bfloat16),
     "thinrank-all-16-bf16": thinrank(0.0625, EVERYTHING, torch.bfloat16),
     "thinrank-all-16-bf16-norms": thinrank(0.0625, EVERYTHING, torch.bfloat16, norms=True),
+    **{name: method for name, (_, method, _, _) in GOSSIP.items()},
+}
+ROUTES: dict[str, Route] = {
+    **{name: GRADIENTS for name in METHODS if name.startswith(("ddp", "thinrank"))},
+    **{name: Route(among="ring", collectives=3) for name in METHODS if name.startswith("powersgd")},
+    **{name: route for name, (_, _, route, _) in GOSSIP.items()},
 }
 ABOUT = {
     NOOP: "no exchange: what a step takes at least (its ranks drift apart)",
@@ -192,4 +319,5 @@ ABOUT = {
     "thinrank-all-8-bf16": "as thinrank-all-bf16, rank 1/8",
     "thinrank-all-16-bf16": "as thinrank-all-bf16, rank 1/16",
     "thinrank-all-16-bf16-norms": "the same, with the norms of gradients, for who clips",
+    **{name: about for name, (_, _, _, about) in GOSSIP.items()},
 }

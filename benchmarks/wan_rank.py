@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from slow_network_switch import Counters, read_counters
-from wan_methods import METHODS, Batch, Training, loss
+from wan_methods import METHODS, ROUTES, Batch, Training, loss
 
 from thinrank.trainers import PySourceConfig, TextData
 from thinrank.trainers.models import PRESETS, build_model
@@ -61,6 +61,8 @@ class Seen:
         durations: seconds of each timed step.
         sent: bytes that this rank put on the wire in them, as the switch counts.
         payload: bytes that it had summed over the ranks in them, as the method counts; None if it does not.
+        egress: bytes that left it in them, as the method counts; None if it does not.
+        own: seconds in them of its own side of exchanges, without waiting.
         late: milliseconds by which the switch was late with a frame, on average, from all to all.
         dropped: frames that were lost on the way, from all to all.
         curve: (seconds since the first step began, loss of this rank's batch) after each step of a training by time.
@@ -70,6 +72,8 @@ class Seen:
     durations: list[float] = field(default_factory=list)
     sent: int = 0
     payload: int | None = None
+    egress: float | None = None
+    own: float = 0.0
     late: float = 0.0
     dropped: int = 0
     curve: list[tuple[float, float]] = field(default_factory=list)
@@ -82,8 +86,8 @@ def total(job: Job, world: int) -> Counters:
     return Counters(*(sum(column) for column in zip(*ports, strict=True)))
 
 
-def timed(job: Job, training: Training, batches: Iterator[Batch], rank: int, world: int) -> Seen:
-    """Step times: as many steps as fit the budget, the same number on every rank."""
+def timed(job: Job, training: Training, batches: Iterator[Batch], rank: int, world: int, interval: int = 1) -> Seen:
+    """Step times: as many steps as fit the budget, the same number on every rank, and whole intervals of exchanges."""
     seen = Seen()
 
     def one() -> None:
@@ -93,19 +97,25 @@ def timed(job: Job, training: Training, batches: Iterator[Batch], rank: int, wor
 
     for _ in range(WARMUP):
         training.step(next(batches))
+    training.finish()
     # After a barrier every rank has all that was sent to it, so nothing of another step is counted.
     dist.barrier()
     own, everyone = read_counters(Path(job.counters), rank), total(job, world)
     payload = training.payload() if training.payload else 0
+    egress, spent = training.egress() if training.egress else 0.0, training.own()
     one()
     fitting = torch.tensor([max(LEAST, min(job.steps, int(job.budget / seen.durations[0])))])
+    fitting = -(-fitting // interval) * interval
     dist.broadcast(fitting, 0)
     for _ in range(int(fitting) - 1):
         one()
+    training.finish()
     dist.barrier()
     after = total(job, world)
     seen.sent = read_counters(Path(job.counters), rank).sent_bytes - own.sent_bytes
     seen.payload = training.payload() - payload if training.payload else None
+    seen.egress = training.egress() - egress if training.egress else None
+    seen.own = training.own() - spent
     seen.dropped = after.dropped_frames - everyone.dropped_frames
     frames = after.received_frames - everyone.received_frames
     seen.late = (after.late_microseconds - everyone.late_microseconds) / 1e3 / max(1, frames)
@@ -132,6 +142,7 @@ def by_time(job: Job, training: Training, batches: Iterator[Batch], rank: int, e
             whole.rename(end)
         elif last is None and end.exists():
             last = int(end.read_text())
+    training.settle()
     dist.barrier()
     return seen
 
@@ -167,7 +178,8 @@ def main() -> None:
             seen = by_time(job, training, batches, rank, Path(job.folder, f"{name}.end"))
             seen.held_out = held_out(model, data) if training.together else None
         else:
-            seen = timed(job, training, batches, rank, world)
+            route = ROUTES.get(name)
+            seen = timed(job, training, batches, rank, world, route.interval if route else 1)
         Path(job.folder, f"{name}-{rank}.json").write_text(json.dumps(asdict(seen)))
         if rank == 0:
             print(f"{name}: {len(seen.durations) or len(seen.curve)} steps", file=sys.stderr, flush=True)
