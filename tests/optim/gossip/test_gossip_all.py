@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gossip_ranks import (
+from simulated_ranks import (
     CLOSE,
     Quadratics,
     apart,

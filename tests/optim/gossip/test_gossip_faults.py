@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from gossip_ranks import (
+from simulated_ranks import (
     SIZE,
     Quadratics,
     attempt,

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gossip_ranks import (
+from simulated_ranks import (
     CLOSE,
     Quadratics,
     apart,

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from gossip_ranks import attempt, diverged, reformed, schemes, spread, started, updates
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_ranks import attempt, diverged, reformed, schemes, spread, started, updates
 
 from thinrank.optim.gossip.mail import SAID
 from thinrank.optim.gossip.message import HEADER_BYTES

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from gossip_ranks import SIZE, schemes, started, step_all, updates
+from simulated_ranks import SIZE, schemes, started, step_all, updates
 from torch import nn
 
 from thinrank.optim import build

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gossip_ranks import SIZE, Quadratics, introduced, schemes, spread, started, step_all, updates
+from simulated_ranks import SIZE, Quadratics, introduced, schemes, spread, started, step_all, updates
 
 from thinrank.optim.gossip.compress import compressor
 from thinrank.optim.gossip.message import HEADER_BYTES
