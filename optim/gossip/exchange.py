@@ -170,15 +170,26 @@ class Gossip:
     def _read(self) -> Tensor:
         return self._trained.read(self._own)
 
+    @property
+    def _between(self) -> bool:
+        """True where the optimizer has stepped since the last exchange."""
+        return self._calls % self.interval != 0
+
+    def _now(self) -> Tensor:
+        """This rank's weights, with what 16 bits cannot show where they are those of the last exchange."""
+        return self._read() if self._between else self._weights
+
     # --- all ranks together -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def average(self) -> dict[str, Tensor]:
         """The mean over all ranks of each parameter, float32, and of each buffer of floating numbers in its own dtype;
-        other buffers are the first rank's. By the model's names; all ranks call it."""
+        other buffers are the first rank's. By the model's names; all ranks call it. Between two exchanges it is of what
+        ranks have come to since the last one."""
         self.finish()
-        mean = self._mean_of(self._weights)
-        self._apart(mean)
+        own = self._now()
+        mean = self._mean_of(own)
+        self._apart(own, mean)
         found = dict(zip(self._params, self._trained.split(mean), strict=True))
         for name, buffer in self.model.named_buffers():
             if buffer.is_floating_point():
@@ -227,13 +238,13 @@ class Gossip:
 
     @torch.no_grad()
     def consensus(self) -> float:
-        """How far ranks are apart: √(meanᵢ ‖xᵢ − x̄‖²) / ‖x̄‖, after the last exchange. All ranks call it; it costs a
-        mean of the weights."""
+        """How far ranks are apart: √(meanᵢ ‖xᵢ − x̄‖²) / ‖x̄‖. All ranks call it; it costs a mean of the weights."""
         self.finish()
-        return self._apart(self._mean_of(self._weights))
+        own = self._now()
+        return self._apart(own, self._mean_of(own))
 
-    def _apart(self, mean: Tensor) -> float:
-        squares = self._mean_of((self._weights - mean).double().square().sum().float().view(1))
+    def _apart(self, own: Tensor, mean: Tensor) -> float:
+        squares = self._mean_of((own - mean).double().square().sum().float().view(1))
         self._distance = math.sqrt(float(squares)) / max(float(mean.norm()), 1e-30)
         return self._distance
 
@@ -264,13 +275,12 @@ class Gossip:
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on to the bit, its own weights and buffers among it; copies of nothing."""
         self.finish()
-        between = self._calls % self.interval != 0
         return {
             "digest": self._digest,
             "calls": self._calls,
             "steps": self.scheme.steps,
             "weights": self._weights,
-            "moved": self._read() if between else None,
+            "moved": self._read() if self._between else None,
             "buffers": {name: self._here(name, buffer) for name, buffer in self.model.named_buffers()},
             "scheme": self.scheme.state(),
         }

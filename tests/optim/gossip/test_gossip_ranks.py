@@ -134,6 +134,16 @@ def test_a_loop_of_ones_own(ranks, overlap):
 
 
 @pytest.mark.timeout(180)
+def test_between_two_exchanges_the_average_is_of_what_ranks_have_now(ranks):
+    """Of 20 steps the last exchange was in the 14th."""
+    answers = ranks(2).run(trained, scheme="diloco", interval=7)
+    for name in ("up.weight", "down.bias"):
+        own = [answer["own"][name] for answer in answers]
+        assert not torch.equal(*own)
+        torch.testing.assert_close(answers[0]["mean"][name], (own[0] + own[1]) / 2)
+
+
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(("scheme", "compressor"), [("dpsgd", None), ("dcd", "uniform8"), ("choco", "uniform4")])
 def test_overlapping_changes_nothing(ranks, scheme, compressor):
     both = [
