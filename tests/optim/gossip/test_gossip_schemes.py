@@ -227,6 +227,14 @@ def test_compressed_ranks_find_what_uncompressed_ones_find(name, codec, options)
     assert found < 1.25 * exact
 
 
+def test_ecd_needs_more_bits_than_dcd():
+    """What it sends grows with t, and the error of a scale for each bucket with what is sent."""
+    problem = Quadratics(8)
+    _, dcd = problem.train(schemes("dcd", "ring", "uniform4"))
+    _, ecd = problem.train(schemes("ecd", "ring", "uniform4"))
+    assert ecd > 2 * dcd
+
+
 def test_a_compressor_that_is_not_contractive_diverges_in_dcd_and_not_when_scaled():
     problem = Quadratics(8)
     _, scaled = problem.train(schemes("dcd", "ring", compressor("uniform2", bucket=96, scaled=True)))
