@@ -4,7 +4,7 @@
     python benchmarks/wan.py --rates 100 --delays 20 --methods ddp powersgd-2 --steps 5          # a look in minutes
     python benchmarks/wan.py --rates 100 --delays 20 --train 120 --out table.md                 # loss against time
 
-The exchanges of weights beside what they compete with, on the networks of their paper (some 5 hours), and two of them:
+The exchanges of weights beside what they compete with, on the networks of their paper (some 4 hours), and two of them:
 
     python benchmarks/wan.py --rates 1000 100 50 20 10 5 --delays 0 1 5 10 20 50 --preset 2m --vocabulary 1024 \\
         --methods ddp ddp-bf16 powersgd-4 thinrank-bf16 allreduce-8 dpsgd dcd-8 ecd-8 choco-4 powergossip-4 diloco \\

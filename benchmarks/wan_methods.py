@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gossip_clocks import timed
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from thinrank.optim import GaLoreConfig, build, replicate
 from thinrank.optim.gossip import cost
 from thinrank.optim.gossip.exchange import Gossip
-from thinrank.optim.gossip.rounds import Step as Exchange
 from thinrank.optim.gossip.schemes import SCHEMES
 
 Batch = Mapping[str, Any]
@@ -188,22 +188,9 @@ def gossip(scheme: str, compressor: str | None = None, interval: int = 1, **opti
         exchange = Gossip(
             model, optimizer, scheme=scheme, compressor=compressor, interval=interval, group=group, **options
         )
-        alone, own, spent = step_of(model, optimizer), exchange.scheme.step, 0.0
-
-        def watched(weights: Tensor, update: Tensor) -> Exchange:
-            nonlocal spent
-            running, answer = own(weights, update), None
-            while True:
-                before = time.perf_counter()
-                try:
-                    ask = running.send(answer)
-                except StopIteration as end:
-                    spent += time.perf_counter() - before
-                    return end.value
-                spent += time.perf_counter() - before
-                answer = yield ask
-
-        exchange.scheme.step = watched
+        alone, own = step_of(model, optimizer), exchange.scheme.step
+        spent: list[float] = []
+        exchange.scheme.step = lambda weights, update: timed(own(weights, update), spent, time.perf_counter)
 
         def step(batch: Batch) -> Tensor:
             value = alone(batch)
@@ -213,7 +200,7 @@ def gossip(scheme: str, compressor: str | None = None, interval: int = 1, **opti
         return Training(
             step=step,
             egress=lambda: exchange.wire.egress,
-            own=lambda: spent,
+            own=lambda: sum(spent),
             finish=exchange.finish,
             settle=exchange.settle,
         )

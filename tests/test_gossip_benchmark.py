@@ -162,6 +162,7 @@ def test_a_page_is_made_and_no_training_made_again(command, tmp_path, monkeypatc
     page = (tmp_path / "page.md").read_text()
     for part in ("## 2 ranks", "## 4 ranks", "### The paper's claim", "beats both parents", "5 Mbit/s, 20 ms one way"):
         assert part in page
+    assert "where rate and delay are both bad is " in page
     cells = next(line for line in page.splitlines() if line.startswith("| `dcd-8` |")).split("|")
     assert 0.9 < float(cells[3]) < 1.1
     assert 0.0 < float(cells[2]) < math.log(300) + 0.5
