@@ -175,6 +175,13 @@ _METHODS: dict[str, Method] = {
         behind=BACKWARD,
         optimizer="galore",
     ),
+    "updates": Method(
+        about="all-reduce of updates in float32: each rank's own AdamW, weights that stay equal",
+        make=_apart("allreduce", "float32"),
+        message=lambda sizes, ranks: 4 * sizes.numbers,
+        among="all",
+        needs="allreduce",
+    ),
     "dpsgd": Method(
         about="D-PSGD, weights in float32, a ring",
         make=_apart("dpsgd", "float32"),
