@@ -1,0 +1,268 @@
+"""What layers, their weights and their inputs look like while a model trains, read now and then without changing it.
+
+In one's own loop::
+
+    spectra = Spectra(model, optimizer)
+    for step, batch in enumerate(data, 1):
+        if step % 50 == 0:
+            spectra.begin()
+        loss(model, batch).backward()
+        if spectra.reading:
+            spectra.look_at_gradients()
+            print(spectra.end()["model.layers.0.self_attn.q_proj"])
+        optimizer.step()
+
+Nothing is left on the model between `begin` and `end`'s readings, and no random number is drawn.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thinrank.optim.monitors.alignment import BINS, Alignment, counts
+from thinrank.optim.monitors.tracker import SpectrumTracker
+from thinrank.optim.watched import Watched, Weights, linear_layers
+
+METRICS: dict[str, str] = {
+    "sign_diversity": "of the inputs' alignments with v1: 2 min(f+, 1 - f+), 0 when all lie on one side",
+    "alignment_mean": "mean alignment with v1 in standard deviations of inputs without a direction, without its sign",
+    "alignment_size": "mean absolute alignment, 0.80 for inputs without a direction",
+    "sigma": "σ1 of the weight",
+    "sigma_gap": "σ1 / σ2: near 1 there is no v1",
+    "stable_rank": "‖W‖_F² / σ1²",
+    "weight_rms": "root mean square of the weight's entries",
+    "drive": "u1ᵀ G v1: negative, plain gradient descent would let σ1 grow",
+    "gain": "rms of the outputs in parts of the inputs' rms",
+    "input_max": "largest magnitude among the inputs",
+    "participation": "participation ratio of up to 256 inputs: directions that they fill",
+}
+"""What is read of each layer, by name."""
+
+CHEAP = ("sign_diversity", "alignment_mean", "sigma", "sigma_gap", "stable_rank", "weight_rms", "drive", "gain")
+"""What is read unless one asks for something else."""
+
+SAMPLE = 256
+"""Tokens whose participation ratio is taken."""
+
+Reduce = Callable[[Tensor, str], Tensor]
+"""The "sum" or "max" of a tensor over the ranks that see other data."""
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Refuses a name that is none of `METRICS`, naming the nearest.
+
+    Raises:
+        ValueError: for one.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            near = difflib.get_close_matches(str(name), METRICS, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"metrics: {name!r} is none of {', '.join(METRICS)}{hint}")
+
+
+@dataclass
+class Layer:
+    """What was read of a layer.
+
+    Attributes:
+        values: by metric; one that could not be read is missing.
+        alignment: of its inputs, or None.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    alignment: Alignment | None = None
+
+    def __getitem__(self, metric: str) -> float:
+        return self.values[metric]
+
+
+class Spectra:
+    """Reads the linear layers of a model.
+
+    A reading begins before a forward and ends after it: the weights' first singular triples are followed from where the
+    last reading left them (`monitors.tracker`), then every layer's inputs in the next forward are looked at, once for
+    each layer, so that what activation checkpointing computes again is not counted again. With
+    `look_at_gradients`, between backward and the step, come what needs gradients.
+
+    Under DDP each rank looks at its own data, and `end(reduce)` adds up. Where weights lie in pieces (FSDP2, ZeRO-3) all
+    ranks begin together, and vectors travel, never a weight. Layers made of factors are watched by the weight that they
+    amount to. With a compiled model, hooks that come and go make it compile again: watch a model that is not.
+
+    Args:
+        model: that is trained.
+        optimizer: its optimizer; one of thinrank knows where ZeRO-3 keeps weights.
+        metrics: of `METRICS`.
+        layers, exclude: which layers, as in `watched.linear_layers`.
+
+    Attributes:
+        layers: that are watched, by name.
+        left_out: why some layers have no values of their weight, by name.
+        reading: between `begin` and `end`.
+
+    Raises:
+        ValueError: for an unknown metric, or a layer that is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        metrics: Sequence[str] = CHEAP,
+        layers: Sequence[str] = ("all-linear",),
+        exclude: Sequence[str] = (),
+    ) -> None:
+        check_metrics(metrics)
+        self.metrics = tuple(metrics)
+        self.layers = linear_layers(model, layers, exclude)
+        self._weights = Weights(self.layers, optimizer)
+        self.left_out = self._weights.left_out
+        self.tracker = SpectrumTracker(self._weights.shapes())
+        self.reading = False
+        self._hooks: list[Any] = []
+        self._sums: dict[str, Tensor] = {}
+        self._most: dict[str, Tensor] = {}
+        self._drive: dict[str, Tensor] = {}
+
+    def _any(self, *names: str) -> bool:
+        return any(name in self.metrics for name in names)
+
+    @property
+    def _needs_inputs(self) -> bool:
+        return self._any(
+            "sign_diversity", "alignment_mean", "alignment_size", "gain", "input_max", "participation"
+        )
+
+    def begin(self) -> None:
+        """Reads the weights, and has the next forward looked at. All ranks call it where weights lie in pieces."""
+        self.cancel()
+        self.reading = True
+        self._sums, self._most, self._drive = {}, {}, {}
+        self.tracker.update(self._weights.pieces(), self._weights.axis)
+        if self._needs_inputs:
+            for layer in self.layers.values():
+                self._hooks.append(layer.module.register_forward_hook(self._hook(layer)))
+
+    def cancel(self) -> None:
+        """Forgets a reading that was begun, and takes every hook away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self.reading = [], False
+
+    def _hook(self, layer: Watched) -> Callable[..., None]:
+        @torch.no_grad()
+        def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if layer.name in self._sums or not args or not isinstance(args[0], Tensor):
+                return
+            self._look(layer, args[0].detach(), output)
+
+        return look
+
+    def _look(self, layer: Watched, inputs: Tensor, output: Any) -> None:
+        triple = self.tracker.triples.get(layer.name)
+        wanted = self._any("sign_diversity", "alignment_mean", "alignment_size") and triple is not None
+        if wanted:
+            assert triple is not None
+            aligned = counts(inputs, triple.left if layer.turned else triple.right)
+        else:
+            aligned = torch.zeros(4 + BINS, dtype=torch.float64, device=inputs.device)
+        squares = [_mean_square(inputs), _mean_square(output) if isinstance(output, Tensor) else inputs.new_zeros(())]
+        shares = torch.zeros(2, dtype=torch.float64, device=inputs.device)
+        if "participation" in self.metrics:
+            shares = torch.stack([_participation(inputs), torch.ones_like(shares[0])])
+        self._sums[layer.name] = torch.cat([aligned, torch.stack(squares).double(), shares])
+        self._most[layer.name] = inputs.abs().amax().float() if inputs.numel() else inputs.new_zeros(()).float()
+
+    @torch.no_grad()
+    def look_at_gradients(self) -> None:
+        """Between backward and the step: reads what gradients say. Where backward, replicas or DeepSpeed have taken the
+        gradients, there is nothing to see. All ranks call it where weights lie in pieces."""
+        if self.reading and "drive" in self.metrics:
+            gradients = self._weights.gradients()
+            self._drive = self.tracker.drive(gradients, self._weights.axis)
+
+    def end(self, reduce: Reduce | None = None) -> dict[str, Layer]:
+        """What was read, by layer; the host waits for the device here.
+
+        Args:
+            reduce: adds up over the ranks that see other data, all of which then call it; None: these inputs alone.
+        """
+        names = [name for name in self.layers if name in self._sums]
+        self.cancel()
+        found: dict[str, Layer] = {name: Layer() for name in self.layers}
+        if names:
+            sums = torch.stack([self._sums[name] for name in names])
+            most = torch.stack([self._most[name] for name in names])
+            if reduce is not None:
+                sums, most = reduce(sums, "sum"), reduce(most, "max")
+            for name, row, peak in zip(names, sums.cpu(), most.tolist(), strict=True):
+                self._inputs(found[name], self.layers[name], row, peak)
+        self._of_weights(found)
+        for name, value in zip(self._drive, _listed(list(self._drive.values())), strict=True):
+            found[name].values["drive"] = value
+        for layer in found.values():
+            layer.values = {name: layer.values[name] for name in self.metrics if name in layer.values}
+        self._sums, self._most, self._drive = {}, {}, {}
+        return found
+
+    def _inputs(self, layer: Layer, watched: Watched, row: Tensor, peak: float) -> None:
+        aligned, (before, after, share, times) = row[: 4 + BINS], row[4 + BINS :].tolist()
+        if aligned[0] > 0:
+            layer.alignment = Alignment.of(aligned, watched.inputs)
+            layer.values["sign_diversity"] = layer.alignment.sign_diversity
+            layer.values["alignment_mean"] = abs(layer.alignment.mean)
+            layer.values["alignment_size"] = layer.alignment.magnitude
+        layer.values["gain"] = math.sqrt(after / before) if before > 0 else math.nan
+        layer.values["input_max"] = peak
+        if times:
+            layer.values["participation"] = share / times
+
+    def _of_weights(self, found: dict[str, Layer]) -> None:
+        names = [name for name in self.tracker.triples if name in found]
+        if not names:
+            return
+        triples = [self.tracker.triples[name] for name in names]
+        columns = torch.stack(
+            [torch.stack([t.sigma[0], t.gap, t.stable_rank, t.energy]).double() for t in triples]
+        ).tolist()
+        for name, (sigma, gap, rank, energy) in zip(names, columns, strict=True):
+            rows, width = self.layers[name].shape
+            found[name].values |= {
+                "sigma": sigma,
+                "sigma_gap": gap,
+                "stable_rank": rank,
+                "weight_rms": math.sqrt(energy / (rows * width)) if energy >= 0 else math.nan,
+            }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the singular vectors are, as CPU tensors."""
+        return self.tracker.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self.tracker.load_state_dict(state)
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.detach().float().square().mean() if x.numel() else x.new_zeros((), dtype=torch.float32)
+
+
+def _participation(inputs: Tensor) -> Tensor:
+    """(tr C)² / tr(C²) with C = XᵀX of up to `SAMPLE` tokens, evenly taken (float64 scalar)."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    rows = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE].double()
+    gram = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
+    energy = gram.square().sum()
+    return torch.where(energy > 0, gram.diagonal().sum().square() / energy.clamp(min=1e-300), 0.0)
+
+
+def _listed(values: Sequence[Tensor]) -> list[float]:
+    return torch.stack([value.double() for value in values]).tolist() if values else []
