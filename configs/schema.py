@@ -12,6 +12,7 @@ from thinrank.trainers.cluster.config import KubernetesJob, SlurmJob, SubmitConf
 from thinrank.trainers.data.config import FilesConfig, HeadersConfig, HuggingFaceConfig, PySourceConfig
 from thinrank.trainers.finetune import FinetuneConfig
 from thinrank.trainers.models import ModelConfig
+from thinrank.trainers.monitors import MonitorConfig
 from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
 from thinrank.trainers.strategies import (
     FSDP2Config,
@@ -51,6 +52,7 @@ PRETRAIN = Schema(
         "strategy": STRATEGIES,
         "reparam": REPARAMS,
         "trainer": TrainerConfig,
+        "monitors": MonitorConfig,
     },
     folder=FOLDER,
     base="pretrain",
@@ -76,6 +78,7 @@ FINETUNE = Schema(
         "strategy": STRATEGIES,
         "reparam": REPARAMS,
         "trainer": TrainerConfig,
+        "monitors": MonitorConfig,
     },
     folder=FOLDER,
     own=FOLDER / "finetune",

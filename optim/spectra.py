@@ -92,9 +92,9 @@ class Spectra:
     each layer, so that what activation checkpointing computes again is not counted again. With
     `look_at_gradients`, between backward and the step, come what needs gradients.
 
-    Under DDP each rank looks at its own data, and `end(reduce)` adds up. Where weights lie in pieces (FSDP2, ZeRO-3) all
-    ranks begin together, and vectors travel, never a weight. Layers made of factors are watched by the weight that they
-    amount to. With a compiled model, hooks that come and go make it compile again: watch a model that is not.
+    Under DDP each rank looks at its own data, and `end(reduce)` adds up. Where weights lie in pieces (FSDP2, ZeRO-3)
+    all ranks begin together, and vectors travel, never a weight. Layers made of factors are watched by the weight that
+    they amount to. With a compiled model, hooks that come and go make it compile again: watch a model that is not.
 
     Args:
         model: that is trained.
@@ -137,9 +137,7 @@ class Spectra:
 
     @property
     def _needs_inputs(self) -> bool:
-        return self._any(
-            "sign_diversity", "alignment_mean", "alignment_size", "gain", "input_max", "participation"
-        )
+        return self._any("sign_diversity", "alignment_mean", "alignment_size", "gain", "input_max", "participation")
 
     def begin(self) -> None:
         """Reads the weights, and has the next forward looked at. All ranks call it where weights lie in pieces."""

@@ -33,6 +33,7 @@ from thinrank.trainers.callbacks.layers import LayerUpkeep
 from thinrank.trainers.callbacks.metrics import TrainingMetrics
 from thinrank.trainers.callbacks.preemption import Preemption
 from thinrank.trainers.callbacks.progress import Progress
+from thinrank.trainers.callbacks.spectra import SpectralMonitor
 from thinrank.trainers.checkpoint import AtomicCheckpointIO, require_space, step_of
 from thinrank.trainers.curves import Curves
 from thinrank.trainers.data import TextData
@@ -175,7 +176,15 @@ def _assemble(
     preemption = Preemption(checkpointing, folder.marker, max_seconds=config.trainer.max_seconds)
     held = HeldMemory()
     upkeep = [LayerUpkeep(config.trainer.seed)] if config.reparam.acts else []
-    trainer = _trainer(config, world, plan, folder, resume, cuda, [guard, held, *upkeep, preemption, checkpointing])
+    monitor = SpectralMonitor(
+        config.monitors,
+        warmup=config.trainer.schedule.warmup(plan.steps),
+        total_steps=plan.steps,
+        folder=folder.pictures,
+        told=lambda step, level, reason: folder.log("alarm", step=step, state=level, reason=reason),
+    )
+    acting = [guard, held, *upkeep, preemption, checkpointing]
+    trainer = _trainer(config, world, plan, folder, resume, cuda, [monitor, *acting])
     return Parts(
         job=job,
         origin=origin,

@@ -23,6 +23,10 @@ TAGS = (
     "lowrank/captured_energy",
     "lowrank/subspace_overlap",
     "lowrank/rank",
+    "spectral/sign_diversity/_median",
+    "spectral/sigma/_max",
+    "spectral/stable_rank/_median",
+    "spectral/collapsed",
     "time/step",
     "consumed_tokens",
 )

@@ -167,6 +167,8 @@ def sample_and_export(parts: Parts, weights: dict[str, Any] | None) -> tuple[dic
     artifacts["curves"] = folder.curves.name
     if choice.tensorboard:
         artifacts["events"] = "tensorboard"
+    if folder.pictures.is_dir():
+        artifacts["pictures of the layers"] = folder.pictures.name
     if choice.sample_tokens:
         text = sample_text(model, tokenizer, choice.sample_prompt, choice.sample_tokens, choice.seed)
         sample = {"prompt": choice.sample_prompt, "text": text.removeprefix(choice.sample_prompt)}

@@ -21,6 +21,7 @@ from thinrank.optim.messages import COARSE
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig
+from thinrank.trainers.monitors import MonitorConfig
 from thinrank.trainers.run import RunConfig
 from thinrank.trainers.schedule import ScheduleConfig
 from thinrank.trainers.strategies import (
@@ -160,6 +161,7 @@ class TrainingConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig, metadata={"help": "how processes share the work"})
     reparam: ReparamConfig = field(default_factory=ReparamConfig, metadata={"help": "layers of factors"})
     trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata={"help": "how long, how large, how often"})
+    monitors: MonitorConfig = field(default_factory=MonitorConfig, metadata={"help": "what of the layers is looked at"})
 
     def __post_init__(self) -> None:
         if self.trainer.in_backward == "step" and self.reparam.acts:

@@ -38,6 +38,7 @@ from thinrank.trainers.preflight.config import PreflightConfig
 FREE_KEYS = (
     "run",
     "strategy",
+    "monitors",
     "data.cache_dir",
     "data.num_workers",
     "data.validation_tokens",
@@ -66,6 +67,7 @@ _OWNED = (
     "adapter",
     "export",
     "curves.jsonl",
+    "monitors",
     "report.json",
     "report.md",
     "status.json",
@@ -153,6 +155,10 @@ class RunFolder:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "monitors"
 
     @property
     def curves(self) -> Path:

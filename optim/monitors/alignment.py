@@ -7,13 +7,13 @@ For a linear layer with weight W, first right singular vector v1, and inputs x_i
     SD   = 2 min(f+, 1 - f+)                   sign diversity, in [0, 1]
 
 Healthy layers see both signs; when all inputs fall on one side, every token gets the same large output component, and
-whatever pushes σ1 pushes it the same way for all of them. Qiu et al. 2025 (arXiv:2510.04202) monitor the distribution of
-alignments and find that the collapse of sign diversity comes before a loss explodes. The normalisation by ||x||, the
+whatever pushes σ1 pushes it the same way for all of them. Qiu et al. 2025 (arXiv:2510.04202) monitor the distribution
+of alignments and find that the collapse of sign diversity comes before a loss explodes. The normalisation by ||x||, the
 numbers below and the thresholds of `AlignmentAlarm` are ours: the paper's own were not at hand.
 
-What it cannot see: where σ1 and σ2 nearly agree, v1 is any vector of a plane and SD means nothing; the inputs of a layer
-after a gated or squared activation are one-sided by construction; some layers of healthy models are one-sided all the
-time. Look at how a layer changes, and at how many do, never at one layer's value.
+What it cannot see: where σ1 and σ2 nearly agree, v1 is any vector of a plane and SD means nothing; the inputs of a
+layer after a gated or squared activation are one-sided by construction; some layers of healthy models are one-sided all
+the time. Look at how a layer changes, and at how many do, never at one layer's value.
 """
 
 from __future__ import annotations

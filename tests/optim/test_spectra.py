@@ -164,7 +164,7 @@ def test_a_state_goes_on_where_it_was(two):
 
 
 def test_unknown_names_are_refused(two):
-    with pytest.raises(ValueError, match="'stable_rnak' is none of .*did you mean 'stable_rank'"):
+    with pytest.raises(ValueError, match=r"'stable_rnak' is none of .*did you mean 'stable_rank'"):
         Spectra(two, metrics=["stable_rnak"])
     with pytest.raises(ValueError, match="'third' is no linear layer of the model"):
         Spectra(two, layers=["third"])

@@ -91,7 +91,7 @@ def test_a_healthy_model_and_one_with_a_few_one_sided_layers_say_nothing():
 
 def test_many_layers_are_a_warning_then_an_alert_and_recovery_clears_with_hysteresis():
     def reading(layer, step):
-        gone = layer < 3 and step > 200 or layer < 5 and step > 300
+        gone = (layer < 3 and step > 200) or (layer < 5 and step > 300)
         return (0.10 if step > 400 and gone else 0.0 if gone else 0.8), 2.0
 
     verdicts = dict(run(small(), 700, reading))
@@ -139,9 +139,10 @@ def test_a_state_goes_on_as_if_nothing_had_been(tmp_path):
     run(one, 300, reading)
     torch.save(one.state_dict(), tmp_path / "state.pt")
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    rest = []
-    for step in range(310, 501, 10):
-        rest.append((step, other.update(step, {f"l{i}": (*reading(i, step), 2.0) for i in range(10)})))
+    rest = [
+        (step, other.update(step, {f"l{i}": (*reading(i, step), 2.0) for i in range(10)}))
+        for step in range(310, 501, 10)
+    ]
     assert rest == whole[30:]
 
 

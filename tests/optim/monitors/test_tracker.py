@@ -8,7 +8,6 @@ import torch
 from thinrank.optim.monitors.tracker import Piece, SpectrumTracker
 
 
-
 def spiked(out, width, values, seed=0):
     generator = torch.Generator().manual_seed(seed)
     left = torch.linalg.qr(torch.randn(out, len(values), generator=generator))[0]
@@ -30,7 +29,7 @@ def test_the_first_reading_finds_the_first_triple(out, width):
 
 
 def test_the_left_vector_belongs_to_the_right_one():
-    weight, left, _ = spiked(12, 20, [2.0, 1.0])
+    weight, _left, _ = spiked(12, 20, [2.0, 1.0])
     triple = SpectrumTracker({"w": (12, 20)}).update({"w": Piece.whole(weight)})["w"]
     assert float(triple.left @ weight @ triple.right) == pytest.approx(2.0, rel=1e-5)
 
@@ -70,7 +69,7 @@ class Ranks:
             def sum(self, x):
                 outer.held[rank] = x
                 outer.barrier.wait()
-                total = torch.stack([part for part in outer.held]).sum(0)
+                total = torch.stack(list(outer.held)).sum(0)
                 outer.barrier.wait()
                 if rank == 0:
                     outer.messages += 1
@@ -121,7 +120,9 @@ def test_all_matrices_travel_in_one_message():
     def work(rank):
         half = {name: w.numel() // 2 for name, w in weights.items()}
         pieces = {
-            name: Piece(w.reshape(-1)[half[name] :] if rank else w.reshape(-1)[: half[name]], shapes[name], rank * half[name])
+            name: Piece(
+                w.reshape(-1)[half[name] :] if rank else w.reshape(-1)[: half[name]], shapes[name], rank * half[name]
+            )
             for name, w in weights.items()
         }
         return trackers[rank].update(pieces, ranks.axis(rank))
