@@ -291,6 +291,6 @@ def _listed(values: Sequence[Tensor]) -> list[float]:
     return torch.stack(list(values)).tolist() if values else []
 
 
-def exact(device: torch.device) -> AbstractContextManager[None]:
+def exact(device: torch.device) -> AbstractContextManager[Any]:
     """Products in the dtype of their operands, also within autocast."""
     return torch.autocast(device.type, enabled=False)

@@ -123,9 +123,11 @@ def test_a_falling_mean_warns_before_any_layer_is_one_sided():
 
 def test_layers_without_a_first_direction_are_left_out():
     alarm = small()
-    for step in range(10, 500, 10):
-        gap = {f"l{i}": (0.0 if step > 200 else 0.8, 2.0, 1.01 if i < 6 else 2.0) for i in range(10)}
-        verdict = alarm.update(step, gap)
+    verdicts = [
+        alarm.update(step, {f"l{i}": (0.0 if step > 200 else 0.8, 2.0, 1.01 if i < 6 else 2.0) for i in range(10)})
+        for step in range(10, 500, 10)
+    ]
+    verdict = verdicts[-1]
     assert verdict.collapsed == 1.0  # of the four that have one
     assert len(verdict.layers) == 4
 

@@ -1,6 +1,7 @@
 """The triples that are followed against exact ones, whole and in pieces."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -57,10 +58,11 @@ class Ranks:
     def __init__(self, ranks):
         import threading
 
-        self.barrier, self.held, self.ranks = threading.Barrier(ranks, timeout=20), [None] * ranks, ranks
+        self.barrier, self.ranks = threading.Barrier(ranks, timeout=20), ranks
+        self.held: list[Any] = [None] * ranks
         self.messages = 0
 
-    def axis(self, rank):
+    def axis(self, rank) -> Any:
         outer = self
 
         class Meeting:
@@ -69,7 +71,7 @@ class Ranks:
             def sum(self, x):
                 outer.held[rank] = x
                 outer.barrier.wait()
-                total = torch.stack(list(outer.held)).sum(0)
+                total = torch.stack(outer.held).sum(0)
                 outer.barrier.wait()
                 if rank == 0:
                     outer.messages += 1
