@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from thinrank.optim.monitors.alignment import BINS, Alignment, counts
-from thinrank.optim.monitors.tracker import SpectrumTracker
+from thinrank.optim.monitors.tracker import Piece, SpectrumTracker, exact
 from thinrank.optim.watched import Watched, Weights, linear_layers
 
 METRICS: dict[str, str] = {
@@ -42,14 +42,20 @@ METRICS: dict[str, str] = {
     "gain": "rms of the outputs in parts of the inputs' rms",
     "input_max": "largest magnitude among the inputs",
     "participation": "participation ratio of up to 256 inputs: directions that they fill",
+    "update_rms": "root mean square of the step's change of an entry",
+    "update_ratio": "‖ΔW‖ / ‖W‖ of the step",
+    "representation_change": "‖ΔW X‖ / ‖W X‖ of the step, for up to 256 inputs X",
 }
 """What is read of each layer, by name."""
 
 CHEAP = ("sign_diversity", "alignment_mean", "sigma", "sigma_gap", "stable_rank", "weight_rms", "drive", "gain")
 """What is read unless one asks for something else."""
 
+OF_UPDATES = ("update_rms", "update_ratio", "representation_change")
+"""What compares weights before and after a step, and keeps a copy of them from `look_at_gradients` to `end`."""
+
 SAMPLE = 256
-"""Tokens whose participation ratio is taken."""
+"""Tokens of which what is costly is taken."""
 
 Reduce = Callable[[Tensor, str], Tensor]
 """The "sum" or "max" of a tensor over the ranks that see other data."""
@@ -90,7 +96,8 @@ class Spectra:
     A reading begins before a forward and ends after it: the weights' first singular triples are followed from where the
     last reading left them (`monitors.tracker`), then every layer's inputs in the next forward are looked at, once for
     each layer, so that what activation checkpointing computes again is not counted again. With
-    `look_at_gradients`, between backward and the step, come what needs gradients.
+    `look_at_gradients`, between backward and the step, come what needs gradients; where `OF_UPDATES` are wanted, `end`
+    comes after the step.
 
     Under DDP each rank looks at its own data, and `end(reduce)` adds up. Where weights lie in pieces (FSDP2, ZeRO-3)
     all ranks begin together, and vectors travel, never a weight. Layers made of factors are watched by the weight that
@@ -131,19 +138,23 @@ class Spectra:
         self._sums: dict[str, Tensor] = {}
         self._most: dict[str, Tensor] = {}
         self._drive: dict[str, Tensor] = {}
+        self._samples: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
 
     def _any(self, *names: str) -> bool:
         return any(name in self.metrics for name in names)
 
     @property
     def _needs_inputs(self) -> bool:
-        return self._any("sign_diversity", "alignment_mean", "alignment_size", "gain", "input_max", "participation")
+        return self._any(
+            "sign_diversity", "alignment_mean", "alignment_size", "gain", "input_max", "participation", *OF_UPDATES[2:]
+        )
 
     def begin(self) -> None:
         """Reads the weights, and has the next forward looked at. All ranks call it where weights lie in pieces."""
         self.cancel()
         self.reading = True
-        self._sums, self._most, self._drive = {}, {}, {}
+        self._sums, self._most, self._drive, self._samples, self._before = {}, {}, {}, {}, {}
         self.tracker.update(self._weights.pieces(), self._weights.axis)
         if self._needs_inputs:
             for layer in self.layers.values():
@@ -177,6 +188,8 @@ class Spectra:
         if "participation" in self.metrics:
             shares = torch.stack([_participation(inputs), torch.ones_like(shares[0])])
         self._sums[layer.name] = torch.cat([aligned, torch.stack(squares).double(), shares])
+        if "representation_change" in self.metrics:
+            self._samples[layer.name] = _sample(inputs).float()
         self._most[layer.name] = inputs.abs().amax().float() if inputs.numel() else inputs.new_zeros(()).float()
 
     @torch.no_grad()
@@ -186,6 +199,8 @@ class Spectra:
         if self.reading and "drive" in self.metrics:
             gradients = self._weights.gradients()
             self._drive = self.tracker.drive(gradients, self._weights.axis)
+        if self.reading and self._any(*OF_UPDATES):
+            self._before = {name: piece.entries.clone() for name, piece in self._weights.pieces().items()}
 
     def end(self, reduce: Reduce | None = None) -> dict[str, Layer]:
         """What was read, by layer; the host waits for the device here.
@@ -206,10 +221,37 @@ class Spectra:
         self._of_weights(found)
         for name, value in zip(self._drive, _listed(list(self._drive.values())), strict=True):
             found[name].values["drive"] = value
+        if self._before:
+            self._of_updates(found)
         for layer in found.values():
             layer.values = {name: layer.values[name] for name in self.metrics if name in layer.values}
-        self._sums, self._most, self._drive = {}, {}, {}
+        self._sums, self._most, self._drive, self._samples, self._before = {}, {}, {}, {}, {}
         return found
+
+    @torch.no_grad()
+    def _of_updates(self, found: Mapping[str, Layer]) -> None:
+        axis, now = self._weights.axis, self._weights.pieces()
+        changes = {
+            name: Piece(now[name].entries.float() - before.float(), now[name].shape, now[name].start)
+            for name, before in self._before.items()
+        }
+        energies = axis.sum(torch.stack([change.energy() for change in changes.values()])).tolist()
+        with exact(next(iter(now.values())).entries.device):
+            for (name, change), energy in zip(changes.items(), energies, strict=True):
+                rows, width = change.shape
+                before = float(self.tracker.triples[name].energy)
+                found[name].values["update_rms"] = math.sqrt(energy / (rows * width)) if rows * width else math.nan
+                found[name].values["update_ratio"] = math.sqrt(energy / before) if before > 0 else math.nan
+                if name in self._samples and axis.whole:
+                    was = Piece(self._before[name], change.shape)
+                    moved, stood = (self._apply(name, piece) for piece in (change, was))
+                    found[name].values["representation_change"] = moved / stood if stood > 0 else math.nan
+
+    def _apply(self, name: str, piece: Piece) -> float:
+        """‖W X‖ of the sample."""
+        columns = self._samples[name].mT
+        product = piece.turned_times(columns) if self.layers[name].turned else piece.times(columns)
+        return float(product.norm())
 
     def _inputs(self, layer: Layer, watched: Watched, row: Tensor, peak: float) -> None:
         aligned, (before, after, share, times) = row[: 4 + BINS], row[4 + BINS :].tolist()
@@ -253,10 +295,15 @@ def _mean_square(x: Tensor) -> Tensor:
     return x.detach().float().square().mean() if x.numel() else x.new_zeros((), dtype=torch.float32)
 
 
-def _participation(inputs: Tensor) -> Tensor:
-    """(tr C)² / tr(C²) with C = XᵀX of up to `SAMPLE` tokens, evenly taken (float64 scalar)."""
+def _sample(inputs: Tensor) -> Tensor:
+    """Up to `SAMPLE` tokens, evenly taken."""
     rows = inputs.reshape(-1, inputs.shape[-1])
-    rows = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE].double()
+    return rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
+
+
+def _participation(inputs: Tensor) -> Tensor:
+    """(tr C)² / tr(C²) with C = XᵀX of up to `SAMPLE` tokens (float64 scalar)."""
+    rows = _sample(inputs).double()
     gram = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
     energy = gram.square().sum()
     return torch.where(energy > 0, gram.diagonal().sum().square() / energy.clamp(min=1e-300), 0.0)

@@ -56,7 +56,7 @@ from thinrank.trainers.jobs import Job, resumable
 from thinrank.trainers.liveness import heartbeat
 from thinrank.trainers.module import CausalLM, frozen_names
 from thinrank.trainers.parts import Parts
-from thinrank.trainers.plan.precision import as_trained
+from thinrank.trainers.plan.precision import as_trained, emulated
 from thinrank.trainers.preflight.check import check_machines, check_run
 from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.resident import Resident
@@ -332,6 +332,9 @@ def _introduce(parts: Parts) -> None:
     say(world, routing.table())
     if (exchange := _exchange(parts)) is not None:
         say(world, f"exchange    {exchange}")
+    precision = parts.config.trainer.precision
+    if emulated(precision, cuda=_wants_cuda(parts.config, world)):
+        say(world, f"precision   {precision}, slow on this processor: trainer.precision=32-true is faster here")
     if (
         remembers_untold(parts.config.optimizer.matrix_rule())
         and getattr(parts.config.strategy, "messages", "") not in COARSE

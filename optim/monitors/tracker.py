@@ -46,7 +46,7 @@ class Piece:
     @classmethod
     def whole(cls, weight: Tensor) -> Piece:
         """Of a weight that is all here: (out, …), later dimensions flattened."""
-        return cls(weight.detach().flatten(1), (weight.shape[0], weight[0].numel() if weight.shape[0] else 0))
+        return cls(weight.detach().flatten(1), (weight.shape[0], weight.numel() // max(1, weight.shape[0])))
 
     def _parts(self) -> tuple[int, int, Tensor, Tensor, Tensor]:
         """Of what is here: its first row, where in that row it begins, the end of a row that was begun elsewhere, whole

@@ -47,9 +47,12 @@ def test_every_value_is_what_its_formula_says(two):
     spectra.begin()
     two(x).square().mean().backward()
     spectra.look_at_gradients()
+    weight, gradient = two.first.weight.detach().clone(), two.first.weight.grad
+    change = 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        two.first.weight += change
     found = spectra.end()
     assert set(found) == {"first", "second"}  # the head is left out unless it is named
-    weight, gradient = two.first.weight.detach(), two.first.weight.grad
     assert gradient is not None
     left, sigma, right = torch.linalg.svd(weight)
     rows = x.reshape(-1, 8)
@@ -69,6 +72,9 @@ def test_every_value_is_what_its_formula_says(two):
             "gain": float((rows @ weight.T).square().mean().sqrt() / rows.square().mean().sqrt()),
             "input_max": float(rows.abs().max()),
             "participation": float(gram.trace() ** 2 / gram.square().sum()),
+            "update_rms": float(change.square().mean().sqrt()),
+            "update_ratio": float(change.norm() / weight.norm()),
+            "representation_change": float((rows @ change.T).norm() / (rows @ weight.T).norm()),
         },
         rel=2e-3,
         abs=1e-5,
