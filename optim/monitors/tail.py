@@ -54,7 +54,7 @@ class Tail(NamedTuple):
     @property
     def sigma(self) -> Tensor:
         """The standard error of α."""
-        return (self.alpha - 1) / self.size.sqrt()
+        return (self.alpha - 1) / self.size.double().sqrt()
 
     @property
     def reliable(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -102,7 +102,8 @@ def _of_layer(name: str, layer: Any) -> Iterator[Weight]:
     shape = (layer.out_features, layer.in_features)
     try:
         factors = layer.factors()
-        whole = layer.weight().detach() if factors is None else None
+        if factors is None:
+            layer.weight()  # whether there is one; nobody keeps it
     except ValueError as error:  # NotMergeable
         yield Weight(name, "factors", shape, layer.weight, missing=str(error).partition(",")[0])
         for key, value in layer.named_parameters(recurse=False):
@@ -110,7 +111,7 @@ def _of_layer(name: str, layer: Any) -> Iterator[Weight]:
                 yield from _of_tensor(f"{name}.{key}", value)
         return
     if factors is None:
-        yield Weight(name, "factors", shape, lambda: cast("Tensor", whole))
+        yield Weight(name, "factors", shape, lambda: layer.weight().detach())
     else:
         yield _product(name, *factors)
 
