@@ -131,7 +131,12 @@ def _opened(path: str) -> tuple[Path, Any, list[str]]:
         return opened.path, opened.source, []
     try:
         model = _laid_out(config)
-        return opened.path, opened.source if model is None else filled_in(model, _state(opened.source)), []
+        if model is None:
+            return opened.path, opened.source, []
+        filled_in(model, _state(opened.source))
+        absent = any(p.is_meta for p in model.parameters())
+        note = "weights without values are frozen ones, which a checkpoint does not hold: look at the run's export"
+        return opened.path, model, [note] if absent else []
     except (ConfigError, UserError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         note = f"the tensors are measured as they lie in the file, since {config} builds no model for them: {reason}"

@@ -22,8 +22,8 @@ from thinrank.optim.monitors.spectrum import eigenvalues, singular_values, wide
 
 _GRID = 4096
 TW_WIDTHS = 3.0
-"""Widths of the largest eigenvalue's own scatter above the edge from which on one counts as a spike (`bulk`): pure
-noise has one there once in some thousands of matrices."""
+"""Widths of the largest eigenvalue's own scatter above the edge from which on one counts as a spike (`bulk`). Of 3000
+matrices of normal numbers each, 1.3 % of 32 × 32 and 0.3 % of 100 × 400 have one there: the median scatters, too."""
 
 
 class Bulk(NamedTuple):

@@ -76,6 +76,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "trap": ("kurtosis", "num_traps"),
 }
 """Columns that are found together, by what they cost."""
+NEARLY_FULL = 0.95
+"""Share of the singular values from which on a rank is not called deficient: the smallest of a large square matrix are
+below the rounding of float32 without any defect."""
 COMPARED = ("intruders", "least_similarity", "drift_l1", "drift_js", "relative_change")
 """Columns of a comparison with another model."""
 METRICS = tuple(name for group in GROUPS.values() for name in group)
@@ -196,7 +199,7 @@ def measure(weight: Weight, index: int = 0, config: ReportConfig = DEFAULT) -> M
             values |= {"detX_num": count, "num_ERG_spikes": count}
             if values.get("num_pl_spikes") is not None:
                 values["ERG_gap"] = count - values["num_pl_spikes"]
-        if config.wants("bulk") and rank >= 0.95 * len(s):  # else the zeros are the bulk
+        if config.wants("bulk") and rank >= NEARLY_FULL * len(s):  # else the zeros are the bulk
             values |= _bulk(evals, weight.shape)
         if rank >= 2:
             values |= _of_entries(weight, rank, config)
@@ -208,11 +211,13 @@ def measure(weight: Weight, index: int = 0, config: ReportConfig = DEFAULT) -> M
 def unmeasurable(weight: Weight, config: ReportConfig = DEFAULT) -> str:
     """Why a weight has no spectrum, or none that is to be found; empty where it has."""
     if weight.missing:
-        return f"no matrix: {weight.missing}"
+        return weight.missing
     if not all(weight.shape):
         return "empty"
     if min(weight.shape) > config.max_evals:
         return f"more than {config.max_evals} eigenvalues: left out"
+    if coded := [x.dtype for x in weight.parts if x.element_size() < 2]:
+        return f"codes of {str(coded[0]).removeprefix('torch.')}, whose scales are stored apart"
     if any(x.is_meta for x in weight.parts):
         return "no values (meta device)"
     wrong = sum(int((~torch.isfinite(x)).sum()) for x in weight.parts)
@@ -221,7 +226,8 @@ def unmeasurable(weight: Weight, config: ReportConfig = DEFAULT) -> str:
 
 def _sizes(s: Tensor, shape: tuple[int, int], notes: list[str]) -> dict[str, Any]:
     rank, largest, total = int(matrix_rank(s, shape)), float(s[0]) ** 2, float(s.square().sum())
-    if rank < len(s):
+    full = rank >= NEARLY_FULL * len(s)
+    if not full:
         notes.append(f"rank {rank} of {len(s)}")
     return {
         "norm": total,
@@ -237,9 +243,9 @@ def _sizes(s: Tensor, shape: tuple[int, int], notes: list[str]) -> dict[str, Any
         "participation_ratio": float(participation_ratio(s)),
         "entropy": _number(normalised_entropy(s, shape)),
         "nuclear_norm": float(nuclear_norm(s)),
-        "kappa": float(condition(s)) if rank == len(s) else math.inf,
-        "kappa_q": float(condition_quantile(s)) if rank >= math.ceil(0.95 * len(s)) else math.inf,
-        "log_volume": float(log_volume(s)) if rank == len(s) else -math.inf,
+        "kappa": float(condition(s)) if full else math.inf,
+        "kappa_q": float(condition_quantile(s)) if full else math.inf,
+        "log_volume": float(log_volume(s)) if full else -math.inf,
     }
 
 

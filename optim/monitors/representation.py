@@ -44,6 +44,20 @@ def participation_ratio(x: Tensor, *, centre: bool = False, axis: Axis = WHOLE) 
     return torch.where(square > 0, trace.square() / square, 0.0)
 
 
+def leading_share(x: Tensor) -> Tensor:
+    """σ₁(X) / ‖X‖_F, (...,) float64, from 1/√min(tokens, d) to 1, the root of 1 / stable rank; 0 where X is zero.
+
+    It grows where all rows come to point one way, which goes with the leading singular values of weights growing and
+    with losses that blow up (arXiv 2602.01308 names the two together; the share is ours). Not centred: a common mean is
+    a direction, and the one that is looked for.
+    """
+    y = wide(x).double()
+    gram = y.mT @ y if y.shape[-1] <= y.shape[-2] else y @ y.mT
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    largest = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0)
+    return torch.where(trace > 0, largest / trace, 0.0).sqrt()
+
+
 def matrix_entropy(x: Tensor) -> Tensor:
     """−Σ e ln e / ln d of the eigenvalues e of C / tr C, C = ZᵀZ, where Z is X minus its column means, rows of length
     one.

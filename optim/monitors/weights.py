@@ -100,12 +100,16 @@ def _of_module(model: nn.Module) -> Iterator[Weight]:
 def _of_layer(name: str, layer: Any) -> Iterator[Weight]:
     """The product of a layer of factors; where there is none, a row that says so, and one for each factor."""
     shape = (layer.out_features, layer.in_features)
+    absent = [key for key, value in layer.named_parameters(recurse=False) if value.is_meta and key != "bias"]
+    if absent:
+        yield Weight(name, "factors", shape, layer.weight, missing=f"no values of {', '.join(absent)}")
+        return
     try:
         factors = layer.factors()
         if factors is None:
             layer.weight()  # whether there is one; nobody keeps it
     except ValueError as error:  # NotMergeable
-        yield Weight(name, "factors", shape, layer.weight, missing=str(error).partition(",")[0])
+        yield Weight(name, "factors", shape, layer.weight, missing=f"no matrix: {str(error).partition(',')[0]}")
         for key, value in layer.named_parameters(recurse=False):
             if _is_matrix(value):
                 yield from _of_tensor(f"{name}.{key}", value)

@@ -229,6 +229,12 @@ def test_a_run_of_factors_is_built_by_its_configuration(call, tmp_path):
     expected = rows_of(model)
     for name, line in lines.items():
         assert float(line[4]) == pytest.approx(expected[name]["effective_rank"], rel=0.01)
+    frozen = {name: value for name, value in state.items() if "up_proj.V_rest" not in name}
+    checkpoint.save({"state_dict": frozen}, run / "checkpoints" / checkpoint.checkpoint_name(2))
+    code, out, _ = call(run, "--metrics", "effective_rank", "--layers", "layers")
+    assert code == 0
+    assert "no values of V_rest" in out
+    assert "weights without values are frozen ones" in out
     (run / "config.yaml").write_text("model: {name: 2m}\nnonsense: 1\n")
     code, out, _ = call(run, "--metrics", "effective_rank", "--layers", "layers")
     assert code == 0

@@ -78,6 +78,12 @@ def test_only_the_median_finds_noise_below_a_giant():
     assert int(bulk(x, shape).spikes) == 1
 
 
+def test_noise_seldom_has_an_outlier():
+    """About 1.3 % of small matrices do; 4 % of 500 would be five standard errors more."""
+    x = eigenvalues(singular_values(normal(500, 32, 32)))
+    assert int((bulk(x, (32, 32)).spikes > 0).sum()) <= 20
+
+
 def test_a_batch_is_its_matrices_one_by_one_and_pools_are_taken():
     weights = torch.stack([spiked(40, 60, [3.0] * i, seed=i) for i in range(1, 4)])
     x = eigenvalues(singular_values(weights))

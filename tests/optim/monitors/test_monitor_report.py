@@ -7,7 +7,22 @@ import torch
 from planted import normal, pareto_quantiles, with_values
 from torch import nn
 
-from thinrank.optim.layers import LOST, SST, CoLA, LowRank, Maestro, ReLoRA, SLTrain, convert, layers, merge
+from thinrank.optim.layers import (
+    LOST,
+    SST,
+    SVFT,
+    CoLA,
+    LowRank,
+    Maestro,
+    QRLoRA,
+    ReLoRA,
+    SLTrain,
+    SpectralAdapter,
+    SVFit,
+    convert,
+    layers,
+    merge,
+)
 from thinrank.optim.layers.sorsa import SORSA
 from thinrank.optim.monitors import ReportConfig, farms_tail, hill_alpha, power_law, singular_values, spectral_report
 from thinrank.optim.monitors.report import COMPARED, METRICS, compared
@@ -51,6 +66,7 @@ def strange():
         "faint": 1e-6 * normal(64, 64),
         "sixteen": normal(64, 80).bfloat16(),
         "meta": torch.empty(64, 64, device="meta"),
+        "codes": normal(60, 60).to(torch.float8_e4m3fn),
     }.items():
         model.register_parameter(name, nn.Parameter(weight))
     model.register_parameter("vector", nn.Parameter(torch.ones(9)))
@@ -106,6 +122,7 @@ def test_what_is_wrong_with_a_weight_stands_in_its_row(as_dict):
         "faint": "no alpha: 0 eigenvalues above 1e-05, fewer than 50",
         "sixteen": "alpha unreliable: D is not below 0.1",
         "meta": "no values (meta device)",
+        "codes": "codes of float8_e4m3fn, whose scales are stored apart",
     }
     assert rows["low"]["matrix_rank"] == 5
     assert math.isinf(rows["low"]["kappa"])
@@ -222,6 +239,23 @@ def test_layers_of_factors_have_the_row_of_their_weight(config):
         assert rows["up"]["mp_softrank"] is None
 
 
+@pytest.mark.parametrize(
+    "config", [*KINDS, SVFT(), SVFit(rank=6), QRLoRA(), SpectralAdapter(rank=6)], ids=lambda c: c.name
+)
+def test_factors_are_those_of_the_weight(config):
+    """And only where the weight is a product: the others have None."""
+    model = Stack()
+    convert(model, config)
+    products = 0
+    for layer in layers(model).values():
+        for p in layer.parameters():
+            p.data = normal(*p.shape, seed=p.shape[0])
+        if (factors := layer.factors()) is not None:
+            products += 1
+            torch.testing.assert_close(factors[0] @ factors[1], layer.weight(), rtol=1e-4, atol=1e-3)
+    assert (products == 2) == (config.name in ("lowrank", "maestro", "svft"))
+
+
 def test_factors_in_a_state_dict_are_found_by_their_names():
     model = Stack()
     convert(model, LowRank(rank=6))
@@ -231,6 +265,17 @@ def test_factors_in_a_state_dict_are_found_by_their_names():
     for mine, theirs in zip(rows, expected, strict=True):
         assert mine["stable_rank"] == pytest.approx(theirs["stable_rank"], rel=1e-5)
         assert mine["kind"] == theirs["kind"]
+
+
+def test_layers_of_which_a_part_is_not_here_say_so():
+    """As of a checkpoint, which leaves out what is frozen."""
+    model = Stack()
+    convert(model, SORSA(rank=6, gamma=0.0))
+    layer = layers(model)["up"]
+    layer.residual = nn.Parameter(torch.empty(96, 64, device="meta"), requires_grad=False)
+    rows = by_name(spectral_report(model, config=FAST))
+    assert rows["up"]["warning"] == "no values of residual"
+    assert rows["down"]["stable_rank"] > 0
 
 
 def test_layers_without_a_matrix_say_so_and_show_their_factors():

@@ -7,10 +7,11 @@ import torch
 from planted import normal, orthonormal
 
 from thinrank.optim.axis import Axis
-from thinrank.optim.monitors import entropy_rank, singular_values
+from thinrank.optim.monitors import entropy_rank, singular_values, stable_rank
 from thinrank.optim.monitors.representation import (
     diffusion_entropy,
     diffusion_information,
+    leading_share,
     matrix_entropy,
     matrix_nuclear_norm,
     participation_ratio,
@@ -128,6 +129,13 @@ def test_rotations_and_the_order_of_rows_do_not_matter(measure):
     torch.testing.assert_close(measure(batch), torch.stack([measure(x), measure(x**3)]))
     rough = measure(x.bfloat16())
     assert float(rough) == pytest.approx(float(measure(x)), rel=0.01)
+
+
+def test_the_share_of_the_leading_direction():
+    assert float(leading_share(torch.eye(4))) == pytest.approx(0.5)
+    assert float(leading_share(COLLAPSED)) == pytest.approx(1, abs=1e-5)
+    assert float(leading_share(RICH)) == pytest.approx(float(stable_rank(singular_values(RICH))) ** -0.5, rel=1e-5)
+    assert leading_share(torch.stack([RICH, 0 * RICH])).tolist() == [float(leading_share(RICH)), 0]
 
 
 def test_centring_takes_the_mean_away():
