@@ -107,8 +107,8 @@ def report(fitted: Sequence[Run], healthy: Sequence[Run], broken: Sequence[Run])
     size = broken[0].size if broken else healthy[0].size
     facts = [
         f"judged: width {size.width}, {size.layers} layers, seed {size.seed}; thresholds: width "
-        f"{fitted[0].size.width}, seed {fitted[0].size.seed}; {size.steps} steps of {size.rows * size.length:,} tokens, "
-        f"read every {size.every}",
+        f"{fitted[0].size.width}, seed {fitted[0].size.seed}",
+        f"{size.steps} steps of {size.rows * size.length:,} tokens, read every {size.every}",
         f"{len(broken)} runs with something that may break them, of which {len(exploded)} exploded (mean of 5 losses 1 "
         f"nat above its lowest, or no number); {len(healthy)} healthy runs, {steps:,} steps after the first {LATER}",
         "lead: steps from the first alarm that stays on to the explosion; missed: no alarm before it",
@@ -125,11 +125,11 @@ def report(fitted: Sequence[Run], healthy: Sequence[Run], broken: Sequence[Run])
             if first is not None:
                 leads.append(end - first)
         wrong = sum(false_alarms(flags[run.case.name][name], run.steps, LATER) for run in healthy)
-        lines.append(
-            f"| {name} | {_shown(thresholds.get(name, math.nan))} | {_shown(statistics.median(leads) if leads else math.nan)}"
-            f" | {_shown(min(leads, default=math.nan))} | {_shown(max(leads, default=math.nan))}"
-            f" | {len(exploded) - len(leads)} of {len(exploded)} | {wrong} | {_shown(1e4 * wrong / steps if steps else math.nan)} |"
-        )
+        spread = (statistics.median(leads), min(leads), max(leads)) if leads else (math.nan,) * 3
+        cells = [_shown(value) for value in (thresholds.get(name, math.nan), *spread)]
+        cells += [f"{len(exploded) - len(leads)} of {len(exploded)}", str(wrong)]
+        cells.append(_shown(1e4 * wrong / steps if steps else math.nan))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Each run: the step of its explosion, and the first alarm of each signal that stays on until then.",

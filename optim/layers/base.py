@@ -55,6 +55,14 @@ class Layer(nn.Module):
             NotMergeable: with a bound on the error of the nearest matrix, where there is none.
         """
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(out, r) and (r, in) whose product W is; None where it is more than a product, or no thin one.
+
+        Raises:
+            NotMergeable: as `weight` does.
+        """
+        return None
+
     def merged(self) -> nn.Module:
         """A layer of the class that was replaced, with the weight that this one amounts to.
 

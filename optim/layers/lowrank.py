@@ -81,6 +81,12 @@ class LowRankLinear(Layer):
     def weight(self) -> Tensor:
         return self.product()
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        self.refuse_nonlinear()
+        if type(self).weight is not LowRankLinear.weight:  # a variant with something beside the product
+            return None
+        return self.B * self.scale, self.A
+
     def refuse_nonlinear(self) -> None:
         if self.act == "identity":
             return

@@ -103,6 +103,10 @@ class MaestroLinear(Layer):
         kept = self.known("width")
         return self.U[:, :kept] @ self.V[:, :kept].mT
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        kept = self.known("width")
+        return self.U[:, :kept], self.V[:, :kept].mT
+
     def flops(self) -> int:
         return 2 * self.known("width") * (self.in_features + self.out_features)
 

@@ -91,6 +91,9 @@ class TripleLinear(Layer):
         product = self.left() @ self.core(self.right()).mT * self.scale
         return product if self.residual is None else self.residual + product
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.residual is not None else (self.left() * self.scale, self.core(self.right()).mT)
+
     def flops(self) -> int:
         beside = 0 if self.residual is None else self.residual.numel()
         return 2 * (beside + self.rank * (self.out_features + self.in_features + 1))
