@@ -27,6 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from thinrank.optim.monitors.alignment import BINS, Alignment, counts
+from thinrank.optim.monitors.drift import jensen_shannon_drift
+from thinrank.optim.monitors.farms import farms_alpha
+from thinrank.optim.monitors.representation import leading_share, participation_ratio
+from thinrank.optim.monitors.spectrum import eigenvalues, singular_values
+from thinrank.optim.monitors.summaries import condition_quantile, effective_rank
+from thinrank.optim.monitors.tail import hill_alpha
 from thinrank.optim.monitors.tracker import Piece, SpectrumTracker, exact
 from thinrank.optim.watched import Watched, Weights, linear_layers
 
@@ -42,9 +48,15 @@ METRICS: dict[str, str] = {
     "gain": "rms of the outputs in parts of the inputs' rms",
     "input_max": "largest magnitude among the inputs",
     "participation": "participation ratio of up to 256 inputs: directions that they fill",
+    "leading_share": "σ1(X) / ‖X‖_F of up to 256 inputs X: 1 when all point one way",
     "update_rms": "root mean square of the step's change of an entry",
     "update_ratio": "‖ΔW‖ / ‖W‖ of the step",
     "representation_change": "‖ΔW X‖ / ‖W X‖ of the step, for up to 256 inputs X",
+    "hill_alpha": "power-law exponent of the weight's eigenvalues, Hill's of the larger half",
+    "farms_alpha": "the same of pooled square windows, which does not depend on the weight's shape (FARMS)",
+    "effective_rank": "exp of the entropy of σ / Σσ",
+    "condition": "σ1 / σ_⌈0.95 m⌉",
+    "spectrum_drift": "Jensen and Shannon's divergence of σ / Σσ from the reading before, in bits",
 }
 """What is read of each layer, by name."""
 
@@ -54,8 +66,17 @@ CHEAP = ("sign_diversity", "alignment_mean", "sigma", "sigma_gap", "stable_rank"
 OF_UPDATES = ("update_rms", "update_ratio", "representation_change")
 """What compares weights before and after a step, and keeps a copy of them from `look_at_gradients` to `end`."""
 
+OF_INPUTS = ("participation", "leading_share")
+"""What is taken from a sample of the inputs."""
+
+OF_SPECTRA = ("hill_alpha", "farms_alpha", "effective_rank", "condition", "spectrum_drift")
+"""What needs all singular values of a weight, and with them a weight that is whole here."""
+
 SAMPLE = 256
 """Tokens of which what is costly is taken."""
+
+LEAST = 50
+"""Eigenvalues below which a power law is not looked for."""
 
 Reduce = Callable[[Tensor, str], Tensor]
 """The "sum" or "max" of a tensor over the ranks that see other data."""
@@ -140,6 +161,8 @@ class Spectra:
         self._drive: dict[str, Tensor] = {}
         self._samples: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
+        self._whole: dict[str, dict[str, Tensor]] = {}
+        self._spectrum: dict[str, Tensor] = {}  # of the last reading
 
     def _any(self, *names: str) -> bool:
         return any(name in self.metrics for name in names)
@@ -147,15 +170,24 @@ class Spectra:
     @property
     def _needs_inputs(self) -> bool:
         return self._any(
-            "sign_diversity", "alignment_mean", "alignment_size", "gain", "input_max", "participation", *OF_UPDATES[2:]
+            "sign_diversity",
+            "alignment_mean",
+            "alignment_size",
+            "gain",
+            "input_max",
+            *OF_INPUTS,
+            "representation_change",
         )
 
     def begin(self) -> None:
         """Reads the weights, and has the next forward looked at. All ranks call it where weights lie in pieces."""
         self.cancel()
         self.reading = True
-        self._sums, self._most, self._drive, self._samples, self._before = {}, {}, {}, {}, {}
-        self.tracker.update(self._weights.pieces(), self._weights.axis)
+        self._forget()
+        pieces = self._weights.pieces()
+        self.tracker.update(pieces, self._weights.axis)
+        if self._any(*OF_SPECTRA) and self._weights.axis.whole:
+            self._whole = {name: self._of_spectrum(name, piece.entries) for name, piece in pieces.items()}
         if self._needs_inputs:
             for layer in self.layers.values():
                 self._hooks.append(layer.module.register_forward_hook(self._hook(layer)))
@@ -184,13 +216,32 @@ class Spectra:
         else:
             aligned = torch.zeros(4 + BINS, dtype=torch.float64, device=inputs.device)
         squares = [_mean_square(inputs), _mean_square(output) if isinstance(output, Tensor) else inputs.new_zeros(())]
-        shares = torch.zeros(2, dtype=torch.float64, device=inputs.device)
-        if "participation" in self.metrics:
-            shares = torch.stack([_participation(inputs), torch.ones_like(shares[0])])
+        shares = torch.zeros(3, dtype=torch.float64, device=inputs.device)
+        if self._any(*OF_INPUTS) and inputs.numel():
+            rows = _sample(inputs)
+            with exact(inputs.device):
+                shares = torch.stack([participation_ratio(rows), leading_share(rows), torch.ones_like(shares[0])])
         self._sums[layer.name] = torch.cat([aligned, torch.stack(squares).double(), shares])
         if "representation_change" in self.metrics:
             self._samples[layer.name] = _sample(inputs).float()
         self._most[layer.name] = inputs.abs().amax().float() if inputs.numel() else inputs.new_zeros(()).float()
+
+    @torch.no_grad()
+    def _of_spectrum(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """What all singular values say; nothing of a weight with entries that are not finite."""
+        if not weight.numel() or not bool(weight.isfinite().all()):
+            return {}
+        with exact(weight.device):
+            values = singular_values(weight)
+            found = {"effective_rank": effective_rank(values), "condition": condition_quantile(values)}
+            if len(values) >= LEAST:
+                found["hill_alpha"] = hill_alpha(eigenvalues(values))
+                if "farms_alpha" in self.metrics:
+                    found["farms_alpha"] = farms_alpha(weight)
+        if name in self._spectrum:
+            found["spectrum_drift"] = jensen_shannon_drift(values, self._spectrum[name].to(values.device))
+        self._spectrum[name] = values
+        return found
 
     @torch.no_grad()
     def look_at_gradients(self) -> None:
@@ -219,14 +270,19 @@ class Spectra:
             for name, row, peak in zip(names, sums.cpu(), most.tolist(), strict=True):
                 self._inputs(found[name], self.layers[name], row, peak)
         self._of_weights(found)
+        for name, own in self._whole.items():
+            found[name].values |= dict(zip(own, _listed(list(own.values())), strict=True))
         for name, value in zip(self._drive, _listed(list(self._drive.values())), strict=True):
             found[name].values["drive"] = value
         if self._before:
             self._of_updates(found)
         for layer in found.values():
             layer.values = {name: layer.values[name] for name in self.metrics if name in layer.values}
-        self._sums, self._most, self._drive, self._samples, self._before = {}, {}, {}, {}, {}
+        self._forget()
         return found
+
+    def _forget(self) -> None:
+        self._sums, self._most, self._drive, self._samples, self._before, self._whole = {}, {}, {}, {}, {}, {}
 
     @torch.no_grad()
     def _of_updates(self, found: Mapping[str, Layer]) -> None:
@@ -254,7 +310,7 @@ class Spectra:
         return float(product.norm())
 
     def _inputs(self, layer: Layer, watched: Watched, row: Tensor, peak: float) -> None:
-        aligned, (before, after, share, times) = row[: 4 + BINS], row[4 + BINS :].tolist()
+        aligned, (before, after, filled, share, times) = row[: 4 + BINS], row[4 + BINS :].tolist()
         if aligned[0] > 0:
             layer.alignment = Alignment.of(aligned, watched.inputs)
             layer.values["sign_diversity"] = layer.alignment.sign_diversity
@@ -263,7 +319,7 @@ class Spectra:
         layer.values["gain"] = math.sqrt(after / before) if before > 0 else math.nan
         layer.values["input_max"] = peak
         if times:
-            layer.values["participation"] = share / times
+            layer.values |= {"participation": filled / times, "leading_share": share / times}
 
     def _of_weights(self, found: dict[str, Layer]) -> None:
         names = [name for name in self.tracker.triples if name in found]
@@ -283,12 +339,13 @@ class Spectra:
             }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the singular vectors are, as CPU tensors."""
-        return self.tracker.state_dict()
+        """Where the singular vectors are, and the last singular values, as CPU tensors."""
+        return {**self.tracker.state_dict(), "spectrum": {name: s.cpu() for name, s in self._spectrum.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
         self.tracker.load_state_dict(state)
+        self._spectrum = dict(state.get("spectrum", {}))
 
 
 def _mean_square(x: Tensor) -> Tensor:
@@ -299,14 +356,6 @@ def _sample(inputs: Tensor) -> Tensor:
     """Up to `SAMPLE` tokens, evenly taken."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     return rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
-
-
-def _participation(inputs: Tensor) -> Tensor:
-    """(tr C)² / tr(C²) with C = XᵀX of up to `SAMPLE` tokens (float64 scalar)."""
-    rows = _sample(inputs).double()
-    gram = rows @ rows.mT if len(rows) < rows.shape[1] else rows.mT @ rows
-    energy = gram.square().sum()
-    return torch.where(energy > 0, gram.diagonal().sum().square() / energy.clamp(min=1e-300), 0.0)
 
 
 def _listed(values: Sequence[Tensor]) -> list[float]:

@@ -44,6 +44,10 @@ def inputs(tokens=40):
 def test_every_value_is_what_its_formula_says(two):
     spectra = Spectra(two, metrics=tuple(METRICS))
     x = inputs()
+    with torch.no_grad():
+        spectra.begin()
+        spectra.end()
+        two.first.weight += 0.05 * torch.randn(two.first.weight.shape, generator=torch.Generator().manual_seed(9))
     spectra.begin()
     two(x).square().mean().backward()
     spectra.look_at_gradients()
@@ -72,6 +76,10 @@ def test_every_value_is_what_its_formula_says(two):
             "gain": float((rows @ weight.T).square().mean().sqrt() / rows.square().mean().sqrt()),
             "input_max": float(rows.abs().max()),
             "participation": float(gram.trace() ** 2 / gram.square().sum()),
+            "leading_share": float(torch.linalg.svdvals(rows)[0] / rows.norm()),
+            "effective_rank": float(torch.special.entr(sigma / sigma.sum()).sum().exp()),
+            "condition": float(sigma[0] / sigma[7]),
+            "spectrum_drift": found["first"]["spectrum_drift"],
             "update_rms": float(change.square().mean().sqrt()),
             "update_ratio": float(change.norm() / weight.norm()),
             "representation_change": float((rows @ change.T).norm() / (rows @ weight.T).norm()),
@@ -79,6 +87,17 @@ def test_every_value_is_what_its_formula_says(two):
         rel=2e-3,
         abs=1e-5,
     )
+    assert 0 < found["first"]["spectrum_drift"] < 0.1
+
+
+def test_a_power_law_is_looked_for_in_weights_with_enough_eigenvalues():
+    model = nn.Sequential(nn.Linear(64, 80, bias=False), nn.Linear(80, 8, bias=False))
+    spectra = Spectra(model, metrics=["hill_alpha", "farms_alpha"])
+    spectra.begin()
+    found = spectra.end()
+    assert found["0"]["farms_alpha"] == pytest.approx(2.1, abs=0.25)  # of chance, whatever the shape
+    assert found["0"]["hill_alpha"] > found["0"]["farms_alpha"] - 0.2
+    assert found["1"].values == {}
 
 
 def test_a_reading_leaves_nothing_behind(two):
