@@ -169,15 +169,8 @@ class Spectra:
 
     @property
     def _needs_inputs(self) -> bool:
-        return self._any(
-            "sign_diversity",
-            "alignment_mean",
-            "alignment_size",
-            "gain",
-            "input_max",
-            *OF_INPUTS,
-            "representation_change",
-        )
+        aligned = ("sign_diversity", "alignment_mean", "alignment_size")
+        return self._any(*aligned, *OF_INPUTS, "gain", "input_max", "representation_change")
 
     def begin(self) -> None:
         """Reads the weights, and has the next forward looked at. All ranks call it where weights lie in pieces."""

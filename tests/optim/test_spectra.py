@@ -84,7 +84,7 @@ def test_every_value_is_what_its_formula_says(two):
             "update_ratio": float(change.norm() / weight.norm()),
             "representation_change": float((rows @ change.T).norm() / (rows @ weight.T).norm()),
         },
-        rel=2e-3,
+        rel=1e-2,
         abs=1e-5,
     )
     assert 0 < found["first"]["spectrum_drift"] < 0.1
