@@ -47,7 +47,7 @@ class Alike(Sharded):
             return
         carrier, replicas = self._carrier, self._same_pieces
         rare = self._wire.rare
-        name = difference(self._alike(), rare, carrier.group, device=carrier.device)
+        name = difference(self._alike() | self._said(), rare, carrier.group, device=carrier.device)
         if replicas is not None:
             other = difference(self._lying_here_too(), rare, replicas, device=carrier.device)
             if anywhere(other is not None, carrier.device, rare, carrier.group):  # who holds other pieces stops as well
