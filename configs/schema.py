@@ -6,6 +6,7 @@ from pathlib import Path
 
 from thinrank.configs.compose import Schema
 from thinrank.optim.layers import REPARAMS
+from thinrank.optim.layerwise import LAYERWISE
 from thinrank.optim.methods import METHODS
 from thinrank.trainers.adapters import AdapterConfig, LoraConfig
 from thinrank.trainers.cluster.config import KubernetesJob, SlurmJob, SubmitConfig, TorchrunJob
@@ -51,6 +52,7 @@ PRETRAIN = Schema(
         "strategy": STRATEGIES,
         "reparam": REPARAMS,
         "trainer": TrainerConfig,
+        "layerwise": LAYERWISE,
     },
     folder=FOLDER,
     base="pretrain",
@@ -76,6 +78,7 @@ FINETUNE = Schema(
         "strategy": STRATEGIES,
         "reparam": REPARAMS,
         "trainer": TrainerConfig,
+        "layerwise": LAYERWISE,
     },
     folder=FOLDER,
     own=FOLDER / "finetune",

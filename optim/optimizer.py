@@ -60,9 +60,9 @@ class MatrixOptimizer(Stepping):
 
     Group keys beside the method's own: `elementwise`, `ranks` (a rank for each parameter in the place of the group's
     `rank`; None: stepped by AdamW), `lr_multipliers` and `decay_multipliers` (a number for each parameter, by which its
-    learning rate and its weight decay are multiplied; None: ones; `set_multipliers`), `sections` (row counts of a fused weight whose parts are their
-    own matrices; column counts with `sections_along="columns"`), `blocks` (equal parts of each section, such as heads),
-    `seed` (of every random choice), `role` and `label` (for reports).
+    learning rate and its weight decay are multiplied; None: ones; `set_multipliers`), `sections` (row counts of a fused
+    weight whose parts are their own matrices; column counts with `sections_along="columns"`), `blocks` (equal parts of
+    each section, such as heads), `seed` (of every random choice), `role` and `label` (for reports).
 
     Args:
         params: parameters, pairs of name and parameter, or groups, as in torch.

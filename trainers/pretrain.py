@@ -16,6 +16,7 @@ from thinrank.optim.backward import MODES, whole_because
 from thinrank.optim.gossip.parts import graph_of, made
 from thinrank.optim.gossip.schemes import Place
 from thinrank.optim.layers import ReparamConfig
+from thinrank.optim.layerwise import LayerwiseConfig, Tails
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.messages import COARSE
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
@@ -160,12 +161,20 @@ class TrainingConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig, metadata={"help": "how processes share the work"})
     reparam: ReparamConfig = field(default_factory=ReparamConfig, metadata={"help": "layers of factors"})
     trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata={"help": "how long, how large, how often"})
+    layerwise: LayerwiseConfig = field(
+        default_factory=LayerwiseConfig, metadata={"help": "rates by layer, as the tails of spectra say"}
+    )
 
     def __post_init__(self) -> None:
         if self.trainer.in_backward == "step" and self.reparam.acts:
             raise ValueError(
                 f"trainer.in_backward=step steps each weight by itself, and layers of reparam={self.reparam.name} do "
                 "something between whole steps: use trainer.in_backward=off"
+            )
+        if isinstance(self.layerwise, Tails) and self.layerwise.SCALES == "decay" and not self.optimizer.weight_decay:
+            raise ValueError(
+                f"layerwise={self.layerwise.name} multiplies optimizer.weight_decay, which is 0: give it a value such "
+                "as 0.1, or use layerwise=llr"
             )
         rule = self.optimizer.matrix_rule()
         cause = whole_because(rule) if self.trainer.in_backward == "project" else None

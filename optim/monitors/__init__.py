@@ -1,0 +1,1 @@
+"""What is measured of weights, gradients and activations; nothing here changes any."""
