@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeGuard
 
@@ -156,6 +156,19 @@ LAYERWISE: dict[str, type[LayerwiseConfig]] = {
 """By name; `none` changes nothing."""
 
 
+def refuse_without_decay(config: LayerwiseConfig, decays: Iterable[float]) -> None:
+    """Refuses to multiply weight decays that are all 0.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if isinstance(config, Tails) and config.SCALES == "decay" and not any(decays):
+        raise ValueError(
+            f"layerwise={config.name} multiplies weight decay, which is 0: give optimizer.weight_decay a value such as "
+            "0.1, or use layerwise=llr"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A weight of which there might be a tail to tell.
@@ -268,10 +281,11 @@ class TailSchedule:
         """The matrices that take part, in the model's order.
 
         Raises:
-            ValueError: for an optimizer that is not of thinrank, where there are fewer than two of them, and where no
-                rank has enough rows of one, or factors lie in pieces.
+            ValueError: for an optimizer that is not of thinrank, where there are fewer than two of them, where weight
+                decays that are to be multiplied are 0, where no rank has enough rows of one, or factors lie in pieces.
         """
         own = _own(optimizer)
+        refuse_without_decay(self.config, [float(group["weight_decay"]) for group in own.param_groups])
         listed = self._listed(model, own)
         takes = eligible([each.evals for each in listed], min_evals=self.config.min_evals, ends=self.config.ends)
         found = [each for each, part in zip(listed, takes, strict=True) if part]

@@ -16,7 +16,7 @@ from thinrank.optim.backward import MODES, whole_because
 from thinrank.optim.gossip.parts import graph_of, made
 from thinrank.optim.gossip.schemes import Place
 from thinrank.optim.layers import ReparamConfig
-from thinrank.optim.layerwise import LayerwiseConfig, Tails
+from thinrank.optim.layerwise import LayerwiseConfig, refuse_without_decay
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.messages import COARSE
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
@@ -171,11 +171,6 @@ class TrainingConfig:
                 f"trainer.in_backward=step steps each weight by itself, and layers of reparam={self.reparam.name} do "
                 "something between whole steps: use trainer.in_backward=off"
             )
-        if isinstance(self.layerwise, Tails) and self.layerwise.SCALES == "decay" and not self.optimizer.weight_decay:
-            raise ValueError(
-                f"layerwise={self.layerwise.name} multiplies optimizer.weight_decay, which is 0: give it a value such "
-                "as 0.1, or use layerwise=llr"
-            )
         rule = self.optimizer.matrix_rule()
         cause = whole_because(rule) if self.trainer.in_backward == "project" else None
         if cause is not None:
@@ -322,6 +317,10 @@ class Plan:
             )
         if isinstance(config.strategy, GossipConfig):
             _check_exchange(config.strategy, world_size)
+        try:
+            refuse_without_decay(config.layerwise, [config.optimizer.weight_decay])
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if batch % world_size:
             raise UserError(
                 f"trainer.batch_size must be a multiple of the {world_size} processes, got {batch}: "

@@ -13,6 +13,7 @@ from torch import nn
 
 from thinrank.optim import AdamWConfig, build
 from thinrank.optim.layers import LOST, LowRank, convert
+from thinrank.optim.layers.lowrank import LowRankLinear
 from thinrank.optim.layerwise import LAYERWISE, LLR, AlphaDecay, TailSchedule
 from thinrank.optim.monitors.farms import farms_alpha
 from thinrank.optim.monitors.layerwise import (
@@ -256,6 +257,7 @@ def test_factors_have_the_tail_of_their_product_and_share_its_multiplier():
     schedule.update(model, optimizer, 1)
     assert sorted(schedule.alphas) == ["layers.0.weight", *(f"layers.{i}.B" for i in (1, 2, 3))]
     layer = model.get_submodule("layers.2")
+    assert isinstance(layer, LowRankLinear)
     evals = torch.linalg.svdvals(layer.weight().detach())[:12].square()
     assert schedule.alphas["layers.2.B"] == pytest.approx(float(hill_alpha(evals)), rel=1e-3)
     for i in (1, 2, 3):
@@ -281,6 +283,8 @@ def test_misuse_is_answered_with_the_remedy():
         TailSchedule("tempbalance", min_evals=500).update(model, optimizer, 0)
     with pytest.raises(ValueError, match=r"method must be one of tempbalance.*did you mean 'llr'"):
         TailSchedule("lrr")
+    with pytest.raises(ValueError, match="layerwise=alphadecay multiplies weight decay, which is 0: give"):
+        TailSchedule("alphadecay", **SMALL).update(model, build(model, AdamWConfig()), 0)
     with pytest.raises(ValueError, match="settings are given beside a configuration"):
         TailSchedule(LLR(), every=3)
 

@@ -257,8 +257,10 @@ SEVERAL = {name: CONFIGS[name] for name in ("galore/power", "fira/power", "ldada
 
 
 def joined(model, optimizer, how):
-    if how != "rows":
-        (own if how == "owned" else replicate)(model, optimizer, **({"even_from": 64} if how == "owned" else {}))
+    if how == "owned":
+        own(model, optimizer, even_from=64)
+    elif how == "replicated":
+        replicate(model, optimizer)
     return optimizer
 
 

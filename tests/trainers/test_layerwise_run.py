@@ -20,6 +20,7 @@ from thinrank.optim.layerwise import LAYERWISE as METHODS
 from thinrank.optim.layerwise import AlphaDecay, LayerwiseConfig
 from thinrank.trainers.callbacks.layerwise import LayerwiseSchedule
 from thinrank.trainers.errors import UserError
+from thinrank.trainers.run import differences, identity_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning")
 
@@ -68,6 +69,14 @@ def test_what_is_found_is_logged_and_reported(base, whole):
     assert f"multipliers by layer, least / mean / most | {found['spread'][0]:.2f} / " in page
 
 
+def test_a_run_of_before_there_was_the_choice_goes_on():
+    now = {"layerwise": {"name": "none"}, "optimizer": {"name": "galore"}}
+    assert identity_json(now) == identity_json({"optimizer": {"name": "galore"}})
+    assert differences(identity_json(now), identity_json({**now, "layerwise": {"name": "llr"}})) == [
+        "layerwise.name (absent → llr)"
+    ]
+
+
 def test_without_it_the_run_is_another_one_and_its_beginning_the_same(base, whole):
     run(base, "none", layerwise=LayerwiseConfig(), **LONG)
     without, with_ = (losses(base / name) for name in ("none", "whole"))
@@ -101,7 +110,7 @@ def test_all_ranks_have_the_same_numbers_under_every_strategy(base):
 
 
 def test_what_cannot_be_is_refused_in_words(base):
-    with pytest.raises(ValueError, match=r"layerwise=alphadecay multiplies optimizer\.weight_decay, which is 0: give"):
+    with pytest.raises(UserError, match=r"layerwise=alphadecay multiplies weight decay, which is 0: give optimizer"):
         run(base, "refused", layerwise=AlphaDecay(), optimizer=AdamWConfig())
     with pytest.raises(UserError, match=r"0 of 15 take part: lower layerwise\.min_evals \(50\)"):
         run(base, "refused", layerwise=AlphaDecay())

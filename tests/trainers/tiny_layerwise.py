@@ -9,7 +9,7 @@ from pathlib import Path
 from tiny_pretrain import config, leave
 
 from thinrank.optim import GaLoreConfig
-from thinrank.optim.layerwise import LLR
+from thinrank.optim.layerwise import LLR, LayerwiseConfig
 from thinrank.trainers.pretrain import pretrain
 from thinrank.trainers.strategies import FSDP2Config, GossipConfig, OwnedConfig, ReplicatedConfig, StrategyConfig
 
@@ -30,7 +30,7 @@ STRATEGIES = {
 }
 
 
-def run(base, name, strategy=None, layerwise=LAYERWISE, **changes):
+def run(base, name, strategy=None, layerwise: LayerwiseConfig = LAYERWISE, **changes):
     """The report of one run."""
     return pretrain(replace(config(base, name, strategy=strategy, **{**RUN, **changes}), layerwise=layerwise))
 
