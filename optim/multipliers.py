@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from thinrank.optim.methods.config import number
 from thinrank.optim.rule import MatrixRule
 from thinrank.optim.update import Factor
+
+P = TypeVar("P", bound=Tensor)
 
 KEYS = ("lr_multipliers", "decay_multipliers")
 """Of a parameter group: a number for each of its parameters, or None for ones."""
@@ -95,6 +97,17 @@ class Multiplied(torch.optim.Optimizer):
             self._numbers = {p: i for each in self.param_groups for i, p in enumerate(each["params"])}
         place = self._numbers[param]
         return lr if rates is None else lr * rates[place], decay if decays is None else decay * decays[place]
+
+    def _alike_rates(
+        self, group: Mapping[str, Any], some: Sequence[tuple[P, int]]
+    ) -> dict[tuple[float, float], list[tuple[P, int]]]:
+        """Parameters of `group`, with their keys, by learning rate and weight decay."""
+        if group["lr_multipliers"] is None and group["decay_multipliers"] is None:
+            return {self._rates(group, some[0][0]): list(some)}
+        found: dict[tuple[float, float], list[tuple[P, int]]] = {}
+        for param, key in some:
+            found.setdefault(self._rates(group, param), []).append((param, key))
+        return found
 
     def _factors(
         self, group: Mapping[str, Any], params: Sequence[Tensor], rule: MatrixRule, blocks: int = 1

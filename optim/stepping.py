@@ -204,10 +204,7 @@ class Stepping(Owned):
         group: dict[str, Any],
         probe: Probe | None,
     ) -> None:
-        alike: dict[tuple[float, float], list[tuple[torch.nn.Parameter, int]]] = {}
-        for each in rest:
-            alike.setdefault(self._rates(group, each[0]), []).append(each)
-        for (lr, weight_decay), some in alike.items():
+        for (lr, weight_decay), some in self._alike_rates(group, rest).items():
             weights = [self._weight(p) for p, _ in some]
             before = [w.detach().clone() for w in weights] if probe is not None and lr else []
             grads = [grad for p, _ in some if (grad := self._gradient(p)) is not None]

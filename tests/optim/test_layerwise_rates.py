@@ -186,6 +186,17 @@ def test_alphadecay_multiplies_decays_and_leaves_rates_to_others():
     assert set(schedule.measured()) >= {f"layerwise/decay/{name}" for name in NAMES[1:]}
 
 
+def test_one_schedule_of_rates_and_one_of_decays_go_together():
+    model, optimizer, rates = made("llr", ramp=0)
+    decays = TailSchedule("alphadecay", **SMALL)
+    for step in range(4):
+        rates.update(model, optimizer, step)
+        train(model, optimizer, decays, [step])
+    found = optimizer.multipliers()
+    assert {name: rate for name, (rate, _) in found.items() if rate != 1.0} == rates.multipliers
+    assert {name: decay for name, (_, decay) in found.items() if decay != 1.0} == decays.multipliers
+
+
 def test_llr_goes_to_its_multipliers_on_a_ramp_and_leaves_the_head_out():
     model, optimizer, schedule = made("llr", every=4, ramp=4, normalise=False, most=None)
     seen = []
@@ -330,6 +341,8 @@ def on_ranks(how):
     pieces = {name: optimizer.piece_of(model.get_parameter(name)).clone() for name in NAMES}
     schedule.update(model, optimizer, 3)
     alphas = dict(schedule.alphas)
+    assert optimizer.wire is not None
+    assert optimizer.wire.rare.payload["measured"] > 0  # what it sends is counted, and no step's
     train(model, optimizer, schedule, range(3, 8), mine()[0])
     return alphas, {name: float(farms_alpha(p, rows=12, per_side=3)) for name, p in pieces.items()}, schedule.summary()
 

@@ -26,6 +26,11 @@ class LayerwiseSchedule(TailSchedule, pl.Callback):
         method, settings: as in `TailSchedule`.
     """
 
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(method=self.config.name)  # one of rates and one of decays go together
+
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if len(trainer.optimizers) != 1:
