@@ -367,6 +367,35 @@ def test_two_ranks_have_the_same_numbers(ranks, how):
         assert summary["multipliers"] == pytest.approx(schedule.multipliers, rel=1e-4)
 
 
+def looked_at_under_zero():
+    from test_zero import engine
+
+    found = []
+    for stage in (1, 3):
+        model = Stack()
+        zero, optimizer = engine(AdamWConfig(lr=0.01), stage, model=model)
+        schedule = TailSchedule("tempbalance", **{**SMALL, "min_evals": 5}, ends="keep")
+        schedule.update(model, optimizer, 3)
+        pieces = [optimizer.piece_of(model.get_parameter(name)) for name in NAMES]
+        alphas = [float(farms_alpha(p, rows=12, per_side=3)) if min(p.shape) >= 5 else 0.0 for p in pieces]
+        found.append((schedule.summary(), [len(piece) for piece in pieces], alphas, optimizer.multipliers()))
+        zero.release()
+    return found
+
+
+def test_under_zero_ranks_have_the_mean_of_their_pieces(ranks):
+    """ZeRO-1 cuts the four matrices as one, wherever that is; ZeRO-3 cuts each in two."""
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    for stage, (first, second) in zip((1, 3), zip(*ranks(2).run(looked_at_under_zero), strict=True), strict=True):
+        (summary, here, mine_, multiplied), (other, there, theirs, _) = first, second
+        assert summary == other
+        assert {name: lr for name, (lr, _) in multiplied.items()} == summary["multipliers"]
+        assert any(0 in pair for pair in zip(here, there, strict=True)) is (stage == 1)
+        for name, a, b, alpha, beta in zip(NAMES, here, there, mine_, theirs, strict=True):
+            a, b = (0 if rows < 5 else rows for rows in (a, b))
+            assert summary["alphas"][name] == pytest.approx((a * alpha + b * beta) / (a + b), rel=1e-12), stage
+
+
 def refused_in_pieces():
     from test_sharded import fully_shard
 

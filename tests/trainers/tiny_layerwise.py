@@ -1,7 +1,6 @@
 """A program that two ranks execute under torchrun: rates by layer in whole runs under every strategy."""
 
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -38,14 +37,8 @@ def run(base, name, strategy=None, layerwise: LayerwiseConfig = LAYERWISE, **cha
 def main(base):
     import torch.distributed as dist
 
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed compiles a function of Muon's: half a minute of imports
     dist.init_process_group("gloo")  # once, for all runs of this program
-    strategies = dict(STRATEGIES)
-    if "zero" in sys.argv:
-        from thinrank.trainers import ZeroConfig
-
-        strategies["thinrank_zero3"] = ZeroConfig(name="thinrank_zero3", bucket=2**12)
-    found = {name: run(base, name, strategy)["training"]["layerwise"] for name, strategy in strategies.items()}
+    found = {name: run(base, name, strategy)["training"]["layerwise"] for name, strategy in STRATEGIES.items()}
     (Path(base) / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     leave()
 
