@@ -148,7 +148,7 @@ class Update:
         if self.rest is not None:
             rest = self.rest.to(dtype)
             if self.rows is None:
-                _subtract_(weights, rest, step)
+                _subtract_(weights, self.rest if isinstance(step, Sequence) else rest, step)
             else:
                 rows = self.rows.to(dtype).expand_as(rest)
                 if isinstance(step, Sequence):
@@ -206,6 +206,7 @@ def _each(factor: Factor, count: int) -> Sequence[float]:
 def _subtract_(weights: Sequence[Tensor], update: Tensor, step: Factor) -> None:
     """`weight ← weight − step·update` for each of a batch, in place."""
     if isinstance(step, Sequence):
-        torch._foreach_sub_(list(weights), torch._foreach_mul(update.unbind(), list(step)))
+        own = torch._foreach_mul(update.unbind(), list(step))  # in its own precision, and rounded once
+        torch._foreach_sub_(list(weights), [each.to(weights[0].dtype) for each in own])
     else:
         torch._foreach_add_(list(weights), update.unbind(), alpha=-step)

@@ -122,6 +122,21 @@ def test_a_multiplied_parameter_is_a_group_of_its_own(name):
                     assert torch.equal(value, optimizer.state[params[i]][key]), key
 
 
+@pytest.mark.parametrize("name", ["galore/power", "fira/power", "muon", "adamw/master", "galore/stochastic"])
+def test_16_bit_weights_of_a_batch_are_multiplied_too(name):
+    """To a few roundings, of which a step without multipliers makes one less, or one elsewhere."""
+    config, start = CONFIGS[name], kinds(torch.bfloat16)
+    pairs = [(1.7, 3.0), (0.25, 1.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)]
+    params = copies(start)
+    optimizer = make(config, params)
+    optimizer.set_multipliers(dict(zip(optimizer.names(0), pairs, strict=True)))
+    run(optimizer, params, 0, STEPS)
+    for i, (m, k) in enumerate(pairs[:3]):
+        others, _ = moved(config, start, lr=m * config.lr, weight_decay=k * config.weight_decay)
+        scale = float(torch.maximum(start[i].detach().abs().max(), others[i].detach().abs().max()))
+        torch.testing.assert_close(params[i], others[i], rtol=0.0, atol=STEPS * 2**-8 * scale)
+
+
 @pytest.mark.parametrize("name", ["galore/power", "galore_plus/dense", "dct_adamw", "muon"])
 def test_all_parts_of_a_fused_weight_have_its_multipliers(name):
     """Two weights of three heads each, stepped as one batch of six matrices."""
