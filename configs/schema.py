@@ -6,6 +6,7 @@ from pathlib import Path
 
 from thinrank.configs.compose import Schema
 from thinrank.optim.layers import REPARAMS
+from thinrank.optim.layerwise import LAYERWISE
 from thinrank.optim.methods import METHODS
 from thinrank.trainers.adapters import AdapterConfig, LoraConfig
 from thinrank.trainers.cluster.config import KubernetesJob, SlurmJob, SubmitConfig, TorchrunJob
@@ -53,6 +54,7 @@ PRETRAIN = Schema(
         "reparam": REPARAMS,
         "trainer": TrainerConfig,
         "monitors": MonitorConfig,
+        "layerwise": LAYERWISE,
     },
     folder=FOLDER,
     base="pretrain",
@@ -79,6 +81,7 @@ FINETUNE = Schema(
         "reparam": REPARAMS,
         "trainer": TrainerConfig,
         "monitors": MonitorConfig,
+        "layerwise": LAYERWISE,
     },
     folder=FOLDER,
     own=FOLDER / "finetune",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -47,12 +48,45 @@ class Alike(Sharded):
             return
         carrier, replicas = self._carrier, self._same_pieces
         rare = self._wire.rare
-        name = difference(self._alike(), rare, carrier.group, device=carrier.device)
+        name = difference(self._alike() | self._said(), rare, carrier.group, device=carrier.device)
         if replicas is not None:
             other = difference(self._lying_here_too(), rare, replicas, device=carrier.device)
             if anywhere(other is not None, carrier.device, rare, carrier.group):  # who holds other pieces stops as well
                 name = name or next(filter(None, gathered(other, "checks", carrier.device, rare, carrier.group)))
         self._refuse_drift(name)
+
+    # --- what somebody measures of weights that lie here --------------------------------------------------------------
+
+    def rows_on_ranks(self, param: Tensor) -> list[tuple[int, int]]:
+        """Which whole rows of `param`, all but the first dimension being columns, lie on each rank: (first, stop)."""
+        rows, columns = self._sizes(param)
+        if self._shards is None:
+            return [(0, rows)]
+        found = [(-(-start // columns), stop // columns) for start, stop in self._shards.spans(param)]
+        return [(first, stop) if first < stop else (0, 0) for first, stop in found]
+
+    def piece_of(self, param: Tensor) -> Tensor:
+        """Those on this rank, (rows, columns), to be read; all of them where weights are whole."""
+        rows, columns = self._sizes(param)
+        if self._shards is None:
+            return param.detach().reshape(rows, columns)
+        rank = self._carrier.rank
+        (start, _), (first, stop) = self._shards.spans(param)[rank], self.rows_on_ranks(param)[rank]
+        return self._shards.weight(param)[first * columns - start : stop * columns - start].view(-1, columns)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the ranks that hold other pieces, or other data; the same on all of them to the bit.
+        `values` itself where there are no others that this optimizer knows of; else every rank must call it."""
+        if self.wire is None:
+            return values
+        group = self._carrier.group if self._apart or self._meeting is None else self._meeting.group
+        device = next(param.device for _, param in self._named())
+        found = gathered(values.cpu(), "measured", device, self._rare, group)
+        return torch.stack(found).sum(0).to(values.device)
+
+    def _sizes(self, param: Tensor) -> tuple[int, int]:
+        shape = tuple(param.shape) if self._shards is None else self._shards.shape(param)
+        return shape[0], math.prod(shape[1:])
 
     def _alike(self) -> dict[str, Tensor]:
         if self._shards is None:

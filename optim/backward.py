@@ -16,6 +16,7 @@ from thinrank.optim.inner.elementwise import ElementwiseAdamW
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.rule import LowRank
 from thinrank.optim.methods.config import choice, number
+from thinrank.optim.multipliers import Multiplied
 from thinrank.optim.rule import MatrixRule, Probe, Step
 
 MODES = ("off", "project", "step")
@@ -81,7 +82,7 @@ class Hooks:
         self._handles.clear()
 
 
-class InBackward(torch.optim.Optimizer):
+class InBackward(Multiplied):
     """What an optimizer of matrices does with gradients before `step`: nothing, unless it is told to (`in_backward`).
 
     Attributes:

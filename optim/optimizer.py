@@ -19,6 +19,7 @@ from thinrank.optim.inner.half import HalfWeights
 from thinrank.optim.lowrank.subspace import width
 from thinrank.optim.matrix import MatrixView, matrix_views
 from thinrank.optim.methods.config import MethodConfig
+from thinrank.optim.multipliers import KEYS
 from thinrank.optim.own_ranks import ranks_of
 from thinrank.optim.rule import MatrixRule, State, key_of
 from thinrank.optim.stepping import Stepping
@@ -38,8 +39,8 @@ def batch_size(elements: int, device: torch.device) -> int:
 
 
 GROUP_EXTRAS: dict[str, Any] = {
-    "elementwise": False, "role": "", "label": "", "ranks": None, "sections": None, "sections_along": "rows",
-    "blocks": 1, "seed": 0,
+    "elementwise": False, "role": "", "label": "", "ranks": None, "lr_multipliers": None, "decay_multipliers": None,
+    "sections": None, "sections_along": "rows", "blocks": 1, "seed": 0,
 }  # fmt: skip
 
 POSITIONAL = ("lr", "betas", "eps", "weight_decay")
@@ -58,9 +59,10 @@ class MatrixOptimizer(Stepping):
     construction on.
 
     Group keys beside the method's own: `elementwise`, `ranks` (a rank for each parameter in the place of the group's
-    `rank`; None: stepped by AdamW), `sections` (row counts of a fused weight whose parts are their
-    own matrices; column counts with `sections_along="columns"`), `blocks` (equal parts of each section, such as heads),
-    `seed` (of every random choice), `role` and `label` (for reports).
+    `rank`; None: stepped by AdamW), `lr_multipliers` and `decay_multipliers` (a number for each parameter, by which its
+    learning rate and its weight decay are multiplied; None: ones; `set_multipliers`), `sections` (row counts of a fused
+    weight whose parts are their own matrices; column counts with `sections_along="columns"`), `blocks` (equal parts of
+    each section, such as heads), `seed` (of every random choice), `role` and `label` (for reports).
 
     Args:
         params: parameters, pairs of name and parameter, or groups, as in torch.
@@ -112,6 +114,7 @@ class MatrixOptimizer(Stepping):
         self._seen: dict[Tensor, State] = {}
         self._rules: dict[tuple[Any, ...], tuple[MatrixRule | None, ElementwiseAdamW]] = {}
         self._clamped = False
+        self._numbers = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -148,6 +151,7 @@ class MatrixOptimizer(Stepping):
             group["label"] = f"group{index}"
         try:
             self._refuse_ranks(group)
+            self._refuse_multipliers(group, self.names(index))
             for name, param, rank in zip(self.names(index), group["params"], ranks_of(group), strict=True):
                 self._refuse(name, param)
                 self.state[param] = self._initial_state(name, self._like(param), group, rank)
@@ -350,6 +354,7 @@ class MatrixOptimizer(Stepping):
             ranked = {**new, "ranks": old.get("ranks")}
             try:
                 self._refuse_ranks(ranked)
+                self._refuse_multipliers({**new, **{key: old.get(key) for key in KEYS}}, self.names(index))
             except ValueError as error:
                 raise ValueError(f"the saved optimizer state does not fit ({error}): {remedy}") from None
             keys = zip(self.names(index), old["params"], new["params"], ranks_of(ranked), ranks_of(new), strict=True)
@@ -368,7 +373,7 @@ class MatrixOptimizer(Stepping):
         groups = []
         for old, new in zip(saved, self.param_groups, strict=True):
             values = copy.deepcopy({key: value for key, value in old.items() if key != "params"})
-            groups.append({**new, "ranks": None, **values, "params": new["params"]})
+            groups.append({**new, "ranks": None, **dict.fromkeys(KEYS), **values, "params": new["params"]})
         hooks, stepping = self._hooks, self.steps_in_backward
         self.__setstate__({"state": self.state, "param_groups": groups})
         self._hooks, self.steps_in_backward = hooks, stepping

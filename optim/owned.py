@@ -296,11 +296,10 @@ class Owned(Islands):
         self, param: Tensor, rule: MatrixRule, group: dict[str, Any], bucket: Bucket, i: int, told: State
     ) -> None:
         assert isinstance(rule, Tells)
-        lr = float(group["lr"])
-        keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
+        keep, factor = self._factors(group, [param], rule)
         with fast_products(param.device):
             update = rule.hear(told, bucket.state([i]), bucket.view.shape[1])
-            local.give_back([param], bucket.view, update, keep=keep, step=lr * rule.scale * gain)
+            local.give_back([param], bucket.view, update, keep=keep, step=factor)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

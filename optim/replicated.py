@@ -275,7 +275,7 @@ class Replicated(Sending):
         """
         if self._meeting is None:
             return
-        self._refuse_drift(difference(self._alike(), self._meeting.wire.rare, self._meeting.group))
+        self._refuse_drift(difference(self._alike() | self._said(), self._meeting.wire.rare, self._meeting.group))
 
     def _refuse_drift(self, name: str | None) -> None:
         if name is not None:

@@ -353,7 +353,7 @@ class Sharded(OwnRanks):
             group, rank = self._group_of(param)
             rule, _ = self.rules(group, 0, rank)
             assert rule is not None  # what is stepped element by element is no delta
-            keep, _ = rule.decay.factors(float(group["lr"]), float(group["weight_decay"]))
+            keep, _ = rule.decay.factors(*self._rates(group, param))
             if keep != 1.0:
                 weight.mul_(keep)
             weight.add_(piece)

@@ -175,15 +175,14 @@ class Stepping(Owned):
             probe.measured("subspace_overlap", bucket.overlaps())
         if self._held_back(bucket, active, rule, update, turn.state):
             return
-        lr = float(group["lr"])
-        keep, gain = rule.decay.factors(lr, float(group["weight_decay"]))
+        keep, factor = self._factors(group, turn.params, rule, view.blocks)
         half = HalfWeights(group["half_weights"])
         weights = [self._weight(p) for p in turn.params]
         rounded = half.apply(weights[0])
         wide = weights
         if rounded:
             wide = [half.open(w, self.state[p]) for w, p in zip(weights, turn.params, strict=True)]
-        local.give_back(wide, view, update, keep=keep, step=lr * rule.scale * gain)
+        local.give_back(wide, view, update, keep=keep, step=factor)
         if rounded:
             for i, (weight, own) in enumerate(zip(weights, wide, strict=True)):
                 first = i * view.blocks
@@ -205,14 +204,14 @@ class Stepping(Owned):
         group: dict[str, Any],
         probe: Probe | None,
     ) -> None:
-        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-        weights = [self._weight(p) for p, _ in rest]
-        before = [w.detach().clone() for w in weights] if probe is not None and lr else []
-        grads = [grad for p, _ in rest if (grad := self._gradient(p)) is not None]
-        states = [self.state[p] for p, _ in rest]
-        seeds = [seed_of(group["seed"], key, int(self.state[p]["step"])) for p, key in rest]
-        rule.step_(weights, grads, states, lr=lr, weight_decay=weight_decay, seeds=seeds)
-        keep, _ = Decay().factors(lr, weight_decay)
-        for old, new in zip(before, weights, strict=bool(before)):
-            assert probe is not None
-            probe.saw(group["label"], (old * keep - new) / lr)
+        for (lr, weight_decay), some in self._alike_rates(group, rest).items():
+            weights = [self._weight(p) for p, _ in some]
+            before = [w.detach().clone() for w in weights] if probe is not None and lr else []
+            grads = [grad for p, _ in some if (grad := self._gradient(p)) is not None]
+            states = [self.state[p] for p, _ in some]
+            seeds = [seed_of(group["seed"], key, int(self.state[p]["step"])) for p, key in some]
+            rule.step_(weights, grads, states, lr=lr, weight_decay=weight_decay, seeds=seeds)
+            keep, _ = Decay().factors(lr, weight_decay)
+            for old, new in zip(before, weights, strict=bool(before)):
+                assert probe is not None
+                probe.saw(group["label"], (old * keep - new) / lr)

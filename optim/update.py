@@ -56,6 +56,9 @@ class Columns:
     short: int
 
 
+Factor = float | Sequence[float]
+"""A number for all matrices of a batch, or one for each."""
+
 SMALL = 2**19
 """Entries of a batch of weights up to which a CPU makes an update in full: 2 MiB, what its cache holds."""
 
@@ -104,15 +107,19 @@ class Update:
             memory_of(full).scatter_(-1, memory_places(self.entries.index, full), self.entries.values)
         return full
 
-    def apply_(self, weights: Sequence[Tensor], *, keep: float, step: float) -> None:
-        """`weight ← keep·weight − step·update` for the weights of the batch in order, (long, short) views, in place."""
+    def apply_(self, weights: Sequence[Tensor], *, keep: Factor, step: Factor) -> None:
+        """`weight ← keep·weight − step·update` for the weights of the batch in order, (long, short) views, in place.
+
+        Args:
+            keep, step: one number for all weights, or one for each.
+        """
         dtype = weights[0].dtype
         if self._small(weights):
             if keep != 1.0:
                 torch._foreach_mul_(list(weights), keep)
-            full = self.materialise(transposed=weights[0].stride(-1) != 1)
-            torch._foreach_add_(list(weights), full.unbind(), alpha=-step)
+            _subtract_(weights, self.materialise(transposed=weights[0].stride(-1) != 1), step)
             return
+        keeps, steps = _each(keep, len(weights)), _each(step, len(weights))
         entries = None if self.entries is None else _Kept(self.entries, weights)
         if self.direction is None or self.basis is None:
             if keep != 1.0:
@@ -120,28 +127,34 @@ class Update:
         elif isinstance(self.basis, Columns):
             if keep != 1.0:
                 torch._foreach_mul_(list(weights), keep)
-            for weight, direction, index in zip(weights, self.direction.to(dtype), self.basis.index, strict=True):
-                weight.index_add_(-1, index, direction, alpha=-step)
+            all_of = zip(weights, self.direction.to(dtype), self.basis.index, steps, strict=True)
+            for weight, direction, index, alpha in all_of:
+                weight.index_add_(-1, index, direction, alpha=-alpha)
         elif self.direction.dtype in (torch.float32, dtype):
-            beta = keep
             if keep != 1.0 and weights[0].device.type == "cpu":
                 # oneDNN makes a new kernel for each factor of what it adds to, and this one moves with the rate
                 torch._foreach_mul_(list(weights), keep)
-                beta = 1.0
-            for weight, direction, basis in zip(weights, self.direction.to(dtype), self.basis.to(dtype), strict=True):
-                weight.addmm_(direction, basis.mT, beta=beta, alpha=-step)
+                keeps = _each(1.0, len(weights))
+            all_of = zip(weights, self.direction.to(dtype), self.basis.to(dtype), keeps, steps, strict=True)
+            for weight, direction, basis, beta, alpha in all_of:
+                weight.addmm_(direction, basis.mT, beta=beta, alpha=-alpha)
         else:  # factors of lower precision than the weight: a fast product, then one pass in the weight's precision
-            for weight, direction, basis in zip(weights, self.direction, self.basis, strict=True):
-                if keep != 1.0:
-                    weight.mul_(keep)
-                weight.add_(direction @ basis.mT, alpha=-step)
+            for weight, direction, basis, beta, alpha in zip(
+                weights, self.direction, self.basis, keeps, steps, strict=True
+            ):
+                if beta != 1.0:
+                    weight.mul_(beta)
+                weight.add_(direction @ basis.mT, alpha=-alpha)
         if self.rest is not None:
             rest = self.rest.to(dtype)
             if self.rows is None:
-                torch._foreach_add_(list(weights), rest.unbind(), alpha=-step)
+                _subtract_(weights, self.rest if isinstance(step, Sequence) else rest, step)
             else:
                 rows = self.rows.to(dtype).expand_as(rest)
-                torch._foreach_addcmul_(list(weights), rest.unbind(), rows.unbind(), value=-step)
+                if isinstance(step, Sequence):
+                    torch._foreach_addcmul_(list(weights), rest.unbind(), rows.unbind(), [-s for s in step])
+                else:
+                    torch._foreach_addcmul_(list(weights), rest.unbind(), rows.unbind(), value=-step)
         if entries is not None:
             entries.put_(keep=keep, step=step)
 
@@ -173,9 +186,27 @@ class _Kept:
         # one by one out of the weights, then all of a batch together
         self.old = torch.stack([flat.gather(0, at) for flat, at in zip(self.memory, self.places, strict=True)])
 
-    def put_(self, *, keep: float, step: float) -> None:
+    def put_(self, *, keep: Factor, step: Factor) -> None:
         """`keep·old − step·value` into the weights."""
         old = self.old.float()
-        new = torch.add(old if keep == 1.0 else old.mul_(keep), self.values, alpha=-step).to(self.old.dtype)
-        for flat, at, value in zip(self.memory, self.places, new.unbind(), strict=True):
+        if keep != 1.0:
+            old = torch.stack(torch._foreach_mul(old.unbind(), keep)) if isinstance(keep, Sequence) else old.mul_(keep)
+        if isinstance(step, Sequence):
+            new = torch.sub(old, torch.stack(torch._foreach_mul(self.values.unbind(), list(step))))
+        else:
+            new = torch.add(old, self.values, alpha=-step)
+        for flat, at, value in zip(self.memory, self.places, new.to(self.old.dtype).unbind(), strict=True):
             flat.scatter_(0, at, value)
+
+
+def _each(factor: Factor, count: int) -> Sequence[float]:
+    return factor if isinstance(factor, Sequence) else [factor] * count
+
+
+def _subtract_(weights: Sequence[Tensor], update: Tensor, step: Factor) -> None:
+    """`weight ← weight − step·update` for each of a batch, in place."""
+    if isinstance(step, Sequence):
+        own = torch._foreach_mul(update.unbind(), list(step))  # in its own precision, and rounded once
+        torch._foreach_sub_(list(weights), [each.to(weights[0].dtype) for each in own])
+    else:
+        torch._foreach_add_(list(weights), update.unbind(), alpha=-step)

@@ -63,6 +63,28 @@ def test_agrees_with_the_cpu(config: MethodConfig):
 
 
 @pytest.mark.parametrize("config", ALL)
+def test_multipliers_agree_with_the_cpu_and_wait_for_nothing(config: MethodConfig):
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    start = [p.detach().clone() for p in network("cpu").parameters()]
+    results = []
+    for device in ("cpu", "cuda"):
+        model = network(device)
+        optimizer = build(model, config)
+        optimizer.set_multipliers({"0.weight": (2.0, 3.0), "2.weight": (0.3, 1.0), "4.weight": (1.4, 0.5)})
+        train(model, optimizer, 2, device)
+        optimizer.zero_grad()
+        model(next(batches(1, device))).square().mean().backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append([p.detach().cpu() for p in model.parameters()])
+    for origin, cpu, cuda in zip(start, *results, strict=True):
+        assert (cpu - cuda).norm() <= 1e-3 * (cpu - origin).norm() + 1e-6
+
+
+@pytest.mark.parametrize("config", ALL)
 def test_a_step_between_renewals_never_waits_for_the_device(config: MethodConfig):
     model = network("cuda")
     optimizer = build(model, config)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thinrank.trainers.callbacks.checkpointing import Checkpointing
     from thinrank.trainers.callbacks.guard import NonFiniteGuard
+    from thinrank.trainers.callbacks.layerwise import LayerwiseSchedule
     from thinrank.trainers.callbacks.metrics import TrainingMetrics
     from thinrank.trainers.callbacks.preemption import Preemption
     from thinrank.trainers.callbacks.progress import Progress
@@ -53,6 +54,7 @@ __all__ = [
     "GossipStrategy",
     "GuardStop",
     "HuggingFaceConfig",
+    "LayerwiseSchedule",
     "ModelConfig",
     "NonFiniteGuard",
     "OwnedConfig",
@@ -79,6 +81,7 @@ __all__ = [
 _HOMES = {
     "callbacks.checkpointing": ("Checkpointing",),
     "callbacks.guard": ("NonFiniteGuard",),
+    "callbacks.layerwise": ("LayerwiseSchedule",),
     "callbacks.metrics": ("TrainingMetrics",),
     "callbacks.preemption": ("Preemption",),
     "callbacks.progress": ("Progress",),

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from thinrank.optim import MatrixOptimizer
 from thinrank.optim.gossip.parts import expected, graph_of
+from thinrank.optim.layerwise import Tails
 from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import leaves_remainder, remembers_untold
 from thinrank.optim.messages import COARSE, UNUSED_FEEDBACK, whole_messages_because
@@ -30,6 +31,7 @@ from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
 from thinrank.trainers.callbacks.held import HeldMemory
 from thinrank.trainers.callbacks.layers import LayerUpkeep
+from thinrank.trainers.callbacks.layerwise import LayerwiseSchedule
 from thinrank.trainers.callbacks.metrics import TrainingMetrics
 from thinrank.trainers.callbacks.preemption import Preemption
 from thinrank.trainers.callbacks.progress import Progress
@@ -183,7 +185,8 @@ def _assemble(
         folder=folder.pictures,
         told=lambda step, level, reason: folder.log("alarm", step=step, state=level, reason=reason),
     )
-    acting = [guard, held, *upkeep, preemption, checkpointing]
+    layerwise = LayerwiseSchedule(config.layerwise) if isinstance(config.layerwise, Tails) else None
+    acting = [guard, held, *upkeep, *([] if layerwise is None else [layerwise]), preemption, checkpointing]
     trainer = _trainer(config, world, plan, folder, resume, cuda, [monitor, *acting])
     return Parts(
         job=job,
@@ -202,6 +205,7 @@ def _assemble(
         preemption=preemption,
         guard=guard,
         held=held,
+        layerwise=layerwise,
         resident=resident,
     )
 

@@ -228,6 +228,7 @@ def conclude(
             "world": parts.world.size,
             "accumulate": parts.plan.accumulate,
             "communication": sent_a_step,
+            **({} if parts.layerwise is None else {"layerwise": parts.layerwise.summary()}),
         },
         metrics=metrics,
         curves=curves.read(folder.path),

@@ -13,6 +13,7 @@ from thinrank import optim
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
 from thinrank.trainers.callbacks.held import HeldMemory
+from thinrank.trainers.callbacks.layerwise import LayerwiseSchedule
 from thinrank.trainers.callbacks.preemption import Preemption
 from thinrank.trainers.checkpoint import step_of
 from thinrank.trainers.data import TextData
@@ -46,6 +47,8 @@ class Parts:
     guard: NonFiniteGuard
     held: HeldMemory
     resident: Resident
+    layerwise: LayerwiseSchedule | None = None
+    """What multiplies rates by layer."""
     ranks: Mapping[str, int | float | None] | None = None
     """Of matrices that have come to their own."""
 

@@ -16,6 +16,7 @@ from thinrank.optim.backward import MODES, whole_because
 from thinrank.optim.gossip.parts import graph_of, made
 from thinrank.optim.gossip.schemes import Place
 from thinrank.optim.layers import ReparamConfig
+from thinrank.optim.layerwise import LayerwiseConfig, refuse_without_decay
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.messages import COARSE
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
@@ -162,6 +163,9 @@ class TrainingConfig:
     reparam: ReparamConfig = field(default_factory=ReparamConfig, metadata={"help": "layers of factors"})
     trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata={"help": "how long, how large, how often"})
     monitors: MonitorConfig = field(default_factory=MonitorConfig, metadata={"help": "what of the layers is looked at"})
+    layerwise: LayerwiseConfig = field(
+        default_factory=LayerwiseConfig, metadata={"help": "rates by layer, as the tails of spectra say"}
+    )
 
     def __post_init__(self) -> None:
         if self.trainer.in_backward == "step" and self.reparam.acts:
@@ -315,6 +319,10 @@ class Plan:
             )
         if isinstance(config.strategy, GossipConfig):
             _check_exchange(config.strategy, world_size)
+        try:
+            refuse_without_decay(config.layerwise, [config.optimizer.weight_decay])
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if batch % world_size:
             raise UserError(
                 f"trainer.batch_size must be a multiple of the {world_size} processes, got {batch}: "

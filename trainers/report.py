@@ -174,6 +174,7 @@ def page(report: Mapping[str, Any]) -> str:
                 ("parameters", _shown(report["model"].get("parameters"))),
                 ("trained parameters", _shown(report["model"].get("trained_parameters"))),
                 ("ranks of subspaces, least / median / most", _ranks(report["routing"])),
+                ("multipliers by layer, least / mean / most", _multipliers(training.get("layerwise"))),
                 ("skipped steps", _shown(training.get("skipped_steps"))),
                 ("restarts", _shown(run.get("restarts"))),
                 ("processes × micro-batches", f"{training.get('world')} × {training.get('accumulate')}"),
@@ -264,6 +265,11 @@ def _shown(value: Any) -> str:
 def _ranks(routing: Sequence[Mapping[str, Any]]) -> str:
     spread = rank_spread(row.get("rank") for row in routing)
     return "–" if spread is None else " / ".join(f"{rank:,}" for rank in spread)
+
+
+def _multipliers(layerwise: Mapping[str, Any] | None) -> str:
+    found = (layerwise or {}).get("spread")
+    return "–" if not found else " / ".join(f"{value:.2f}" for value in found)
 
 
 def _ms(seconds: float | None) -> str:

@@ -62,6 +62,9 @@ FREE_KEYS = (
 )
 """Keys, or whole groups, that a resumed run may change: how long, how often, and on what machine."""
 
+NOTHING = {"layerwise.name": "none"}
+"""Choices of nothing, which are left out: a run from before there was such a choice goes on."""
+
 _OWNED = (
     "tensorboard",
     "adapter",
@@ -331,7 +334,7 @@ def check_identity(path: Path, identity: str) -> None:
 
 def _identity(tree: Mapping[str, Any]) -> dict[str, Any]:
     flat = _flatten(_plain(tree))
-    return {key: value for key, value in flat.items() if not _free(key)}
+    return {key: value for key, value in flat.items() if not _free(key) and NOTHING.get(key) != value}
 
 
 def _free(key: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.matrix import MatrixView, writable
-from thinrank.optim.update import Update
+from thinrank.optim.update import Factor, Update
 
 
 def bring(grads: Sequence[Tensor], view: MatrixView) -> Tensor:
@@ -28,8 +28,12 @@ def bring(grads: Sequence[Tensor], view: MatrixView) -> Tensor:
     return batch.mT if view.transposed else batch
 
 
-def give_back(weights: Sequence[Tensor], view: MatrixView, update: Update, *, keep: float, step: float) -> None:
-    """`weight ← keep·weight − step·update` for each parameter, in place."""
+def give_back(weights: Sequence[Tensor], view: MatrixView, update: Update, *, keep: Factor, step: Factor) -> None:
+    """`weight ← keep·weight − step·update` for each parameter, in place.
+
+    Args:
+        keep, step: one number for all, or one for each matrix (of parameters, block by block).
+    """
     # channels-last and the like: work on a copy of the rows and write them back
     direct = [weight.is_contiguous() or writable(weight) for weight in weights]
     targets = [
