@@ -7,6 +7,7 @@ from pathlib import Path
 from thinrank.configs.compose import Schema
 from thinrank.optim.layers import REPARAMS
 from thinrank.optim.methods import METHODS
+from thinrank.optim.scaling import ScalingConfig
 from thinrank.trainers.adapters import AdapterConfig, LoraConfig
 from thinrank.trainers.cluster.config import KubernetesJob, SlurmJob, SubmitConfig, TorchrunJob
 from thinrank.trainers.data.config import FilesConfig, HeadersConfig, HuggingFaceConfig, PySourceConfig
@@ -50,6 +51,7 @@ PRETRAIN = Schema(
         "optimizer": METHODS,
         "strategy": STRATEGIES,
         "reparam": REPARAMS,
+        "scaling": ScalingConfig,
         "trainer": TrainerConfig,
     },
     folder=FOLDER,
@@ -75,6 +77,7 @@ FINETUNE = Schema(
         "adapter": {"none": AdapterConfig, "lora": LoraConfig},
         "strategy": STRATEGIES,
         "reparam": REPARAMS,
+        "scaling": ScalingConfig,
         "trainer": TrainerConfig,
     },
     folder=FOLDER,

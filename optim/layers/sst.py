@@ -61,6 +61,7 @@ class SSTLinear(Layer):
     """
 
     COEFFICIENTS = ("s",)
+    FAN_IN = {"V": 0, "V_rest": 0}
     keeps = True
 
     def __init__(self, dense: Dense, rank: int, config: SST) -> None:

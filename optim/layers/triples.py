@@ -37,6 +37,7 @@ class TripleLinear(Layer):
     """
 
     COEFFICIENTS = ("s",)
+    FAN_IN = {"V": 0}
 
     def __init__(
         self,
