@@ -123,8 +123,8 @@ def with_forward(config: ModelConfig, scaling: ScalingConfig) -> ModelConfig:
     """`config` with the factors of `scaling` in its forward, where its architecture has places for them.
 
     Granite's settings take them: `logits_scaling` grows as the width, `residual_multiplier` falls as
-    depth^(−depth_exp), `attention_multiplier` as (head size)^(−attention_width_exp) where heads grow. What `model.extra`
-    says of them holds at the base. `embedding_multiplier` stays as it is.
+    depth^(−depth_exp), `attention_multiplier` as (head size)^(−attention_width_exp) where heads grow. What
+    `model.extra` says of them holds at the base. `embedding_multiplier` stays as it is.
 
     Raises:
         UserError: for a rule that needs a factor for which the architecture has no place, and for a readout that shares

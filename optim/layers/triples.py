@@ -9,7 +9,8 @@ layer does at first what the dense one did; where the factors are all of W₀, t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class TripleLinear(Layer):
     """
 
     COEFFICIENTS = ("s",)
-    FAN_IN = {"V": 0}
+    FAN_IN: ClassVar[Mapping[str, int]] = {"V": 0}
 
     def __init__(
         self,

@@ -108,8 +108,8 @@ def _kind(name: str, narrow: Tensor, wide: Tensor, model: nn.Module, role: Role,
     sides = [i for i, (a, b) in enumerate(zip(narrow.shape, wide.shape, strict=True)) if a != b]
     if len(sides) > 2:
         raise ValueError(
-            f"{name} grows along {len(sides)} sides, {tuple(narrow.shape)} to {tuple(wide.shape)}, and there is no rule "
-            f"for more than two: set scaling.overrides={{{re.escape(name)}: hidden}}, or another class"
+            f"{name} grows along {len(sides)} sides, {tuple(narrow.shape)} to {tuple(wide.shape)}, and there is no "
+            f"rule for more than two: set scaling.overrides={{{re.escape(name)}: hidden}}, or another class"
         )
     if not sides:
         return ParameterClass.FIXED

@@ -105,8 +105,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The rules by name, as arguments: `ScalingConfig(**PRESETS["sqrt_wd"], base_width=256)`.
 
-`const` is µP (arXiv:2203.03466) with the decay as it is; `sqrt_wd` is Fan et al. 2025 (arXiv:2510.15262): decay ∝ √width,
-none of vectors and embeddings; `linear_wd` keeps lr times decay as it is, as mup's MuAdamW does, and as Wang &
-Aitchison 2024 (arXiv:2405.13698) and Kosson et al. 2025 (arXiv:2510.19093) ask for; `completep` adds the depth rule and
-the eps of Dey et al. 2025 (arXiv:2505.01618).
+`const` is µP (arXiv:2203.03466) with the decay as it is; `sqrt_wd` is Fan et al. 2025 (arXiv:2510.15262), decay of
+matrices ∝ √width and none of vectors and embeddings; `linear_wd` keeps lr times decay as it is, as mup's MuAdamW does,
+and as Wang & Aitchison 2024 (arXiv:2405.13698) and Kosson et al. 2025 (arXiv:2510.19093) ask for; `completep` adds the
+depth rule and the eps of Dey et al. 2025 (arXiv:2505.01618).
 """

@@ -26,7 +26,7 @@ class CoordinateCheck:
     readings: dict[str, list[list[float]]]
 
     def slopes(self, step: int = -1) -> dict[str, Slope]:
-        """The exponent of the width in each module's activations at one step; modules whose output is 0 are left out."""
+        """The exponent of the width in each module's activations at one step; those whose output is 0 are left out."""
         return {
             name: power_slope(self.widths, rows[step]) for name, rows in self.readings.items() if min(rows[step]) > 0
         }

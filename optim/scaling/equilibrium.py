@@ -40,7 +40,7 @@ def noise_top_sigma(rows: int, columns: int, rms: float) -> float:
 
 
 def spectral_bound(decay: float, update_norm: float = 1.0) -> float:
-    """What ‖W‖₂ cannot exceed where no update's spectral norm exceeds `update_norm`: c/λ, whatever the gradients are."""
+    """What ‖W‖₂ cannot exceed where no update's spectral norm exceeds `update_norm`: c/λ, whatever gradients are."""
     number("decay", decay, open_low=True)
     return update_norm / decay
 
@@ -76,7 +76,7 @@ def decay_clock(rates: Iterable[float], decay: float | Iterable[float]) -> float
 
 
 def independent_decay(decay: float, lr: float) -> float:
-    """Decay λ′ of an optimizer that shrinks by 1 − (η_t/η) λ′, equal to torch's `decay` at the peak rate η = `lr`: λη."""
+    """Decay λ′ of an optimizer that shrinks by 1 − (η_t/η) λ′, equal to torch's `decay` λ at the peak rate η: λη."""
     return decay * lr
 
 
