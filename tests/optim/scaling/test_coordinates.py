@@ -18,7 +18,7 @@ from thinrank.optim.scaling import (
     top_sigma,
 )
 
-WIDTHS = (16, 64, 192)
+WIDTHS = (16, 48, 144)
 
 
 def maker(rule):
@@ -116,3 +116,18 @@ def test_kinds_of_matrices_by_their_names():
         "lm_head": None,
     }
     assert {name: matrix_kind(name) for name in names} == names
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (600, 256)])
+def test_large_matrices_are_iterated_upon(shape):
+    """Noise is the worst case, since its largest values lie close to each other."""
+    layer = nn.Linear(*shape, bias=False)
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(4))
+    state = torch.get_rng_state()
+    found = float(top_sigma(nn.Sequential(layer))["0"])
+    assert torch.equal(state, torch.get_rng_state())
+    exact = float(torch.linalg.matrix_norm(layer.weight.detach(), ord=2))
+    assert 0.99 * exact < found <= exact * (1 + 1e-5)
+    layer.weight.data[0] *= 9  # one stands out
+    exact = float(torch.linalg.matrix_norm(layer.weight.detach(), ord=2))
+    assert float(top_sigma(nn.Sequential(layer))["0"]) == pytest.approx(exact, rel=1e-4)
