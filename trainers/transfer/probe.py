@@ -25,12 +25,13 @@ class Probe(pl.Callback):
     Args:
         folder: of the run; `FILE` is written there.
         steps: of the whole run.
-        count: readings, evenly spaced, the last one after the last step.
+        count: readings beside that of the first weights, more of them early than late, since wide models are younger
+            at the same step under most rules; the last one after the last step.
     """
 
     def __init__(self, folder: Path, steps: int, count: int) -> None:
         self.folder = folder
-        self.at = {round(steps * (i + 1) / count) for i in range(count)}
+        self.at = {max(1, round(steps * ((i + 1) / count) ** 2)) for i in range(count)}
         self.rows: list[dict[str, Any]] = []
         self.clock: dict[str, float] = {}
         self.peak: dict[str, tuple[float, float]] = {}
@@ -49,6 +50,12 @@ class Probe(pl.Callback):
             if matrix_kind(name) is not None and group is not None:
                 self._of[name] = group
         self._seen = trainer.global_step
+        if not self._seen:
+            self._read(network)
+
+    def _read(self, network: Any) -> None:
+        tops = {name: float(value) for name, value in top_sigma(network).items() if name in self._of}
+        self.rows.append({"step": self._seen, "sigma": tops, "clock": dict(self.clock)})
 
     @override
     def on_before_optimizer_step(
@@ -72,9 +79,7 @@ class Probe(pl.Callback):
         for name, passed in self._pending.items():
             self.clock[name] = self.clock.get(name, 0.0) + passed
         if self._seen in self.at:
-            network: Any = pl_module.model
-            tops = {name: float(value) for name, value in top_sigma(network).items() if name in self._of}
-            self.rows.append({"step": self._seen, "sigma": tops, "clock": dict(self.clock)})
+            self._read(pl_module.model)
 
     @override
     def on_test_batch_start(

@@ -1,5 +1,7 @@
 """Small models of any width: a block-wise network with all classes of parameters, and data for it."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -76,6 +78,6 @@ def train(model, optimizer, steps):
 
 def small(name) -> MethodConfig:
     """The configuration of a method with rank 3 and gap 3 where it has any."""
-    values = {"rank": 3} if issubclass(METHODS[name], RankedConfig) else {}
+    values: Any = {"rank": 3} if issubclass(METHODS[name], RankedConfig) else {}
     values |= {"update_proj_gap": 3} if issubclass(METHODS[name], LowRankConfig) else {}
     return METHODS[name](lr=0.02, weight_decay=0.01, **values)

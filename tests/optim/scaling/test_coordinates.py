@@ -1,5 +1,7 @@
 """The coordinate check tells a rule of scale from none; gains and top singular values are what they are called."""
 
+from typing import Any
+
 import pytest
 import torch
 from grown import Net, batch, train
@@ -98,10 +100,10 @@ def test_top_singular_values_of_matrices_and_of_what_factors_amount_to():
     tops = top_sigma(model)
     assert "embed" not in tops
     assert "norm" not in tops
-    weight = model.get_submodule("layers.0.up_proj").weight.detach()
+    weight = model.get_parameter("layers.0.up_proj.weight").detach()
     assert float(tops["layers.0.up_proj"]) == pytest.approx(float(torch.linalg.svdvals(weight)[0]), rel=1e-5)
     convert(model, LowRank(rank=3))
-    layer = model.get_submodule("layers.0.up_proj")
+    layer: Any = model.get_submodule("layers.0.up_proj")
     assert float(top_sigma(model)["layers.0.up_proj"]) == pytest.approx(
         float(torch.linalg.svdvals((layer.B @ layer.A).detach())[0]), rel=1e-5
     )
