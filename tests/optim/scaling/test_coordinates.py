@@ -7,7 +7,7 @@ import torch
 from grown import Net, batch, train
 from torch import nn
 
-from thinrank.optim import AdamWConfig, build
+from thinrank.optim import AdamWConfig, GaLoreConfig, MuonConfig, build
 from thinrank.optim.layers import LowRank, convert
 from thinrank.optim.scaling import (
     PRESETS,
@@ -133,3 +133,34 @@ def test_large_matrices_are_iterated_upon(shape):
     layer.weight.data[0] *= 9  # one stands out
     exact = float(torch.linalg.matrix_norm(layer.weight.detach(), ord=2))
     assert float(top_sigma(nn.Sequential(layer))["0"]) == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "exponent"),
+    [
+        (AdamWConfig(lr=0.02), 1.0),
+        (MuonConfig(lr=0.2), 0.0),
+        (MuonConfig(lr=0.2, adjust_lr="match_rms_adamw"), 0.5),
+        (GaLoreConfig(lr=0.1, rank=4, update_proj_gap=2, scale=1.0), 0.5),
+    ],
+    ids=["adamw", "muon", "muon, matched", "galore of fixed rank"],
+)
+def test_the_exponent_of_the_rate_is_that_of_the_updates_spectral_norm(method, exponent):
+    """∝ width for Adam, constant for orthonormal updates, ∝ √width for those of matched RMS and of fixed rank."""
+
+    def maker(a):
+        def make(width):
+            model = Net(width, std=0.18)
+            config = ScalingConfig(name="const", base_width=32, lr_width_exp=a)
+            scaling = scaling_of(config, lambda w, d: Net(w, d), width=width, depth=2, folded=True)
+            scale_init(model, scaling)
+            optimizer = build(model, method, scaling=scaling)
+            return model, lambda: train(model, optimizer, 1)
+
+        return make
+
+    # where inputs have a mean, and updates the direction to go with it
+    right, wrong = (coordinate_check(maker(a), (32, 128), steps=5).slopes() for a in (exponent, exponent - 0.75))
+    for name in ("layers.0.down_proj", "layers.1.down_proj"):
+        assert abs(right[name].value) < 0.25
+        assert wrong[name].value > 0.3
