@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import tiny_finetune
 import torch
 from tiny_pretrain import config, write_corpus
 
@@ -10,8 +11,9 @@ from thinrank.optim import AdamWConfig, GaLorePlusConfig, build
 from thinrank.optim.layers import SST
 from thinrank.optim.scaling import PRESETS, Scaling, ScalingConfig
 from thinrank.trainers import checkpoint as ckpt
+from thinrank.trainers.adapters import LoraConfig
 from thinrank.trainers.errors import UserError
-from thinrank.trainers.jobs import Pretraining
+from thinrank.trainers.jobs import Finetuning, Pretraining
 from thinrank.trainers.models import ModelConfig, transformers_config
 from thinrank.trainers.module import token_nats
 from thinrank.trainers.pretrain import pretrain
@@ -157,6 +159,25 @@ def test_factors_inherit_the_scaled_weights():
     assert torch.allclose(made.get_submodule(name).weight(), dense.get_parameter(f"{name}.weight"), atol=1e-5)
     of = ruled(wide, made).multipliers()
     assert (of[f"{name}.V"].lr, of[f"{name}.U"].lr) == (0.5, 1.0)
+
+
+def test_fine_tuning_scales_rates_and_leaves_trained_weights_alone(tmp_path):
+    """Of a whole model, and of LoRA's factors, by their fan-in."""
+    tiny_finetune.write_model(tmp_path / "model")
+    scaling = ScalingConfig(**PRESETS["const"], base_width=8)
+    for adapter, rates in (
+        (None, {"layers.0.mlp.up_proj.weight": 0.5, "embed_tokens.weight": 1.0}),
+        (LoraConfig(rank=2), {"layers.0.mlp.up_proj.lora_A.default.weight": 0.5, "up_proj.lora_B.default.weight": 1.0}),
+    ):
+        settings = replace(tiny_finetune.config(tmp_path, "x", adapter=adapter), scaling=scaling)
+        asked, plain = Finetuning(settings), Finetuning(replace(settings, scaling=ScalingConfig()))
+        model, same = asked.build(tiny_finetune.VOCAB), plain.build(tiny_finetune.VOCAB)
+        for one, other in zip(model.parameters(), same.parameters(), strict=True):
+            assert torch.equal(one, other)
+        of = ruled(asked, model).multipliers()
+        for name, lr in rates.items():
+            assert {m.lr for key, m in of.items() if name in key} == {lr}
+        assert plain.scaling(same) is None
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_pretrain import config, write_corpus
@@ -16,7 +18,7 @@ from thinrank.optim.scaling import PRESETS, ScalingConfig
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.pretrain import pretrain
 from thinrank.trainers.transfer.analysis import Best, advise, best_of, judge, moves, sigma_at, vertex
-from thinrank.trainers.transfer.conduct import Record
+from thinrank.trainers.transfer.conduct import Record, conduct, known
 from thinrank.trainers.transfer.page import page
 from thinrank.trainers.transfer.sweep import Sweep, Trial, check, trial
 
@@ -170,6 +172,49 @@ def test_trials_and_their_folders(tmp_path):
     deep = Sweep(widths=WIDTHS, rates=RATES, decays=DECAYS, target=1024, rules=("completep",))
     with pytest.raises(UserError, match="architecture=granite"):
         check(deep, base)
+
+
+def fake_start(begun, loss_of, code=0):
+    """Starts a run that has ended at once, with a loss by its config, or without any where `code` is not 0."""
+
+    def start(each):
+        begun.append((each.width, each.config.optimizer.lr, each.config.optimizer.weight_decay))
+        each.folder.mkdir(parents=True)
+        if not code:
+            report = {"run": {"state": "finished"}, "metrics": {"test/loss": loss_of(each.config)}}
+            (each.folder / "report.json").write_text(json.dumps(report))
+            (each.folder / "probe.json").write_text("{}")
+        return SimpleNamespace(poll=lambda: code, terminate=lambda: None, wait=lambda: code)
+
+    return start
+
+
+def test_a_cross_tries_all_rates_and_then_all_decays_at_the_best(tmp_path):
+    sweep = replace(SWEEP, design="cross", rules=("const", "linear_wd"))
+    base = config(tmp_path, "x", optimizer=AdamWConfig(), model={"hidden_size": 64, "num_attention_heads": 2})
+    begun: list[tuple[int, float, float]] = []
+    start = fake_start(begun, lambda c: abs(math.log(c.optimizer.lr / 4e-3)))
+    assert conduct(sweep, base, tmp_path, start=start, jobs=2, say=lambda text: None) == []
+    assert len(begun) == (5 + 2) * (1 + 2 * 2)  # once at the base, for each rule at the two other widths
+    narrow = [(lr, decay) for width, lr, decay in begun if width == 64]
+    assert narrow == [*((lr, 0.2) for lr in RATES), (4e-3, 0.1), (4e-3, 0.4)]
+    assert len(known(sweep, base, tmp_path)) == (5 + 2) * 3 * 2
+    assert conduct(sweep, base, tmp_path, start=start, say=lambda text: None) == []
+    assert len(begun) == 35  # nothing twice
+
+
+def test_a_run_that_fails_is_told_and_one_that_was_stopped_stops_all(tmp_path, monkeypatch):
+    base = config(tmp_path, "x", optimizer=AdamWConfig(), model={"hidden_size": 64, "num_attention_heads": 2})
+    failures = conduct(
+        replace(SWEEP, rules=("const",)), base, tmp_path, start=fake_start([], float, code=1), say=lambda text: None
+    )
+    assert len(failures) == 3  # the first run of each width; others would fail alike
+    assert "it ended with code 1: it said nothing" in failures[0]
+    asked = []
+    monkeypatch.setattr("thinrank.trainers.transfer.conduct.run_one", lambda c, probes: bool(asked.append(c)))
+    failures = conduct(replace(SWEEP, rules=("const",)), base, tmp_path / "again", say=lambda text: None)
+    assert len(asked) == len(failures) == 1
+    assert "start the same command again" in failures[0]
 
 
 @pytest.fixture

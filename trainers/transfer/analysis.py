@@ -269,7 +269,8 @@ def _compare(
         verdict.missing.append(f"{kind}: too few readings at an age of {age:.2g} that all widths have: raise --probes")
         return
     widths, tops, etas, lams = (list(column) for column in zip(*rows, strict=True))
-    verdict.fits[kind] = fit_wd_exponent(widths, tops, etas, lams, lr_width_exp=scaling.lr_width_exp)
+    falls = scaling.lr_width_exp if scaling.active else 0.0
+    verdict.fits[kind] = fit_wd_exponent(widths, tops, etas, lams, lr_width_exp=falls)
     verdict.sigma[kind] = sigma_slope(widths, tops, scaling.wd_width_exp if scaling.active else 0.0)
     verdict.tops[kind] = {w: statistics.median(t for v, t, *_ in rows if v == w) for w in sorted(set(widths))}
 

@@ -112,9 +112,12 @@ def known(sweep: Sweep, base: PretrainConfig, root: Path) -> list[Record]:
     return found
 
 
-def run_one(config: PretrainConfig, probes: int) -> None:
+def run_one(config: PretrainConfig, probes: int) -> bool:
     """Trains and measures one run in this process. Divergence is a result, and noted as one; what the run prints goes
     into a file beside its folder.
+
+    Returns:
+        Whether it came to an end; not where it was told to stop, and has saved what it had.
 
     Raises:
         UserError: as `pretrain`.
@@ -127,11 +130,14 @@ def run_one(config: PretrainConfig, probes: int) -> None:
     # beside its folder, which has to be empty where nothing was begun
     with open(folder.with_name(f"{folder.name}.log"), "a") as log, redirect_stdout(log):
         try:
-            run(Probed(config, steps=steps, probes=probes))
+            report = run(Probed(config, steps=steps, probes=probes))
+            if report["run"]["state"] != "finished":
+                return False
         except GuardStop as error:
             write_json(folder / DIVERGED, {"reason": str(error)})
     if record_ended(folder):
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # hundreds of runs, of which numbers are wanted
+    return True
 
 
 def record_ended(folder: Path) -> bool:
@@ -205,9 +211,10 @@ def conduct(
                 say(f"begins    {each}")
                 begun = time.monotonic()
                 if start is None:
-                    why = "it was interrupted: start the same command again"
+                    why = "it was interrupted: start the same command again, and it goes on"
                     try:
-                        run_one(each.config, sweep.probes)
+                        if not run_one(each.config, sweep.probes):
+                            waiting.clear()  # who stops one of a sequence in one process means all
                     except UserError as error:
                         why = str(error)
                     ended(each, task, begun, why)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from thinrank.optim.scaling import ema_timescale
 from thinrank.trainers.files import replacing, write_json, write_text
 from thinrank.trainers.pretrain import PretrainConfig
 from thinrank.trainers.report import machine
@@ -97,7 +98,21 @@ def _advice(sweep: Sweep, base: PretrainConfig, advice: Advice | None) -> str:
         f"{advice.rate:.3g} and weight decay {advice.decay:g} of the base, which are {advice.hidden_rate:.3g} and "
         f"{advice.hidden_decay:.3g} for hidden matrices there.\n\n"
         f"```sh\npython launch/pretrain.py {words(sweep, base, advice)}\n```"
+        + _share(sweep, base, advice)
         + (f"\n\nWhat speaks against it:\n{doubts}" if doubts else "")
+    )
+
+
+def _share(sweep: Sweep, base: PretrainConfig, advice: Advice) -> str:
+    """Over how much of a training the target's hidden matrices would average, and what keeps that elsewhere."""
+    if not advice.hidden_decay or base.trainer.max_steps is None:
+        return ""
+    batch = base.trainer.batch_size * base.data.sequence_length
+    tokens = batch * base.trainer.max_steps
+    share = ema_timescale(batch, advice.hidden_rate, advice.hidden_decay, tokens)
+    return (
+        f"\n\nIn a training of {tokens:,} tokens its hidden matrices would average their updates over {share:.3g} of "
+        f"it. For D tokens in batches of B, a decay times B/{batch:,} · {tokens:,}/D keeps that share."
     )
 
 
