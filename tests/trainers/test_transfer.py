@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny_pretrain import config, write_corpus
@@ -174,7 +175,7 @@ def test_trials_and_their_folders(tmp_path):
         check(deep, base)
 
 
-def fake_start(begun, loss_of, code=0):
+def fake_start(begun, loss_of, code=0) -> Any:
     """Starts a run that has ended at once, with a loss by its config, or without any where `code` is not 0."""
 
     def start(each):
