@@ -8,6 +8,7 @@ from thinrank.configs.compose import Schema
 from thinrank.optim.layers import REPARAMS
 from thinrank.optim.layerwise import LAYERWISE
 from thinrank.optim.methods import METHODS
+from thinrank.optim.scaling import ScalingConfig
 from thinrank.trainers.adapters import AdapterConfig, LoraConfig
 from thinrank.trainers.cluster.config import KubernetesJob, SlurmJob, SubmitConfig, TorchrunJob
 from thinrank.trainers.data.config import FilesConfig, HeadersConfig, HuggingFaceConfig, PySourceConfig
@@ -52,6 +53,7 @@ PRETRAIN = Schema(
         "optimizer": METHODS,
         "strategy": STRATEGIES,
         "reparam": REPARAMS,
+        "scaling": ScalingConfig,
         "trainer": TrainerConfig,
         "monitors": MonitorConfig,
         "layerwise": LAYERWISE,
@@ -79,6 +81,7 @@ FINETUNE = Schema(
         "adapter": {"none": AdapterConfig, "lora": LoraConfig},
         "strategy": STRATEGIES,
         "reparam": REPARAMS,
+        "scaling": ScalingConfig,
         "trainer": TrainerConfig,
         "monitors": MonitorConfig,
         "layerwise": LAYERWISE,

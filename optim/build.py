@@ -19,6 +19,7 @@ from thinrank.optim.methods.config import MethodConfig, RankedConfig
 from thinrank.optim.optimizer import MatrixOptimizer
 from thinrank.optim.optimizers import OPTIMIZERS
 from thinrank.optim.rule import MatrixRule, Remembers, remembers
+from thinrank.optim.scaling.rule import Scaling
 
 BASES = ("basis", "basis_long", "columns")
 """Names of the tensors in a matrix's state that say where its subspace is."""
@@ -30,6 +31,7 @@ def route(
     roles: Mapping[str, str] | None = None,
     ranks: Mapping[str, int | float | None] | None = None,
     heads: Mapping[str, HeadLayout] | None = None,
+    scaling: Scaling | None = None,
 ) -> Routing:
     """Which parameter of `model` is stepped by which rule under `config`, and what its state costs.
 
@@ -42,6 +44,7 @@ def route(
             (`config.rank_allocation`) are shown as `config.rank` for all, which is their budget.
         heads: regular expression on an attention weight's name → where its heads lie, for methods that share a basis
             among heads (`cross_heads`) and models whose weights are not known.
+        scaling: what a rule of scale makes of rates, decay and eps (`thinrank.optim.scaling.scaling_of`).
 
     Raises:
         ValueError: when a target, an exclusion, a role or a heads pattern matches nothing, when a rank is of no
@@ -49,7 +52,7 @@ def route(
             attention weight cannot be told apart.
         RuntimeError: when a trainable parameter is in no group: it would never be stepped.
     """
-    routing = _grouped(model, config, roles, ranks, heads)
+    routing = _grouped(model, config, roles, ranks, heads, scaling)
     stand_ins = [{**group, "params": [(name, _stand_in(p)) for name, p in group["params"]]} for group in routing.groups]
     optimizer = _optimizer(stand_ins, config, seed=0)
     routing.stand_in = optimizer
@@ -77,6 +80,7 @@ def route(
                     **_exchanged(matrices),
                 )
             )
+    routing.scaling = "" if scaling is None else scaling.table()
     if allocates(config) and not ranks:
         routing.note = (
             f"the sizes above are those of one rank for all: what that costs will be shared out by the spectra of the "
@@ -139,12 +143,14 @@ def build(
     roles: Mapping[str, str] | None = None,
     ranks: Mapping[str, int | float | None] | None = None,
     heads: Mapping[str, HeadLayout] | None = None,
+    scaling: Scaling | None = None,
 ) -> MatrixOptimizer:
     """The optimizer of `config` for `model`: groups by role, projected matrices by `config.targets`.
 
     Args:
         seed: of every random choice of the method; two runs with one seed choose alike.
-        roles, ranks, heads: as in `route`.
+        roles, ranks, heads, scaling: as in `route`. Of `scaling` the groups take their part; the initial weights are
+            scaled by `thinrank.optim.scaling.scale_init`.
 
     Raises:
         ValueError: as `route` does, and where both `ranks` and `config.rank_allocation` say who has which rank.
@@ -154,7 +160,7 @@ def build(
         raise ValueError(
             f"ranks are given, and rank_allocation={config.rank_allocation!r} would replace them: leave one of them out"
         )
-    optimizer = _optimizer(_grouped(model, config, roles, ranks, heads).groups, config, seed=seed)
+    optimizer = _optimizer(_grouped(model, config, roles, ranks, heads, scaling).groups, config, seed=seed)
     if shared_out:
         optimizer.allocate_ranks(config.rank_allocation, every=config.rank_allocation_every)
     return optimizer
@@ -165,8 +171,16 @@ def allocates(config: MethodConfig) -> TypeGuard[RankedConfig]:
     return isinstance(config, RankedConfig) and config.rank_allocation != "uniform"
 
 
-def _grouped(model: nn.Module, config: MethodConfig, *how: Any) -> Routing:
-    routing = group_parameters(model, config, *how)
+def _grouped(
+    model: nn.Module,
+    config: MethodConfig,
+    roles: Mapping[str, str] | None,
+    ranks: Mapping[str, int | float | None] | None,
+    heads: Mapping[str, HeadLayout] | None,
+    scaling: Scaling | None,
+) -> Routing:
+    factors = None if scaling is None else scaling.multipliers()
+    routing = group_parameters(model, config, roles, ranks, heads, factors)
     left = unstepped(model, routing.groups)
     if left:
         raise RuntimeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +110,26 @@ def _head(model: nn.Module) -> torch.Tensor | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Multipliers:
+    """What a rule of scale (`thinrank.optim.scaling`) makes of the values of one parameter, each a factor."""
+
+    kind: str = ""
+    """Its class, for labels and tables."""
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    init: float = 1.0
+    """On the initial weights, which are the model's own affair."""
+    forward: float = 1.0
+    """On what it puts out, likewise."""
+    eps: float = 1.0
+
+    @property
+    def in_groups(self) -> tuple[float, float, float]:
+        """Those that a parameter group carries."""
+        return self.lr, self.weight_decay, self.eps
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One line of the routing table."""
 
@@ -162,6 +182,8 @@ class Routing:
     """The optimizer without memory, for who wants to ask it more."""
     note: str = ""
     """What is not decided yet, as the table's last line."""
+    scaling: str = ""
+    """The factors of a rule of scale, as lines of the table."""
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state in all, by the rules' own formulas."""
@@ -196,8 +218,7 @@ class Routing:
         if spread is not None and spread[0] != spread[2]:
             least, median, most = spread
             lines.append(f"ranks: {least:,} / {median:,} / {most:,} (least / median / most)")
-        if self.note:
-            lines.append(self.note)
+        lines += [text for text in (self.scaling, self.note) if text]
         return "\n".join(lines)
 
 
@@ -335,17 +356,22 @@ def group_parameters(
     overrides: Mapping[str, str] | None = None,
     ranks: Mapping[str, int | float | None] | None = None,
     heads: Mapping[str, HeadLayout] | None = None,
+    scaling: Mapping[str, Multipliers] | None = None,
 ) -> Routing:
     """Parameter groups for `model` under `config`: by role and rule, every trainable parameter in exactly one.
 
-    Methods with `cross_heads` have groups of their own for the attention weights of one layout.
+    Methods with `cross_heads` have groups of their own for the attention weights of one layout, and so have parameters
+    whose rate, decay or eps a rule of scale multiplies alike. The group's values are the products, which schedules
+    multiply further.
 
     Args:
         ranks: name of a matrix → its own rank, or None where it is to be stepped element by element.
         heads: regular expression on a name → the layout of its heads, where that cannot be found.
+        scaling: name of a parameter → its factors.
 
     Raises:
-        ValueError: for a rank of something that the method does not project, for factors of LoRA that it would and
+        ValueError: for a parameter without factors where others have some, for a rank of something that the method does
+            not project, for factors of LoRA that it would and
             weights that have such factors, and as in `stepped_matrices`.
     """
     role = roles(model, overrides)
@@ -368,12 +394,15 @@ def group_parameters(
     vector_lr = embedding_lr if config.vector_lr is None else config.vector_lr
     rate = dict.fromkeys((Role.MATRIX, Role.COEFFICIENT), config.lr)
     rate |= {Role.EMBEDDING: embedding_lr, Role.HEAD: embedding_lr, Role.VECTOR: vector_lr}
-    groups: dict[tuple[Role, bool, str], dict[str, Any]] = {}
+    groups: dict[tuple[Role, bool, str, Multipliers | None], dict[str, Any]] = {}
     for name in names:
         own = name in chosen
-        key = (role[name], own, repr(layouts.get(name)))
+        factors = _factors(name, scaling)
+        key = (role[name], own, repr(layouts.get(name)), factors)
         if key not in groups:
             group = config.group()
+            of = factors or Multipliers()
+            kind = f":{of.kind}" if of.kind else ""
             if "rank" in group and not own:
                 group["rank"] = None
             group |= {
@@ -381,9 +410,10 @@ def group_parameters(
                 "ranks": [] if own and ranks else None,
                 "elementwise": not own,
                 "role": key[0].value,
-                "label": f"{key[0].value}/{config.name if own else 'adamw'}",
-                "lr": config.lr if own else rate[key[0]],
-                "weight_decay": 0.0 if key[0] in ELEMENTWISE else config.weight_decay,
+                "label": f"{key[0].value}{kind}/{config.name if own else 'adamw'}",
+                "lr": (config.lr if own else rate[key[0]]) * of.lr,
+                "weight_decay": 0.0 if key[0] in ELEMENTWISE else config.weight_decay * of.weight_decay,
+                "eps": config.eps * of.eps,
                 **layouts.get(name, {}),
             }
             groups[key] = group
@@ -391,3 +421,15 @@ def group_parameters(
         if groups[key]["ranks"] is not None:
             groups[key]["ranks"].append(ranks.get(name, groups[key]["rank"]))
     return Routing(groups=list(groups.values()), frozen=frozen)
+
+
+def _factors(name: str, scaling: Mapping[str, Multipliers] | None) -> Multipliers | None:
+    """The factors of a parameter; None where a group's values stay as they are, so that its groups do as well."""
+    if scaling is None:
+        return None
+    if name not in scaling:
+        raise ValueError(f"scaling knows no class of {name}: classify the model that is to be trained")
+    found = scaling[name]
+    if found.in_groups == (1.0, 1.0, 1.0):
+        return None
+    return replace(found, init=1.0, forward=1.0)  # of which a group knows nothing

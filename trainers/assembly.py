@@ -64,6 +64,7 @@ from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.resident import Resident
 from thinrank.trainers.rng import seed_all
 from thinrank.trainers.run import RunFolder, config_tree, identity_json
+from thinrank.trainers.scaling import refuse_other_classes
 from thinrank.trainers.strategies import (
     FSDP2Config,
     GossipConfig,
@@ -152,6 +153,10 @@ def _assemble(
         if not cuda:  # where the model lies already, whole
             needed = max(needed, _checkpoint_bytes(model, True))
         check_run(world, config.run.preflight, data.manifest_hash, needed, cuda=cuda)
+    scaling = job.scaling(model)
+    classes = {} if scaling is None else scaling.classes()
+    if resume is not None and scaling is not None:
+        together(world, lambda: refuse_other_classes(resume, classes))
     module = CausalLM(
         model,
         config.optimizer,
@@ -161,6 +166,7 @@ def _assemble(
         in_backward=config.trainer.in_backward,
         seed=config.trainer.seed,
         projection_seed=config.trainer.projection_seed,
+        scaling=scaling,
         save_frozen=job.keeps_frozen,
     )
     guard = NonFiniteGuard(config.trainer.nonfinite_limit)
@@ -171,6 +177,7 @@ def _assemble(
             "identity": identity_json(tree),
             "manifest": data.manifest_hash,
             "origin": dict(origin),
+            "classes": classes,
             "commit": report.code_version()["commit"],
         },
         saved=lambda path, step: folder.write_status("running", step=step, steps=plan.steps, checkpoint=path.name),
@@ -187,7 +194,7 @@ def _assemble(
     )
     layerwise = LayerwiseSchedule(config.layerwise) if isinstance(config.layerwise, Tails) else None
     acting = [guard, held, *upkeep, *([] if layerwise is None else [layerwise]), preemption, checkpointing]
-    trainer = _trainer(config, world, plan, folder, resume, cuda, [monitor, *acting])
+    trainer = _trainer(config, world, plan, folder, resume, cuda, [*job.callbacks(), monitor, *acting])
     return Parts(
         job=job,
         origin=origin,

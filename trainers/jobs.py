@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import torch
+
 from thinrank import optim
 from thinrank.optim.layers import Conversion, layers
+from thinrank.optim.scaling import Scaling, scale_init
 from thinrank.trainers.adapters import LoraConfig, add_adapter, merge_adapter, save_adapter
 from thinrank.trainers.data.cache import file_digest, fingerprint
 from thinrank.trainers.errors import UserError
@@ -21,6 +25,7 @@ from thinrank.trainers.models import build_model, load_model, model_folder
 from thinrank.trainers.pretrain import PretrainConfig, TrainingConfig
 from thinrank.trainers.reparam import converted, export_merged, on_meta
 from thinrank.trainers.run import RunFolder
+from thinrank.trainers.scaling import scaling_for, with_forward
 
 
 class Job:
@@ -35,6 +40,12 @@ class Job:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config: Any = config
+        self._scaling: Scaling | None = None
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether the first weights are drawn, and so a rule of scale's to multiply."""
+        return False
 
     @property
     def keeps_frozen(self) -> bool:
@@ -53,6 +64,8 @@ class Job:
         if meta and self._shapes is not None:
             return copy.deepcopy(self._shapes)
         model = self.dense(vocab_size, meta=meta)
+        if self.config.scaling.active and self.begins_anew and not meta:
+            scale_init(model, scaling_for(self.config.scaling, model.config, self.sized, some=True))
         self.conversion = converted(model, self.config.reparam, seed=self.config.trainer.seed)
         if self.conversion is not None and not meta:
             self._shapes = on_meta(model)
@@ -62,14 +75,42 @@ class Job:
         """The same before any layer is converted."""
         raise NotImplementedError
 
+    def sized(self, hf: Any) -> Any:
+        """On the meta device, the dense model of another configuration of `transformers`."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(hf, attn_implementation="eager", dtype=torch.float32)
+
+    def scaling(self, model: Any) -> Scaling | None:
+        """What the rule of scale makes of the model that `build` gave; None where there is no rule.
+
+        Raises:
+            UserError: as `scaling_for`.
+        """
+
+        def make(hf: Any) -> Any:
+            found = self.sized(hf)
+            converted(found, self.config.reparam, seed=self.config.trainer.seed)
+            return found
+
+        if self.config.scaling.active and self._scaling is None:
+            self._scaling = scaling_for(self.config.scaling, model.config, make)
+        return self._scaling
+
+    def callbacks(self) -> list[pl.Callback]:
+        """What the Trainer is given beside its own."""
+        return []
+
     def route(self, model: Any, ranks: Mapping[str, int | float | None] | None = None) -> optim.Routing:
         """Which rule steps which parameter, with the ranks that an optimizer has come to (`MatrixOptimizer.ranks`).
 
         Raises:
             UserError: the optimizer's patterns do not fit the model.
         """
+        scaling = self.scaling(model)
         try:
-            return optim.route(model, self.config.optimizer, ranks=ranks)
+            return optim.route(model, self.config.optimizer, ranks=ranks, scaling=scaling)
         except ValueError as error:
             raise UserError(f"optimizer.{error}") from error
 
@@ -94,8 +135,13 @@ class Pretraining(Job):
 
     config: PretrainConfig
 
+    @property
+    def begins_anew(self) -> bool:
+        return self.config.model.pretrained is None
+
     def dense(self, vocab_size: int, *, meta: bool = False) -> Any:
-        return build_model(self.config.model, vocab_size, seed=self.config.trainer.seed, meta=meta)
+        model = with_forward(self.config.model, self.config.scaling)
+        return build_model(model, vocab_size, seed=self.config.trainer.seed, meta=meta)
 
 
 class Finetuning(Job):
@@ -135,6 +181,9 @@ class Finetuning(Job):
         return load_model(
             choice.path, vocab_size, key="model.path", attention=choice.attention, dtype=choice.dtype, meta=meta
         )
+
+    def sized(self, hf: Any) -> Any:
+        return add_adapter(super().sized(hf), self.config.adapter, seed=self.config.trainer.seed)
 
     def adamw_bytes(self, model: Any) -> int:
         return super().adamw_bytes(self._base(1, meta=True))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from thinrank import optim
 from thinrank.optim.grouping import unstepped
 from thinrank.optim.layers import penalty, warmth
+from thinrank.optim.scaling import Scaling
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.gradients import total_norm
 from thinrank.trainers.models import ModelConfig, build_model
@@ -69,6 +70,7 @@ class CausalLM(pl.LightningModule):
         vocab_size: for a `ModelConfig`; None takes the length of the data module's `tokenizer`.
         seed: of the initial weights, for a `ModelConfig`.
         projection_seed: of whatever the method draws.
+        scaling: what a rule of scale makes of rates, decay and eps (`thinrank.optim.scaling`), for a method's config.
         save_frozen: keep the weights that are not trained in checkpoints; False where they come from elsewhere and
             will be there again, as beside an adapter.
 
@@ -89,6 +91,7 @@ class CausalLM(pl.LightningModule):
         vocab_size: int | None = None,
         seed: int = 0,
         projection_seed: int = 0,
+        scaling: Scaling | None = None,
         save_frozen: bool = True,
     ) -> None:
         super().__init__()
@@ -107,6 +110,7 @@ class CausalLM(pl.LightningModule):
         self.vocab_size = vocab_size
         self.seed = seed
         self.projection_seed = projection_seed
+        self.scaling = scaling
         self.save_frozen = save_frozen
         self.consumed_tokens = 0
         self._pending_tokens = 0  # of the micro-batches since the last optimizer step
@@ -146,7 +150,7 @@ class CausalLM(pl.LightningModule):
                     "would stay as it is: pass it to the optimizer, or freeze it by requires_grad_(False)"
                 )
         else:
-            optimizer = optim.build(model, self.optimizer, seed=self.projection_seed)
+            optimizer = optim.build(model, self.optimizer, seed=self.projection_seed, scaling=self.scaling)
         self._take_in_backward(optimizer)
         total = self.total_steps
         if total is None:

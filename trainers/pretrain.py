@@ -19,6 +19,7 @@ from thinrank.optim.layers import ReparamConfig
 from thinrank.optim.layerwise import LayerwiseConfig, refuse_without_decay
 from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.messages import COARSE
+from thinrank.optim.scaling import ScalingConfig
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.models import ModelConfig
@@ -161,6 +162,9 @@ class TrainingConfig:
     optimizer: MethodConfig = field(default_factory=SubspaceAdamWConfig, metadata={"help": "the method"})
     strategy: StrategyConfig = field(default_factory=StrategyConfig, metadata={"help": "how processes share the work"})
     reparam: ReparamConfig = field(default_factory=ReparamConfig, metadata={"help": "layers of factors"})
+    scaling: ScalingConfig = field(
+        default_factory=ScalingConfig, metadata={"help": "how rates, decay and initial weights follow the model's size"}
+    )
     trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata={"help": "how long, how large, how often"})
     monitors: MonitorConfig = field(default_factory=MonitorConfig, metadata={"help": "what of the layers is looked at"})
     layerwise: LayerwiseConfig = field(

@@ -38,6 +38,9 @@ class Layer(nn.Module):
     COEFFICIENTS: ClassVar[tuple[str, ...]] = ()
     """Names of parameters that are no matrices, whatever their shape."""
 
+    FAN_IN: ClassVar[Mapping[str, int]] = {}
+    """The side of a parameter that meets what comes in, where it is not the last (for rules of scale)."""
+
     config: Any = None
 
     def __init__(self, dense: Dense) -> None:

@@ -26,8 +26,9 @@ model. Statistics of batch normalisation, which the authors estimate anew before
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class MaestroLinear(Layer):
         shuffled: the step at which the pairs were shuffled last, a buffer.
     """
 
+    FAN_IN: ClassVar[Mapping[str, int]] = {"V": 0}
     keeps = True
 
     def __init__(self, dense: Dense, config: Maestro) -> None:

@@ -13,7 +13,9 @@ their blocks do not overlap. Ours: R is kept as a matrix, which costs less than 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +44,8 @@ class AdditiveLinear(TripleLinear):
         A_u: (out, r), trained.
         A_v: (in, r), trained.
     """
+
+    FAN_IN: ClassVar[Mapping[str, int]] = {"V": 0, "A_v": 0}
 
     def __init__(self, dense: Dense, rank: int) -> None:
         super().__init__(dense, rank)

@@ -21,8 +21,9 @@ it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ class SSTLinear(Layer):
     """
 
     COEFFICIENTS = ("s",)
+    FAN_IN: ClassVar[Mapping[str, int]] = {"V": 0, "V_rest": 0}
     keeps = True
 
     def __init__(self, dense: Dense, rank: int, config: SST) -> None:

@@ -9,7 +9,8 @@ layer does at first what the dense one did; where the factors are all of W₀, t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class TripleLinear(Layer):
     """
 
     COEFFICIENTS = ("s",)
+    FAN_IN: ClassVar[Mapping[str, int]] = {"V": 0}
 
     def __init__(
         self,

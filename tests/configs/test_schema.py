@@ -15,10 +15,13 @@ from thinrank.configs.reader import read, write
 from thinrank.configs.schema import FINETUNE, FOLDER, PRETRAIN
 from thinrank.optim.layers import REPARAMS
 from thinrank.optim.methods import METHODS
+from thinrank.optim.scaling import PRESETS as RULES
+from thinrank.optim.scaling import ScalingConfig
 from thinrank.trainers.models import PRESETS
 
 NEEDED = {"data=files": ["data.train=[corpus/*.txt]"]}  # what a choice cannot run without
 NEEDED |= {f"reparam={name}": ["model.pretrained=export"] for name, cls in REPARAMS.items() if not cls.PRETRAINS}
+NEEDED |= {f"scaling={name}": ["scaling.base_width=64", "scaling.base_depth=2"] for name in RULES if name != "none"}
 SCHEMAS = {"pretrain": PRETRAIN, "finetune": FINETUNE}
 CHOICES = [
     (schema, f"{group}={name}")
@@ -243,3 +246,11 @@ def test_coordinates_alone_are_refused_where_a_method_needs_more():
     load(PRETRAIN, ["trainer.in_backward=project", "optimizer=galore"])
     load(PRETRAIN, ["trainer.in_backward=project", "optimizer=adamw"])
     load(PRETRAIN, ["trainer.in_backward=step"])
+
+
+def test_the_rules_of_scale_are_those_of_their_files():
+    assert set(PRETRAIN.choices("scaling")) == set(RULES)
+    for name, values in RULES.items():
+        loaded = load(PRETRAIN, [f"scaling={name}", *NEEDED.get(f"scaling={name}", [])]).config.scaling
+        base: dict[str, Any] = {} if name == "none" else {"base_width": 64, "base_depth": 2}
+        assert loaded == ScalingConfig(**values, **base)
