@@ -11,6 +11,7 @@ from thinrank.trainers.adapters import AdapterConfig, LoraConfig
 from thinrank.trainers.cluster.config import KubernetesJob, SlurmJob, SubmitConfig, TorchrunJob
 from thinrank.trainers.data.config import FilesConfig, HeadersConfig, HuggingFaceConfig, PySourceConfig
 from thinrank.trainers.finetune import FinetuneConfig
+from thinrank.trainers.guards import GuardConfig
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
 from thinrank.trainers.strategies import (
@@ -51,6 +52,7 @@ PRETRAIN = Schema(
         "strategy": STRATEGIES,
         "reparam": REPARAMS,
         "trainer": TrainerConfig,
+        "guard": GuardConfig,
     },
     folder=FOLDER,
     base="pretrain",
@@ -76,6 +78,7 @@ FINETUNE = Schema(
         "strategy": STRATEGIES,
         "reparam": REPARAMS,
         "trainer": TrainerConfig,
+        "guard": GuardConfig,
     },
     folder=FOLDER,
     own=FOLDER / "finetune",

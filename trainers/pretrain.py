@@ -20,6 +20,7 @@ from thinrank.optim.lowrank.remainder import leaves_remainder
 from thinrank.optim.messages import COARSE
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
 from thinrank.trainers.errors import UserError
+from thinrank.trainers.guards import GuardConfig
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.run import RunConfig
 from thinrank.trainers.schedule import ScheduleConfig
@@ -160,6 +161,7 @@ class TrainingConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig, metadata={"help": "how processes share the work"})
     reparam: ReparamConfig = field(default_factory=ReparamConfig, metadata={"help": "layers of factors"})
     trainer: TrainerConfig = field(default_factory=TrainerConfig, metadata={"help": "how long, how large, how often"})
+    guard: GuardConfig = field(default_factory=GuardConfig, metadata={"help": "what is done about spikes"})
 
     def __post_init__(self) -> None:
         if self.trainer.in_backward == "step" and self.reparam.acts:
@@ -210,11 +212,34 @@ class TrainingConfig:
             )
         if isinstance(self.strategy, ZeroConfig):
             self._check_zero(self.strategy.name)
+        if self.guard.acts:
+            self._check_guard()
         if self.trainer.in_backward != "off" and getattr(self.optimizer, "rank_allocation", None) == "gradient":
             raise ValueError(
                 f"trainer.in_backward={self.trainer.in_backward} keeps no whole gradients until the step, by which "
                 "optimizer.rank_allocation=gradient shares ranks out: use optimizer.rank_allocation=weight, or "
                 "trainer.in_backward=off"
+            )
+
+    def _check_guard(self) -> None:
+        guard, strategy = self.guard, self.strategy
+        if self.trainer.in_backward == "step":
+            raise ValueError(
+                f"trainer.in_backward=step has stepped each weight before guard={guard.name} can look at the whole "
+                "step: use trainer.in_backward=off or project, or guard=nonfinite"
+            )
+        if guard.action == "rollback" and isinstance(strategy, GossipConfig):
+            raise ValueError(
+                f"strategy={strategy.name} leaves each process to judge its own steps, and guard.action=rollback needs "
+                "all to go back together: use guard.action=skip"
+            )
+        if guard.detector == "stable" and (
+            isinstance(strategy, (FSDP2Config, ReplicatedConfig, ZeroConfig)) or self.trainer.in_backward != "off"
+        ):
+            raise ValueError(
+                f"guard.detector=stable needs whole gradients beside second moments, which strategy={strategy.name} "
+                f"with trainer.in_backward={self.trainer.in_backward} does not leave on a process: use "
+                "guard.detector=zscore or zclip, or strategy=ddp"
             )
 
     def _refuse_in_pieces(self, strategy: FSDP2Config) -> None:

@@ -225,6 +225,11 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
         assert self._run is not None
         return self._run.gradient_norm()
 
+    def clip_step(self, limit: float) -> None:
+        """Has the gradients of this step clipped to a norm of at most `limit`; all ranks call it."""
+        assert self._run is not None
+        self._run.front.clip_step(limit)
+
     def skip_step(self) -> None:
         """Throws the gradients of this step away; all ranks call it."""
         assert self._run is not None
