@@ -81,7 +81,7 @@ class StableRatio:
 
     Args:
         threshold: of RMS_t; 2.3 by the paper's observation. It cannot be reached where √(1 / (1 - β₂)) is less: 4.5 for
-            β₂ = 0.95, 31.6 for 0.999.
+            β₂ = 0.95, 31.6 for 0.999; nor in the first steps, where step t has √t at most.
     """
 
     def __init__(self, threshold: float = THRESHOLD) -> None:

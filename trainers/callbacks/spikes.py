@@ -99,7 +99,8 @@ class SpikeGuard(NonFiniteGuard):
 
     @property
     def state_key(self) -> str:
-        """That of the guard whose place this one takes, so that a run may change from the one to the other."""
+        """That of the guard whose place this one takes: a run may change from the one to the other, and a Trainer
+        refuses both."""
         return NonFiniteGuard.__qualname__
 
     # --- a step -----------------------------------------------------------------------------------------------------
@@ -107,9 +108,6 @@ class SpikeGuard(NonFiniteGuard):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses what it cannot work with."""
         self._loss = None
-        others = [c for c in trainer.callbacks if isinstance(c, NonFiniteGuard) and c is not self]  # pyright: ignore[reportAttributeAccessIssue]
-        if others:
-            raise UserError(f"SpikeGuard skips steps that are not finite as well: leave {type(others[0]).__name__} out")
         if len(trainer.optimizers) != 1:
             raise UserError(f"SpikeGuard decides on whole steps of one optimizer, got {len(trainer.optimizers)}")
         if self.action == "clip" and trainer.gradient_clip_val is not None:
