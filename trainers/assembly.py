@@ -104,12 +104,12 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
                             return _train(parts)
                         except RollBack as error:
                             asked = error.with_traceback(None)  # whose frames hold model and optimizer
-                        received, resumed = parts.preemption.received, parts.origin_step
+                        noted, resumed = parts.preemption, parts.origin_step
                         resume, taken = _go_back(parts, asked)
                         del parts  # all of it is made anew, as in a process that resumes
                         gc.collect()
                         parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda, taken, again=True)
-                        parts.preemption.received, parts.origin_step = received, resumed
+                        parts.preemption.received, parts.origin_step = noted.received, resumed
         except BaseException as error:
             record(error)
             raise

@@ -3,6 +3,9 @@
 import dataclasses
 import os
 import signal
+import warnings
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,8 @@ from tiny_training import lightning_warnings
 from thinrank.configs.errors import ConfigError
 from thinrank.configs.load import load
 from thinrank.configs.schema import FINETUNE, PRETRAIN
+from thinrank.trainers import assembly, curves, rollback
 from thinrank.trainers import checkpoint as ckpt
-from thinrank.trainers import curves, rollback
 from thinrank.trainers.data import TextData
 from thinrank.trainers.data.batches import Layout, past
 from thinrank.trainers.data.stream import StreamBatches, StreamPositions
@@ -23,6 +26,7 @@ from thinrank.trainers.guards import GuardConfig, RollbackConfig
 from thinrank.trainers.module import CausalLM
 from thinrank.trainers.pretrain import pretrain
 from thinrank.trainers.run import RunFolder
+from thinrank.trainers.strategies import FSDP2Config, StrategyConfig, ZeroConfig
 
 pytestmark = lightning_warnings
 
@@ -30,6 +34,13 @@ BATCH = 4
 WINDOW = {"detector": "zscore", "window": 8}
 BACK = GuardConfig(name="rollback", **WINDOW, action="rollback", rollback=RollbackConfig(back=3, skip=2))
 LENGTH = {"max_steps": 14, "checkpoint_every": 3, "validate_every": 0, "clip_norm": None}
+
+
+STRATEGIES = {
+    "ddp": StrategyConfig(name="ddp"),
+    "thinrank_fsdp2": FSDP2Config(),
+    "thinrank_zero2": ZeroConfig(name="thinrank_zero2"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +73,18 @@ def whole(base, corrupted):
     """A run that went back and came to its end, with its report and the batches that it saw."""
     _, seen = corrupted
     seen.clear()
-    result = pretrain(guarded(base, "whole"))
+    assemble, modules = assembly._assemble, []
+
+    def watched(*args, **kwargs):
+        assert [module() for module in modules] == [None] * len(modules)  # no memory for two models is needed
+        parts = assemble(*args, **kwargs)
+        modules.append(weakref.ref(parts.module))
+        return parts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "_assemble", watched)
+        result = pretrain(guarded(base, "whole"))
+    assert len(modules) == 2
     return base / "whole", result, list(seen)
 
 
@@ -244,6 +266,40 @@ def test_the_guard_may_be_chosen_when_a_run_goes_on(base, corrupted):
     result = pretrain(guarded(base, "chosen", GuardConfig(**WINDOW), max_steps=11))
     assert result["run"]["resumed_from"] == 3
     assert result["training"]["spikes"] == 1
+
+
+def on_two_ranks(folder) -> Any:
+    """Runs that go back, in the processes of a pool as in torchrun's; rank 1 alone has a bad batch."""
+    warnings.simplefilter("default")  # the marks of the test do not reach the ranks
+    rank = torch.distributed.get_rank()
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHDYNAMO_DISABLE": 1}
+    step_at = CausalLM.training_step
+
+    def training_step(self, batch, batch_idx):
+        found = step_at(self, batch, batch_idx)
+        bad = batch["position"] == 10 * BATCH and rank == 1
+        return {**found, "loss": found["loss"] * 1000.0} if bad else found
+
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CausalLM, "training_step", training_step)
+        for name, value in launched.items():
+            patch.setenv(name, str(value))
+        for name, strategy in STRATEGIES.items():
+            plain = {"strategy": strategy, "max_steps": 11, "model": {"extra": {}}, "tensorboard": False}
+            result = pretrain(guarded(folder, name, **plain))
+            found[name] = result["training"]["rollbacks"], result["metrics"]["test/loss"]
+    return found
+
+
+def test_ranks_go_back_together(base, ranks):
+    one, two = ranks(2).run(on_two_ranks, base, timeout=300)
+    assert one == two
+    for name, (rollbacks, loss) in one.items():
+        (entry,) = rollback.read(RunFolder(base / name))
+        assert (rollbacks, entry["step"], entry["to"], entry["samples"]) == (1, 10, 6, [32, 40])
+        assert loss == pytest.approx(one["ddp"][1], rel=1e-4)
+        assert [step for step, _ in curves.series(curves.read(base / name), "train/loss")] == list(range(1, 12))
 
 
 class TestConfig:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from thinrank.optim import MatrixOptimizer
 from thinrank.trainers import zero
-from thinrank.trainers.errors import UserError
+from thinrank.trainers.errors import RollBack, UserError
 from thinrank.trainers.module import CausalLM
 from thinrank.trainers.strategies.config import steps_or_never
 from thinrank.trainers.strategies.one_file import OneFile
@@ -240,6 +240,11 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
         if self._run is not None:
             self._run.release()
             self._run, self.model = None, self.lightning_module
+
+    def on_exception(self, exception: BaseException) -> None:
+        if isinstance(exception, RollBack) and self._run is not None:
+            self._run.engine.destroy()  # this process makes another one
+        super().on_exception(exception)
 
     def teardown(self) -> None:
         self._run, self.model = None, self.lightning_module  # after an error nobody may wait for the others any more
