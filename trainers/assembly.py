@@ -104,12 +104,12 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
                             return _train(parts)
                         except RollBack as error:
                             asked = error.with_traceback(None)  # whose frames hold model and optimizer
-                        noted, resumed = parts.preemption, parts.origin_step
                         resume, taken = _go_back(parts, asked)
-                        del parts  # all of it is made anew, as in a process that resumes
-                        gc.collect()
-                        parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda, taken, again=True)
-                        parts.preemption.received, parts.origin_step = noted.received, resumed
+                    received, resumed = parts.preemption.received, parts.origin_step
+                    del parts  # all of it is made anew, as in a process that resumes
+                    gc.collect()
+                    parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda, taken, again=True)
+                    parts.preemption.received, parts.origin_step = received, resumed
         except BaseException as error:
             record(error)
             raise
@@ -136,11 +136,7 @@ def _go_back(parts: Parts, asked: RollBack) -> tuple[Path, list[rollback.Record]
     every, batch, consumed = parts.config.trainer.checkpoint_every, parts.config.trainer.batch_size, parts.data.next
     resume, taken = from_rank_zero(
         parts.world,
-        lambda: (
-            rollback.go_back(parts.folder, asked, choice, every=every, consumed=consumed, batch=batch)
-            if parts.world.main
-            else (Path(), [])
-        ),
+        lambda: rollback.go_back(parts.folder, asked, choice, every=every, consumed=consumed, batch=batch),
     )
     say(parts.world, rollback.sentence(taken[-1], len(taken), limit))
     return resume, taken
