@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from thinrank.trainers.callbacks.metrics import TrainingMetrics
     from thinrank.trainers.callbacks.preemption import Preemption
     from thinrank.trainers.callbacks.progress import Progress
+    from thinrank.trainers.callbacks.spikes import SpikeGuard
     from thinrank.trainers.checkpoint import AtomicCheckpointIO
     from thinrank.trainers.data import FilesConfig, HuggingFaceConfig, PySourceConfig, TextData
     from thinrank.trainers.errors import GuardStop, RankLost, UserError
+    from thinrank.trainers.guards import GuardConfig
     from thinrank.trainers.liveness import heartbeat
     from thinrank.trainers.models import ModelConfig
     from thinrank.trainers.module import CausalLM
@@ -51,6 +53,7 @@ __all__ = [
     "FilesConfig",
     "GossipConfig",
     "GossipStrategy",
+    "GuardConfig",
     "GuardStop",
     "HuggingFaceConfig",
     "ModelConfig",
@@ -66,6 +69,7 @@ __all__ = [
     "ReplicatedStrategy",
     "RunConfig",
     "ScheduleConfig",
+    "SpikeGuard",
     "StrategyConfig",
     "TextData",
     "TrainerConfig",
@@ -82,9 +86,11 @@ _HOMES = {
     "callbacks.metrics": ("TrainingMetrics",),
     "callbacks.preemption": ("Preemption",),
     "callbacks.progress": ("Progress",),
+    "callbacks.spikes": ("SpikeGuard",),
     "checkpoint": ("AtomicCheckpointIO",),
     "data": ("FilesConfig", "HuggingFaceConfig", "PySourceConfig", "TextData"),
     "errors": ("GuardStop", "RankLost", "UserError"),
+    "guards": ("GuardConfig",),
     "liveness": ("heartbeat",),
     "models": ("ModelConfig",),
     "module": ("CausalLM",),

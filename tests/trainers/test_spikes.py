@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from tiny_training import (
     PoolEnvironment,
@@ -25,7 +26,7 @@ from tiny_training import (
 from torch.distributed.tensor import DTensor
 
 from thinrank.optim import AdamWConfig, GaLoreConfig
-from thinrank.trainers import FSDP2Strategy, GossipStrategy, OwnedStrategy, ZeroStrategy
+from thinrank.trainers import FSDP2Strategy, GossipStrategy, OwnedStrategy, ReplicatedStrategy, ZeroStrategy
 from thinrank.trainers.callbacks.guard import NonFiniteGuard
 from thinrank.trainers.callbacks.metrics import TrainingMetrics
 from thinrank.trainers.callbacks.spikes import SpikeGuard
@@ -140,6 +141,19 @@ class TestSkip:
         (message,) = [record.message for record in caplog.records if "spike" in record.message]
         assert message.startswith("step 9 is a spike, and skipped: the loss, ")
         assert "standard deviations above the mean of the last 8 steps" in message
+
+    def test_a_loss_scaler_is_not_seen(self):
+        class Less(Spiky):
+            times = 20.0  # so that half precision does not overflow
+
+        plain, scaled = guard(), guard()
+        fit(Less, callbacks=[plain])
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+        fit(Less, callbacks=[scaled], plugins=[plugin])
+        assert scaled.spikes == plain.spikes == 1
+        one, other = (each.state_dict()["statistics"] for each in (plain, scaled))
+        assert other["losses"] == pytest.approx(one["losses"], rel=2e-2)  # float16 autocast
+        assert other["norms"] == pytest.approx(one["norms"], rel=5e-2)
 
     def test_steps_that_are_not_finite_are_skipped_as_ever_and_no_spikes(self, caplog):
         class Broken(Spiky):
@@ -292,6 +306,7 @@ class OneRank(Spiky):
 
 STRATEGIES: dict[str, Any] = {
     "ddp": DDPStrategy,
+    "thinrank_ddp": ReplicatedStrategy,
     "thinrank_owned": OwnedStrategy,
     "thinrank_fsdp2": FSDP2Strategy,
     "thinrank_gossip": partial(GossipStrategy, scheme="dpsgd", compressor="float32"),
@@ -299,7 +314,24 @@ STRATEGIES: dict[str, Any] = {
 }
 
 
-def on_two_ranks(names: list[str]) -> Any:
+class Saving(pl.Callback):
+    """A checkpoint after step 10, and what a guard makes of it on each rank."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == 10:
+            trainer.save_checkpoint(self.path)
+            saved = torch.load(self.path, weights_only=True)
+            again = SpikeGuard(detector="zscore", window=WINDOW)
+            again.on_load_checkpoint(trainer, pl_module, saved)
+            self.loaded = saved["callbacks"][again.state_key]
+            (here,) = [each for each in trainer.callbacks if isinstance(each, SpikeGuard)]
+            assert {**self.loaded, "ranks": None} == {**here.state_dict(), "ranks": None}
+
+
+def on_two_ranks(names: list[str], folder: str) -> Any:
     """By strategy and action, the guard's state and the weights after a run in which rank 1 has a bad batch."""
     warnings.simplefilter("default")  # the marks of the test do not reach the ranks
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed compiles a function of Muon's: half a minute of imports
@@ -311,7 +343,8 @@ def on_two_ranks(names: list[str]) -> Any:
                 more = {"strategy": STRATEGIES[name](**options), "plugins": [PoolEnvironment()]}
             else:
                 more = {"strategy": STRATEGIES[name](cluster_environment=PoolEnvironment(), **options)}
-            trainer = tiny_trainer(11, devices=2, callbacks=[here], **more)
+            save = Saving(f"{folder}/{name} {action}")
+            trainer = tiny_trainer(11, devices=2, callbacks=[here, save], **more)
             module = OneRank(tiny_model(), GALORE, clip_norm=None, schedule=ScheduleConfig(kind="constant"))
             trainer.fit(module, TinyData(rows(64), rank=torch.distributed.get_rank(), world=2))
             whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in module.named_parameters()}
@@ -319,12 +352,12 @@ def on_two_ranks(names: list[str]) -> Any:
     return found
 
 
-def test_ranks_decide_together_by_the_same_numbers(ranks):
+def test_ranks_decide_together_by_the_same_numbers(ranks, tmp_path):
     """The bad batch is one rank's, whose loss is hidden in the mean of both; under gossip it is that rank's business.
 
-    Where norms are sketches (thinrank_owned) a limit is one as well.
+    Where norms are sketches (thinrank_ddp, thinrank_owned) a limit is one as well.
     """
-    one, two = ranks(2).run(on_two_ranks, [*STRATEGIES], timeout=300)
+    one, two = ranks(2).run(on_two_ranks, [*STRATEGIES], str(tmp_path), timeout=300)
     effect = distance(one["ddp", "clip"][1], one["ddp", "skip"][1])
     for (name, action), (state, weights) in one.items():
         other, those = two[name, action]
