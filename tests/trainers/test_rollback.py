@@ -26,7 +26,7 @@ from thinrank.trainers.guards import GuardConfig, RollbackConfig
 from thinrank.trainers.module import CausalLM
 from thinrank.trainers.pretrain import pretrain
 from thinrank.trainers.run import RunFolder
-from thinrank.trainers.strategies import FSDP2Config, StrategyConfig, ZeroConfig
+from thinrank.trainers.strategies import FSDP2Config, ReplicatedConfig, StrategyConfig, ZeroConfig
 
 pytestmark = lightning_warnings
 
@@ -38,6 +38,7 @@ LENGTH = {"max_steps": 14, "checkpoint_every": 3, "validate_every": 0, "clip_nor
 
 STRATEGIES = {
     "ddp": StrategyConfig(name="ddp"),
+    "thinrank_ddp": ReplicatedConfig(),
     "thinrank_fsdp2": FSDP2Config(),
     "thinrank_zero2": ZeroConfig(name="thinrank_zero2"),
 }
@@ -268,8 +269,11 @@ def test_the_guard_may_be_chosen_when_a_run_goes_on(base, corrupted):
     assert result["training"]["spikes"] == 1
 
 
-def on_two_ranks(folder) -> Any:
-    """Runs that go back, in the processes of a pool as in torchrun's; rank 1 alone has a bad batch."""
+PLAIN: dict[str, Any] = {"max_steps": 11, "model": {"extra": {}}, "tensorboard": False}  # no dropout
+
+
+def on_two_ranks(folder, name) -> Any:
+    """A run that goes back, in the processes of a pool as in torchrun's; rank 1 alone has a bad batch."""
     warnings.simplefilter("default")  # the marks of the test do not reach the ranks
     rank = torch.distributed.get_rank()
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHDYNAMO_DISABLE": 1}
@@ -280,26 +284,30 @@ def on_two_ranks(folder) -> Any:
         bad = batch["position"] == 10 * BATCH and rank == 1
         return {**found, "loss": found["loss"] * 1000.0} if bad else found
 
-    found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CausalLM, "training_step", training_step)
-        for name, value in launched.items():
-            patch.setenv(name, str(value))
-        for name, strategy in STRATEGIES.items():
-            plain = {"strategy": strategy, "max_steps": 11, "model": {"extra": {}}, "tensorboard": False}
-            result = pretrain(guarded(folder, name, **plain))
-            found[name] = result["training"]["rollbacks"], result["metrics"]["test/loss"]
-    return found
+        for key, value in launched.items():
+            patch.setenv(key, str(value))
+        result = pretrain(guarded(folder, name, strategy=STRATEGIES[name], **PLAIN))
+    return result["training"]["rollbacks"], result["metrics"]["test/loss"], result["plan"]
 
 
-def test_ranks_go_back_together(base, ranks):
-    one, two = ranks(2).run(on_two_ranks, base, timeout=300)
-    assert one == two
-    for name, (rollbacks, loss) in one.items():
-        (entry,) = rollback.read(RunFolder(base / name))
-        assert (rollbacks, entry["step"], entry["to"], entry["samples"]) == (1, 10, 6, [32, 40])
-        assert loss == pytest.approx(one["ddp"][1], rel=1e-4)
-        assert [step for step, _ in curves.series(curves.read(base / name), "train/loss")] == list(range(1, 12))
+@pytest.fixture(scope="module")
+def alone(base, corrupted):
+    """The loss of one process after the same: the bad batch is not on the way that was gone to the end."""
+    return pretrain(guarded(base, "alone", **PLAIN))["metrics"]["test/loss"]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_ranks_go_back_together(base, ranks, alone, name):
+    one, two = ranks(2).run(on_two_ranks, base, name, timeout=110)
+    assert one[:2] == two[:2]
+    (entry,) = rollback.read(RunFolder(base / name))
+    assert (one[0], entry["step"], entry["to"], entry["samples"]) == (1, 10, 6, [32, 40])
+    assert one[1] == pytest.approx(alone, rel=1e-4)
+    if name == "thinrank_ddp":  # the guard has norms sent along, and a plan knows it
+        assert one[2]["planned"]["sent_bytes"] == pytest.approx(one[2]["measured"]["sent_bytes"])
+    assert [step for step, _ in curves.series(curves.read(base / name), "train/loss")] == list(range(1, 12))
 
 
 class TestConfig:

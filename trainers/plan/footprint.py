@@ -99,7 +99,10 @@ def footprint(
     """
     rows, choice, sizes = routing.rows, config.trainer, Plan.of(config, world)
     around = Around(
-        routing=routing, precision=choice.precision, accumulate=sizes.accumulate, clips=bool(choice.clip_norm)
+        routing=routing,
+        precision=choice.precision,
+        accumulate=sizes.accumulate,
+        clips=bool(choice.clip_norm) or config.guard.acts,
     )
     strategy = strategy_of(config.strategy, world.size, around)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
