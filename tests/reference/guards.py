@@ -22,7 +22,7 @@ def outliers(series, window=128, sigma=6.0):
 
 def zclip(norms, threshold=2.5, decay=0.97, warmup=25, way="adaptive"):
     """For each norm, what it is clipped to (its own value where it is not), with mean and variance after it."""
-    kept, mean, var = [], None, None
+    kept, mean, var = [], 0.0, 0.0
     for i, g in enumerate(norms):
         if i < warmup:
             kept.append(g)

@@ -298,9 +298,10 @@ def alone(base, corrupted):
     return pretrain(guarded(base, "alone", **PLAIN))["metrics"]["test/loss"]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_ranks_go_back_together(base, ranks, alone, name):
-    one, two = ranks(2).run(on_two_ranks, base, name, timeout=110)
+    one, two = ranks(2).run(on_two_ranks, base, name, timeout=250)
     assert one[:2] == two[:2]
     (entry,) = rollback.read(RunFolder(base / name))
     assert (one[0], entry["step"], entry["to"], entry["samples"]) == (1, 10, 6, [32, 40])

@@ -26,7 +26,9 @@ NORMS = ("auto", "always")
 _BACKENDS = ("auto", "gloo", "nccl")
 
 
-_NORMS_HELP = "norms of gradients beside coordinates: auto (where trainer.clip_norm or a guard needs them), or always (as grad_norm)"
+_NORMS_HELP = (
+    "norms of gradients beside coordinates: auto (where clip_norm or a guard needs them), or always (as grad_norm)"
+)
 
 
 def norms_travel(norms: str, clips: bool) -> bool:
