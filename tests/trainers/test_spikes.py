@@ -86,11 +86,11 @@ class Recorder(Logger):
 
 def fit(
     kind: type[CausalLM] = Spiky,
-    steps=12,
-    callbacks=(),
+    steps: int = 12,
+    callbacks: Any = (),
     optimizer: Any = GALORE,
     clip_norm: float | None = 1.0,
-    **changes,
+    **changes: Any,
 ):
     module: Any = kind(tiny_model(), optimizer, clip_norm=clip_norm, schedule=ScheduleConfig(kind="constant"))
     accumulate = changes.get("accumulate_grad_batches", 1)
