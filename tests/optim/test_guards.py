@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,11 @@ class TestZScore:
         assert walked(second, losses[200:], norms[200:]) == whole[200:]
 
     def test_bad_settings(self):
-        for settings, sentence in (({"window": 3}, "window must be"), ({"threshold": 0.0}, "threshold must be")):
+        bad: list[tuple[dict[str, Any], str]] = [
+            ({"window": 3}, "window must be"),
+            ({"threshold": 0.0}, "threshold must be"),
+        ]
+        for settings, sentence in bad:
             with pytest.raises(ValueError, match=sentence):
                 ZScore(**settings)
 
@@ -135,7 +140,14 @@ class TestZClip:
             assert walked(second, norms[cut:], norms[cut:]) == whole[cut:]
 
     def test_bad_settings(self):
-        for settings in ({"threshold": -1.0}, {"decay": 1.0}, {"warmup": 1}, {"way": "median"}, {"max_norm": 0.0}):
+        bad: list[dict[str, Any]] = [
+            {"threshold": -1.0},
+            {"decay": 1.0},
+            {"warmup": 1},
+            {"way": "median"},
+            {"max_norm": 0.0},
+        ]
+        for settings in bad:
             with pytest.raises(ValueError, match=f"^{next(iter(settings))} must"):
                 ZClip(**settings)
 
@@ -222,7 +234,7 @@ class TestStableRatio:
                 ratios = update_ratios(optimizer)
                 optimizer.step()
             found.append(float(ratios["0.weight"]))
-            assert ("exp_avg_sq_codes" in optimizer.state[model[0].weight]) == (bits == 8)
+            assert ("exp_avg_sq_codes" in optimizer.state[next(model.parameters())]) == (bits == 8)
         assert found[1] == pytest.approx(found[0], rel=0.05)  # 8 bits: a level is within 2 % or so of a value
 
     def test_the_worst_tensor_decides_and_is_named(self):

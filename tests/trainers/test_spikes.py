@@ -71,7 +71,13 @@ class Watch(pl.Callback):
 
 
 class Recorder(Logger):
-    name = version = None
+    @property
+    def name(self) -> str:
+        return "recorder"
+
+    @property
+    def version(self) -> int:
+        return 0
 
     def __init__(self) -> None:
         super().__init__()
