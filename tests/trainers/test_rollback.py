@@ -33,7 +33,14 @@ pytestmark = lightning_warnings
 BATCH = 4
 WINDOW = {"detector": "zscore", "window": 8}
 BACK = GuardConfig(name="rollback", **WINDOW, action="rollback", rollback=RollbackConfig(back=3, skip=2))
-LENGTH = {"max_steps": 14, "checkpoint_every": 3, "validate_every": 0, "clip_norm": None}
+LENGTH = {
+    "max_steps": 14,
+    "checkpoint_every": 3,
+    "validate_every": 0,
+    "clip_norm": None,
+    "sample_tokens": 0,
+    "tensorboard": False,
+}
 
 
 STRATEGIES = {
@@ -84,7 +91,7 @@ def whole(base, corrupted):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, "_assemble", watched)
-        result = pretrain(guarded(base, "whole"))
+        result = pretrain(guarded(base, "whole", tensorboard=True))
     assert len(modules) == 2
     return base / "whole", result, list(seen)
 
@@ -269,7 +276,7 @@ def test_the_guard_may_be_chosen_when_a_run_goes_on(base, corrupted):
     assert result["training"]["spikes"] == 1
 
 
-PLAIN: dict[str, Any] = {"max_steps": 11, "model": {"extra": {}}, "tensorboard": False}  # no dropout
+PLAIN: dict[str, Any] = {"max_steps": 11, "model": {"extra": {}}}  # no dropout
 
 
 def on_two_ranks(folder, name) -> Any:
