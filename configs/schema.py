@@ -13,6 +13,7 @@ from thinrank.trainers.adapters import AdapterConfig, LoraConfig
 from thinrank.trainers.cluster.config import KubernetesJob, SlurmJob, SubmitConfig, TorchrunJob
 from thinrank.trainers.data.config import FilesConfig, HeadersConfig, HuggingFaceConfig, PySourceConfig
 from thinrank.trainers.finetune import FinetuneConfig
+from thinrank.trainers.guards import GuardConfig
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.monitors import MonitorConfig
 from thinrank.trainers.pretrain import PretrainConfig, TrainerConfig
@@ -57,6 +58,7 @@ PRETRAIN = Schema(
         "trainer": TrainerConfig,
         "monitors": MonitorConfig,
         "layerwise": LAYERWISE,
+        "guard": GuardConfig,
     },
     folder=FOLDER,
     base="pretrain",
@@ -85,6 +87,7 @@ FINETUNE = Schema(
         "trainer": TrainerConfig,
         "monitors": MonitorConfig,
         "layerwise": LAYERWISE,
+        "guard": GuardConfig,
     },
     folder=FOLDER,
     own=FOLDER / "finetune",

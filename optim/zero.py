@@ -51,6 +51,7 @@ class ZeroFront(torch.optim.Optimizer):
         self._shards: ZeroShards | None = None
         self._engine: Any = None
         self._skipped_at = -1
+        self._clipped_from: float | None = None  # what DeepSpeed clips to otherwise
 
     def bind(self, engine: Any) -> None:
         """Reads where `engine`'s ZeRO has put the weights, and hands each rank the state of what it will step.
@@ -91,12 +92,21 @@ class ZeroFront(torch.optim.Optimizer):
                 self.optimizer.step_of(self._shards.behind(flat), last=self._shards.is_last(flat))
             if self._shards.is_last(flat):
                 self._shards.finish()
+                if self._clipped_from is not None:
+                    self._engine.optimizer.clip_grad, self._clipped_from = self._clipped_from, None
                 setattr(self.optimizer, "_opt_called", True)  # noqa: B010 - torch's schedulers look whether it has stepped before them
 
     def gradient_norm(self) -> Tensor:
         """Norm of all gradients before clipping (scalar), infinite where one is no number; all ranks call it, between
         the last `engine.backward` of a step and `engine.step`."""
         return self.shards.norm()
+
+    def clip_step(self, limit: float) -> None:
+        """Has the coming `engine.step`, and no later one, scale all gradients to a norm of at most `limit`, or of what
+        DeepSpeed's configuration says (`gradient_clipping`), where that is less; all ranks call it."""
+        zero = self._engine.optimizer
+        usual = zero.clip_grad if self._clipped_from is None else self._clipped_from
+        zero.clip_grad, self._clipped_from = min(limit, usual) if usual else limit, usual
 
     def skip_step(self) -> None:
         """Throws the gradients of a step away: the coming `engine.step` leaves weights and state as they are; all ranks

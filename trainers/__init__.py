@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from thinrank.trainers.callbacks.metrics import TrainingMetrics
     from thinrank.trainers.callbacks.preemption import Preemption
     from thinrank.trainers.callbacks.progress import Progress
+    from thinrank.trainers.callbacks.spikes import SpikeGuard
     from thinrank.trainers.checkpoint import AtomicCheckpointIO
     from thinrank.trainers.data import FilesConfig, HuggingFaceConfig, PySourceConfig, TextData
     from thinrank.trainers.errors import GuardStop, RankLost, UserError
+    from thinrank.trainers.guards import GuardConfig
     from thinrank.trainers.liveness import heartbeat
     from thinrank.trainers.models import ModelConfig
     from thinrank.trainers.module import CausalLM
@@ -52,6 +54,7 @@ __all__ = [
     "FilesConfig",
     "GossipConfig",
     "GossipStrategy",
+    "GuardConfig",
     "GuardStop",
     "HuggingFaceConfig",
     "LayerwiseSchedule",
@@ -68,6 +71,7 @@ __all__ = [
     "ReplicatedStrategy",
     "RunConfig",
     "ScheduleConfig",
+    "SpikeGuard",
     "StrategyConfig",
     "TextData",
     "TrainerConfig",
@@ -85,9 +89,11 @@ _HOMES = {
     "callbacks.metrics": ("TrainingMetrics",),
     "callbacks.preemption": ("Preemption",),
     "callbacks.progress": ("Progress",),
+    "callbacks.spikes": ("SpikeGuard",),
     "checkpoint": ("AtomicCheckpointIO",),
     "data": ("FilesConfig", "HuggingFaceConfig", "PySourceConfig", "TextData"),
     "errors": ("GuardStop", "RankLost", "UserError"),
+    "guards": ("GuardConfig",),
     "liveness": ("heartbeat",),
     "models": ("ModelConfig",),
     "module": ("CausalLM",),

@@ -6,10 +6,11 @@ changed.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,8 @@ from thinrank.optim.linalg.products import fast_products
 from thinrank.optim.lowrank.remainder import leaves_remainder, remembers_untold
 from thinrank.optim.messages import COARSE, UNUSED_FEEDBACK, whole_messages_because
 from thinrank.optim.rule import MatrixRule, remembers
-from thinrank.trainers import report
+from thinrank.trainers import report, rollback
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
-from thinrank.trainers.callbacks.guard import NonFiniteGuard
 from thinrank.trainers.callbacks.held import HeldMemory
 from thinrank.trainers.callbacks.layers import LayerUpkeep
 from thinrank.trainers.callbacks.layerwise import LayerwiseSchedule
@@ -36,6 +36,7 @@ from thinrank.trainers.callbacks.metrics import TrainingMetrics
 from thinrank.trainers.callbacks.preemption import Preemption
 from thinrank.trainers.callbacks.progress import Progress
 from thinrank.trainers.callbacks.spectra import SpectralMonitor
+from thinrank.trainers.callbacks.spikes import made_guard
 from thinrank.trainers.checkpoint import AtomicCheckpointIO, require_space, step_of
 from thinrank.trainers.curves import Curves
 from thinrank.trainers.data import TextData
@@ -53,7 +54,7 @@ from thinrank.trainers.ending import (
     start_metrics,
     whole_weights,
 )
-from thinrank.trainers.errors import PreflightError, RankLost, UserError
+from thinrank.trainers.errors import PreflightError, RankLost, RollBack, UserError
 from thinrank.trainers.jobs import Job, resumable
 from thinrank.trainers.liveness import heartbeat
 from thinrank.trainers.module import CausalLM, frozen_names
@@ -96,13 +97,23 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
         try:
             with heartbeat(config.strategy.heartbeat_timeout, lost=record):
-                resume, origin = from_rank_zero(world, lambda: _open(folder, job, tree))
+                resume, origin, taken = from_rank_zero(world, lambda: _open(folder, job, tree))
                 if config.run.preflight.enabled:
                     say(world, f"preflight   {check_machines(world, config.run.preflight, folder.path, cuda=cuda)}")
-                parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda)
+                parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda, taken)
                 begun = True
-                with parts.preemption, _products(config.trainer.precision, cuda=cuda):
-                    return _train(parts)
+                while True:
+                    with parts.preemption, _products(config.trainer.precision, cuda=cuda):
+                        try:
+                            return _train(parts)
+                        except RollBack as error:
+                            asked = error.with_traceback(None)  # whose frames hold model and optimizer
+                        resume, taken = _go_back(parts, asked)
+                    received, resumed = parts.preemption.received, parts.origin_step
+                    del parts  # all of it is made anew, as in a process that resumes
+                    gc.collect()
+                    parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda, taken, again=True)
+                    parts.preemption.received, parts.origin_step = received, resumed
         except BaseException as error:
             record(error)
             raise
@@ -111,12 +122,28 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
                 folder.close() if begun else folder.discard()
 
 
-def _open(folder: RunFolder, job: Job, tree: Mapping[str, Any]) -> tuple[Path | None, dict[str, str]]:
+def _open(
+    folder: RunFolder, job: Job, tree: Mapping[str, Any]
+) -> tuple[Path | None, dict[str, str], list[rollback.Record]]:
     folder.open()
+    if job.config.run.resume != "never":
+        rollback.restore(folder, rollback.read(folder))  # what a process that was killed meanwhile has left
     resume, origin = folder.choose(job.config.run, identity_json(tree)), job.origin()
     if resume is not None:
         resumable(resume, origin)
-    return resume, origin
+    return resume, origin, [] if resume is None else rollback.read(folder)
+
+
+def _go_back(parts: Parts, asked: RollBack) -> tuple[Path, list[rollback.Record]]:
+    """The checkpoint to go on from, and what has been gone back from so far."""
+    choice, limit = parts.config.guard.rollback, parts.config.guard.rollback.limit
+    every, batch, consumed = parts.config.trainer.checkpoint_every, parts.config.trainer.batch_size, parts.data.next
+    resume, taken = from_rank_zero(
+        parts.world,
+        lambda: rollback.go_back(parts.folder, asked, choice, every=every, consumed=consumed, batch=batch),
+    )
+    say(parts.world, rollback.sentence(taken[-1], len(taken), limit))
+    return resume, taken
 
 
 def _assemble(
@@ -128,6 +155,9 @@ def _assemble(
     folder: RunFolder,
     resume: Path | None,
     cuda: bool,
+    taken: Sequence[rollback.Record],
+    *,
+    again: bool = False,
 ) -> Parts:
     config = job.config
     data = TextData(
@@ -137,7 +167,8 @@ def _assemble(
         rank=world.rank,
         world=world.size,
     )
-    if world.local_rank == 0:
+    data.leave_out(rollback.samples(taken))
+    if world.local_rank == 0 and not again:
         say(world, "preparing data")
     # One process on each machine fills the cache; the others then find it.
     together(world, lambda: data.prepare_data() if world.local_rank == 0 else None)
@@ -146,8 +177,10 @@ def _assemble(
     model = together(world, lambda: as_trained(job.build(data.vocab_size), config.trainer.precision))
     routing = job.route(model)
     size = _checkpoint_bytes(model, job.keeps_frozen) + routing.state_bytes()
-    from_rank_zero(world, lambda: require_space(folder.checkpoints, size))
-    if config.run.preflight.enabled:
+    reach = _reach(config)
+    copies = 3 + -(-reach // config.trainer.checkpoint_every)
+    from_rank_zero(world, lambda: require_space(folder.checkpoints, size, copies))
+    if config.run.preflight.enabled and not again:
         gradients = 0 if config.trainer.in_backward != "off" else _gradient_bytes(model)
         needed = (size + gradients) // config.strategy.shards(world.size)
         if not cuda:  # where the model lies already, whole
@@ -169,19 +202,22 @@ def _assemble(
         scaling=scaling,
         save_frozen=job.keeps_frozen,
     )
-    guard = NonFiniteGuard(config.trainer.nonfinite_limit)
     checkpointing = Checkpointing(
         folder.checkpoints,
         config.trainer.checkpoint_every,
+        reach=reach,
         header={
             "identity": identity_json(tree),
             "manifest": data.manifest_hash,
             "origin": dict(origin),
             "classes": classes,
             "commit": report.code_version()["commit"],
+            **({"rollbacks": len(taken)} if taken else {}),
         },
         saved=lambda path, step: folder.write_status("running", step=step, steps=plan.steps, checkpoint=path.name),
     )
+    limit = config.trainer.nonfinite_limit
+    guard = made_guard(config.guard, limit, checkpointing=checkpointing, rollbacks=len(taken))
     preemption = Preemption(checkpointing, folder.marker, max_seconds=config.trainer.max_seconds)
     held = HeldMemory()
     upkeep = [LayerUpkeep(config.trainer.seed)] if config.reparam.acts else []
@@ -214,7 +250,17 @@ def _assemble(
         held=held,
         layerwise=layerwise,
         resident=resident,
+        origin_step=None if resume is None else step_of(resume) or 0,
+        again=again,
     )
+
+
+def _reach(config: TrainingConfig) -> int:
+    """Steps from which the run may go back."""
+    if config.guard.action != "rollback":
+        return 0
+    back = config.guard.rollback.back
+    return config.trainer.checkpoint_every if back is None else back
 
 
 def _checkpoint_bytes(model: torch.nn.Module, frozen: bool) -> int:
@@ -282,9 +328,11 @@ def _train(parts: Parts) -> dict[str, Any]:
     config, world, trainer, folder = parts.config, parts.world, parts.trainer, parts.folder
     if world.main:
         folder.begin(parts.tree, resumed_from=parts.resume, overwrite=config.run.overwrite)
-        folder.log("start", step=parts.start, world=world.size, accumulate=parts.plan.accumulate)
+        if not parts.again:
+            folder.log("start", step=parts.start, world=world.size, accumulate=parts.plan.accumulate)
         folder.write_status("running", step=parts.start, steps=parts.plan.steps)
-    _introduce(parts)
+    if not parts.again:
+        _introduce(parts)
     before = start_metrics(parts) if parts.job.measures_start else {}
     seed_all(config.trainer.seed, world.rank)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -298,7 +346,7 @@ def _train(parts: Parts) -> dict[str, Any]:
         "state": "preempted" if preempted else "finished",
         "stopped_by": parts.preemption.stopped_by,
         "exit_code": PREEMPTED if preempted else FINISHED,
-        "resumed_from": parts.start if parts.resume is not None else None,
+        "resumed_from": parts.origin_step,
         "started": started,
     }
     # now, because a later stage of Lightning lets go of the optimizer

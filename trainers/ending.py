@@ -224,7 +224,7 @@ def conclude(
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds if seconds else None,
-            "skipped_steps": parts.guard.skipped,
+            **parts.guard.facts(),
             "world": parts.world.size,
             "accumulate": parts.plan.accumulate,
             "communication": sent_a_step,

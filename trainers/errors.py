@@ -15,6 +15,19 @@ class GuardStop(UserError):
     """Training was stopped on purpose by a guard, on all ranks together, with the weights of the last good step."""
 
 
+class RollBack(Exception):
+    """A guard asks to go back before a spike, on all ranks together; whoever runs the training does it.
+
+    Args:
+        step: the optimizer step that was about to be made.
+        reason: why it is a spike, as the end of a sentence.
+    """
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"step {step} is a spike: {reason}")
+        self.step, self.reason = step, reason
+
+
 class PreflightError(UserError):
     """The look at all machines before training has found one that is not as it should be."""
 

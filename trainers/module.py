@@ -76,6 +76,8 @@ class CausalLM(pl.LightningModule):
 
     Attributes:
         consumed_tokens: input tokens of all ranks in the finished optimizer steps; kept in checkpoints.
+        step_limit: a largest norm for the coming step alone, below `clip_norm` or without it, which a guard may set
+            before the step is clipped.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class CausalLM(pl.LightningModule):
         self._pending_tokens = 0  # of the micro-batches since the last optimizer step
         self._position: int | None = None
         self._norm: Tensor | None = None
+        self.step_limit: float | None = None
         self._sums = torch.zeros(2)
 
     # ---- model, optimizer, schedule
@@ -220,7 +223,7 @@ class CausalLM(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Mean nats per label and what layers add as `loss`; the nats' sum and count as `nats` and `labels`."""
-        self._norm = None
+        self._norm = self.step_limit = None
         if (own := self._own_optimizer) is not None:
             own.accumulating = self.trainer.fit_loop._should_accumulate()
         nats, count = token_nats(self(batch["input_ids"]), batch["labels"])
@@ -258,12 +261,13 @@ class CausalLM(pl.LightningModule):
         if self._strategy_norm is not None:
             return  # it has been told the norm
         own = self._own_optimizer
-        if own is not None and self.clip_norm is not None:
-            own.clip_grad_norm_(self.clip_norm, self.gradient_norm())  # nothing is left where backward has stepped
-        elif self.clip_norm is None:
+        limit = min((each for each in (self.clip_norm, self.step_limit) if each is not None), default=None)
+        if limit is None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif own is not None:
+            own.clip_grad_norm_(limit, self.gradient_norm())  # nothing is left where backward has stepped
         else:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.clip_norm, self.gradient_norm())
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), limit, self.gradient_norm())
 
     def optimizer_step(
         self,

@@ -49,6 +49,10 @@ class Parts:
     resident: Resident
     layerwise: LayerwiseSchedule | None = None
     """What multiplies rates by layer."""
+    origin_step: int | None = None
+    """The optimizer step that this process has resumed from, whatever it went back to later; None: a fresh start."""
+    again: bool = False
+    """Whether this process goes on after a way back before a spike."""
     ranks: Mapping[str, int | float | None] | None = None
     """Of matrices that have come to their own."""
 

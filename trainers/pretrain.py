@@ -22,6 +22,7 @@ from thinrank.optim.messages import COARSE
 from thinrank.optim.scaling import ScalingConfig
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
 from thinrank.trainers.errors import UserError
+from thinrank.trainers.guards import GuardConfig
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.monitors import MonitorConfig
 from thinrank.trainers.run import RunConfig
@@ -170,6 +171,7 @@ class TrainingConfig:
     layerwise: LayerwiseConfig = field(
         default_factory=LayerwiseConfig, metadata={"help": "rates by layer, as the tails of spectra say"}
     )
+    guard: GuardConfig = field(default_factory=GuardConfig, metadata={"help": "what is done about spikes"})
 
     def __post_init__(self) -> None:
         if self.trainer.in_backward == "step" and self.reparam.acts:
@@ -220,11 +222,34 @@ class TrainingConfig:
             )
         if isinstance(self.strategy, ZeroConfig):
             self._check_zero(self.strategy.name)
+        if self.guard.acts:
+            self._check_guard()
         if self.trainer.in_backward != "off" and getattr(self.optimizer, "rank_allocation", None) == "gradient":
             raise ValueError(
                 f"trainer.in_backward={self.trainer.in_backward} keeps no whole gradients until the step, by which "
                 "optimizer.rank_allocation=gradient shares ranks out: use optimizer.rank_allocation=weight, or "
                 "trainer.in_backward=off"
+            )
+
+    def _check_guard(self) -> None:
+        guard, strategy = self.guard, self.strategy
+        if self.trainer.in_backward == "step":
+            raise ValueError(
+                f"trainer.in_backward=step has stepped each weight before guard={guard.name} can look at the whole "
+                "step: use trainer.in_backward=off or project, or guard=nonfinite"
+            )
+        if guard.action == "rollback" and isinstance(strategy, GossipConfig):
+            raise ValueError(
+                f"strategy={strategy.name} leaves each process to judge its own steps, and guard.action=rollback needs "
+                "all to go back together: use guard.action=skip"
+            )
+        if guard.detector == "stable" and (
+            isinstance(strategy, (FSDP2Config, ReplicatedConfig, ZeroConfig)) or self.trainer.in_backward != "off"
+        ):
+            raise ValueError(
+                f"guard.detector=stable needs whole gradients beside second moments, which strategy={strategy.name} "
+                f"with trainer.in_backward={self.trainer.in_backward} does not leave on a process: use "
+                "guard.detector=zscore or zclip, or strategy=ddp"
             )
 
     def _refuse_in_pieces(self, strategy: FSDP2Config) -> None:

@@ -55,7 +55,8 @@ def collect(
         routing: one row for each parameter: name, shape, role, rule, lr, elements, state_bytes, rank.
         optimizer_state: predicted_bytes and measured_bytes of this rank, and adamw_bytes for comparison; where ranks
             hold parts of it, measured_bytes of all together, least_on_a_rank_bytes and most_on_a_rank_bytes.
-        training: steps, tokens, seconds, tokens_per_second, skipped_steps, world, accumulate, communication (payload
+        training: steps, tokens, seconds, tokens_per_second, skipped_steps (and, of a guard against spikes, spikes,
+            clipped_steps or rollbacks), world, accumulate, communication (payload
             bytes a step by kind).
         metrics: final values.
         plan: `planned` and `measured` bytes of memory and wire, under the same names.
@@ -176,6 +177,11 @@ def page(report: Mapping[str, Any]) -> str:
                 ("ranks of subspaces, least / median / most", _ranks(report["routing"])),
                 ("multipliers by layer, least / mean / most", _multipliers(training.get("layerwise"))),
                 ("skipped steps", _shown(training.get("skipped_steps"))),
+                *(
+                    (key.replace("_", " "), _shown(training[key]))
+                    for key in ("spikes", "clipped_steps", "rollbacks")
+                    if key in training
+                ),
                 ("restarts", _shown(run.get("restarts"))),
                 ("processes × micro-batches", f"{training.get('world')} × {training.get('accumulate')}"),
                 ("strategy", _shown(report["config"].get("strategy", {}).get("name"))),

@@ -8,7 +8,8 @@ Layout::
     adapter/             what was trained of an adapter, in peft's layout
     export/              the model for `transformers.AutoModelForCausalLM.from_pretrained`
     curves.jsonl         losses, step times and other readings of training, by step
-    history.jsonl        one line for each start and each end
+    history.jsonl        one line for each start, each end and each way back before a spike
+    rollbacks.json       only after a spike with guard.action=rollback: where, and what data is left out
     status.json          running | finished | preempted | failed, the step, the exit code
     preempted            only after a preemption: what a batch script looks for before it queues the job again
     report.json/.md      the report of the run
@@ -37,6 +38,7 @@ from thinrank.trainers.preflight.config import PreflightConfig
 
 FREE_KEYS = (
     "run",
+    "guard",
     "strategy",
     "monitors",
     "data.cache_dir",
@@ -71,6 +73,7 @@ _OWNED = (
     "export",
     "curves.jsonl",
     "monitors",
+    "rollbacks.json",
     "report.json",
     "report.md",
     "status.json",
@@ -166,6 +169,10 @@ class RunFolder:
     @property
     def curves(self) -> Path:
         return self.path / "curves.jsonl"
+
+    @property
+    def rollbacks(self) -> Path:
+        return self.path / "rollbacks.json"
 
     @property
     def marker(self) -> Path:

@@ -37,6 +37,8 @@ class Checkpointing(Checkpoint):
         folder: where checkpoints go; made if missing.
         every: optimizer steps between checkpoints.
         monitor: the metric whose smallest value is the best; without such a metric only the newest is kept.
+        reach: steps from which one must be able to go back: of each step on, the newest checkpoint that is as old is
+            kept beside the newest and the best, and those in between.
         header: plain values to keep in each checkpoint under ``thinrank``.
         saved: called on rank 0 after each complete checkpoint, with its path and step.
     """
@@ -47,12 +49,14 @@ class Checkpointing(Checkpoint):
         every: int,
         *,
         monitor: str = "val/loss",
+        reach: int = 0,
         header: dict[str, Any] | None = None,
         saved: Callable[[Path, int], None] | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
         self.folder, self.every, self.monitor = Path(folder), every, monitor
+        self.reach = reach
         self.header, self.saved = dict(header or {}), saved
         self.best_value, self.best_step = math.inf, -1
         self.newest: Path | None = None  # of this process
@@ -82,13 +86,19 @@ class Checkpointing(Checkpoint):
             point(self.folder / "last.ckpt", path.name)
             if self.best_step >= 0 and (self.folder / checkpoint_name(self.best_step)).exists():
                 point(self.folder / "best.ckpt", checkpoint_name(self.best_step))
-            for other in listed(self.folder):
-                if step_of(other) not in (step, self.best_step):
+            for other in self._out_of_reach(step):
+                if step_of(other) != self.best_step:
                     for part in (other, *self.folder.glob(f"{other.name}.rank*")):  # and those of ranks, if any
                         part.unlink(missing_ok=True)
             if self.saved is not None:
                 self.saved(path, step)
         return path
+
+    def _out_of_reach(self, step: int) -> list[Path]:
+        """The checkpoints to which nobody would go back from a step after `step`."""
+        found = {step_of(path) or 0: path for path in listed(self.folder)}
+        oldest = max((each for each in found if each <= step + 1 - self.reach), default=0) if self.reach else step
+        return [path for each, path in found.items() if not min(oldest, step) <= each <= step]
 
     def final(self, trainer: pl.Trainer) -> bool:
         """Whether no step follows."""

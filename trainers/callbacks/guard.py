@@ -20,28 +20,45 @@ def gradient_norm(module: pl.LightningModule) -> Tensor | None:
     """Norm of all gradients (scalar): that of the module, which keeps it for this step, or of a strategy that keeps the
     gradients to itself, or else computed here, with what thinrank's optimizers have taken of gradients; None where one
     of these does not know it (`knows_norm`)."""
-    if not all(optimizer.knows_norm for optimizer in _own(module)):
+    if not all(optimizer.knows_norm for optimizer in own_optimizers(module)):
         return None
     shared = getattr(module, "gradient_norm", None) or getattr(module.trainer.strategy, "gradient_norm", None)
     if shared is not None:
         return shared()
-    return torch.nn.utils.get_total_norm([_rest(module), *(optimizer.gradient_norm() for optimizer in _own(module))])
+    return torch.nn.utils.get_total_norm(
+        [total_norm(rest(module)), *(optimizer.gradient_norm() for optimizer in own_optimizers(module))]
+    )
 
 
 def are_finite(module: pl.LightningModule) -> bool:
     """Whether all gradients are finite numbers, where nobody knows their norm."""
-    each = [torch.isfinite(_rest(module)), *(optimizer.gradients_are_finite() for optimizer in _own(module))]
+    each = [
+        torch.isfinite(total_norm(rest(module))),
+        *(optimizer.gradients_are_finite() for optimizer in own_optimizers(module)),
+    ]
     return all(bool(found) for found in each)
 
 
-def _own(module: pl.LightningModule) -> list[MatrixOptimizer]:
+def own_optimizers(module: pl.LightningModule) -> list[MatrixOptimizer]:
+    """Those of thinrank, which know more of gradients than `p.grad` says."""
     return [optimizer for optimizer in module.trainer.optimizers if isinstance(optimizer, MatrixOptimizer)]
 
 
-def _rest(module: pl.LightningModule) -> Tensor:
-    """Norm of the gradients of which no optimizer of thinrank knows."""
-    theirs = {param for optimizer in _own(module) for group in optimizer.param_groups for param in group["params"]}
-    return total_norm(param for param in module.parameters() if param not in theirs)
+def rest(module: pl.LightningModule) -> list[torch.nn.Parameter]:
+    """The parameters of which no optimizer of thinrank knows."""
+    groups = [group for optimizer in own_optimizers(module) for group in optimizer.param_groups]
+    theirs = {param for group in groups for param in group["params"]}
+    return [param for param in module.parameters() if param not in theirs]
+
+
+def leave_out(trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    """Gives the coming step of the optimizer no gradients at all, so that weights and state stay as they are."""
+    for parameter in module.parameters():
+        parameter.grad = None
+    optimizer.zero_grad()  # what it keeps of gradients that backward handed to it
+    skip_step = getattr(trainer.strategy, "skip_step", None)
+    if skip_step is not None:  # gradients are elsewhere
+        skip_step()
 
 
 class NonFiniteGuard(pl.Callback):
@@ -81,15 +98,20 @@ class NonFiniteGuard(pl.Callback):
         apart = getattr(trainer.strategy, "local_gradients", False)  # then a rank leaves out a step of its own
         if trainer.world_size > 1 and not apart:  # gradients may be local, and then one rank alone sees it
             bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
-        if not bad:
+        if bad:
+            self._skip(trainer, pl_module, optimizer, "not finite" if norm is None else float(norm))
+        else:
             self.consecutive = 0
-            return
-        for parameter in pl_module.parameters():
-            parameter.grad = None
-        optimizer.zero_grad()  # what it keeps of gradients that backward handed to it
-        skip_step = getattr(trainer.strategy, "skip_step", None)
-        if skip_step is not None:  # gradients are elsewhere
-            skip_step()
+
+    def _skip(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: torch.optim.Optimizer,
+        norm: float | str,
+    ) -> None:
+        """Leaves out a step that is not finite, and counts it."""
+        leave_out(trainer, pl_module, optimizer)
         self.skipped += 1
         if not _searching_scale(trainer):
             self.consecutive += 1
@@ -98,7 +120,7 @@ class NonFiniteGuard(pl.Callback):
             _log.warning(
                 "step %d skipped: the gradient norm is %s (%d skipped so far, %d in a row)",
                 step,
-                "not finite" if norm is None else float(norm),
+                norm,
                 self.skipped,
                 self.consecutive,
             )
@@ -110,6 +132,10 @@ class NonFiniteGuard(pl.Callback):
                 f"lower optimizer.lr, set trainer.clip_norm, lengthen the warm-up "
                 f"or use a wider trainer.precision such as bf16-mixed or 32-true"
             )
+
+    def facts(self) -> dict[str, int]:
+        """What a report says of it."""
+        return {"skipped_steps": self.skipped}
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "consecutive": self.consecutive}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -96,20 +96,38 @@ class TrainBatches:
         start: Gives the position at which an iteration begins.
         rows: Rows of the samples `start` to `start + count - 1` with the token after them; called with
             `(start, count, part)`, where `part` is the slice of them that is wanted.
+        past: Where training goes on at a position, further on where samples are left out.
     """
 
-    def __init__(self, layout: Layout, start: Callable[[], int], rows: Callable[[int, int, slice], np.ndarray]):
+    def __init__(
+        self,
+        layout: Layout,
+        start: Callable[[], int],
+        rows: Callable[[int, int, slice], np.ndarray],
+        past: Callable[[int], int] = int,
+    ):
         self._layout = layout
         self._start = start
         self._rows = rows
+        self._past = past
 
     def __iter__(self) -> Iterator[Batch]:
         position = self._start()
         size, share = self._layout.micro_batch, self._layout.share
         while True:
+            position = self._past(position)
             rows = self._rows(position, size, share)
             position += size
             yield to_batch(rows, position)
+
+
+def past(position: int, left_out: Sequence[tuple[int, int]]) -> int:
+    """`position`, or where the samples end that are left out from there: `left_out` has their first and their end, in
+    order."""
+    for first, end in left_out:
+        if first <= position < end:
+            position = end
+    return position
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,6 +200,7 @@ class StreamBatches(TrainBatches):
         consumed: Where training is.
         new_stream: A stream at its beginning.
         positions: Where the states at the batches' ends are kept.
+        past: Where training goes on at a position.
     """
 
     def __init__(
@@ -208,17 +209,23 @@ class StreamBatches(TrainBatches):
         consumed: Callable[[], int],
         new_stream: Callable[[], TokenStream],
         positions: StreamPositions,
+        past: Callable[[int], int] = int,
     ):
         def start() -> int:
             self._stream = new_stream()
             if consumed():
                 self._stream.load(positions.at(consumed()))
+            self._at = consumed()
             return consumed()
 
         def rows(first: int, count: int, part: slice) -> np.ndarray:
+            while self._at < first:  # samples that are left out must be read to come to those after them
+                self._at += len(self._stream.rows(min(count, first - self._at)))
             taken = self._stream.rows(count)
+            self._at += count
             positions.put(first + count, self._stream.state(), consumed())
             return taken[part]
 
         self._stream: TokenStream
-        super().__init__(layout, start, rows)
+        self._at: int
+        super().__init__(layout, start, rows, past)

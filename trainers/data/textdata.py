@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning import LightningDataModule
 
-from thinrank.trainers.data.batches import EvalBatches, HeldOut, Layout, TrainBatches, held_out
+from thinrank.trainers.data.batches import EvalBatches, HeldOut, Layout, TrainBatches, held_out, past
 from thinrank.trainers.data.cache import Cache, fingerprint
 from thinrank.trainers.data.config import (
     DataConfig,
@@ -101,6 +102,7 @@ class TextData(LightningDataModule):
         self._micro_batches, self._rank, self._world = micro_batches, rank, world
         self._tokenizer = tokenizer
         self._consumed = 0
+        self._left_out: list[tuple[int, int]] = []
         self._prepared = False
         self._source: Source | None = None
         self._train: EncodedSplit | None = None
@@ -252,14 +254,16 @@ class TextData(LightningDataModule):
                 f"got {layout.micro_batches}; leave it out to take the trainer's"
             )
         if self._streams:
-            return StreamBatches(layout, lambda: self._consumed, lambda: self._new_stream(source), self._positions)
+            return StreamBatches(
+                layout, lambda: self._consumed, lambda: self._new_stream(source), self._positions, self._past
+            )
         tokens = self._needs_preparation(self._train).tokens
         order = EpochOrder(len(tokens), config.sequence_length, config.seed)
 
         def rows(start: int, count: int, part: slice) -> np.ndarray:
             return windows(tokens, order.rows(start, count)[part], config.sequence_length)
 
-        return TrainBatches(layout, lambda: self._consumed, rows)
+        return TrainBatches(layout, lambda: self._consumed, rows, self._past)
 
     def _new_stream(self, source: HuggingFaceSource) -> TokenStream:
         assert isinstance(self.config, HuggingFaceConfig)
@@ -297,6 +301,32 @@ class TextData(LightningDataModule):
         """Samples (rows) that all processes together have trained on."""
         return self._consumed
 
+    @property
+    def next(self) -> int:
+        """The first sample of the coming step, which is `consumed` unless samples are left out there."""
+        return self._past(self._consumed)
+
+    def _past(self, position: int) -> int:
+        return past(position, self._left_out)
+
+    def leave_out(self, samples: Iterable[tuple[int, int]]) -> None:
+        """Says which samples training shall not see, beside those that it has been told; checkpoints keep them.
+
+        Args:
+            samples: first and end of each range; both must be where a step begins, so that none is cut.
+
+        Raises:
+            ValueError: An end is none of a step, or lies before its beginning.
+        """
+        wanted = list(samples)
+        for first, end in wanted:
+            if first < 0 or end < first or first % self.batch_size or end % self.batch_size:
+                raise ValueError(
+                    f"samples to leave out must be whole batches of {self.batch_size}, got {first} to {end}: "
+                    "give multiples of batch_size"
+                )
+        self._left_out = sorted({*self._left_out, *wanted})
+
     def advance(self, position: int) -> None:
         """Says that training has finished the step which ends at a position; checkpoints begin from there.
 
@@ -312,10 +342,12 @@ class TextData(LightningDataModule):
         self._positions.forget_before(position)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and of which corpus, for a checkpoint: plain numbers, strings and lists."""
+        """The position, of which corpus, and what is left out, for a checkpoint: plain numbers, strings and lists."""
         state = {"consumed": self._consumed, "manifest": self.manifest_hash, "stream": None}
         if self._streams and self._consumed:
             state["stream"] = self._positions.portable(self._consumed)
+        if self._left_out:
+            state["left_out"] = [list(each) for each in self._left_out]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -337,6 +369,7 @@ class TextData(LightningDataModule):
             )
         self._loaded = None
         self._consumed = state["consumed"]
+        self.leave_out((int(first), int(end)) for first, end in state.get("left_out", ()))
         self._positions = StreamPositions()
         if state["stream"] is not None:
             self._positions.put(self._consumed, state["stream"], self._consumed)

@@ -98,9 +98,8 @@ def footprint(
         UserError: a strategy without a plan, or a batch that the processes cannot share.
     """
     rows, choice, sizes = routing.rows, config.trainer, Plan.of(config, world)
-    around = Around(
-        routing=routing, precision=choice.precision, accumulate=sizes.accumulate, clips=bool(choice.clip_norm)
-    )
+    asked = bool(choice.clip_norm) or config.guard.acts
+    around = Around(routing=routing, precision=choice.precision, accumulate=sizes.accumulate, clips=asked)
     strategy = strategy_of(config.strategy, world.size, around)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     traffic = strategy.sent(rows, world.size)

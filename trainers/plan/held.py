@@ -69,7 +69,7 @@ class Around:
         routing: of the model.
         precision: of the trainer.
         accumulate: micro-batches of a step.
-        clips: gradients are clipped by their norm.
+        clips: gradients are clipped by their norm, or a guard looks at it.
     """
 
     routing: Routing = field(default_factory=lambda: Routing(groups=[]))

@@ -27,7 +27,7 @@ _BACKENDS = ("auto", "gloo", "nccl")
 
 
 _NORMS_HELP = (
-    "norms of gradients beside coordinates: auto (where trainer.clip_norm needs them), or always (as grad_norm)"
+    "norms of gradients beside coordinates: auto (where clip_norm or a guard needs them), or always (as grad_norm)"
 )
 
 

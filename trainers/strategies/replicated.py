@@ -151,8 +151,11 @@ class OwnedStrategy(ReplicatedStrategy):
 
 
 def asks_for_norms(trainer: pl.Trainer, module: pl.LightningModule | None) -> bool:
-    """Whether a training clips by the norm of gradients, or a user's module has hooks where it may ask for it."""
+    """Whether a training clips by the norm of gradients, a guard decides by it, or a user's module has hooks where it
+    may ask for it."""
     if trainer.gradient_clip_val is not None or getattr(module, "clip_norm", None) is not None:
+        return True
+    if any(getattr(callback, "needs_norm", False) for callback in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
         return True
     if module is None or isinstance(module, CausalLM):
         return False

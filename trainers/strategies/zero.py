@@ -21,7 +21,7 @@ from torch import Tensor
 
 from thinrank.optim import MatrixOptimizer
 from thinrank.trainers import zero
-from thinrank.trainers.errors import UserError
+from thinrank.trainers.errors import RollBack, UserError
 from thinrank.trainers.module import CausalLM
 from thinrank.trainers.strategies.config import steps_or_never
 from thinrank.trainers.strategies.one_file import OneFile
@@ -225,6 +225,11 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
         assert self._run is not None
         return self._run.gradient_norm()
 
+    def clip_step(self, limit: float) -> None:
+        """Has the gradients of this step clipped to a norm of at most `limit`; all ranks call it."""
+        assert self._run is not None
+        self._run.front.clip_step(limit)
+
     def skip_step(self) -> None:
         """Throws the gradients of this step away; all ranks call it."""
         assert self._run is not None
@@ -235,6 +240,11 @@ class ZeroStrategy(OneFile, DeepSpeedStrategy):
         if self._run is not None:
             self._run.release()
             self._run, self.model = None, self.lightning_module
+
+    def on_exception(self, exception: BaseException) -> None:
+        if isinstance(exception, RollBack) and self._run is not None:
+            self._run.engine.destroy()  # this process makes another one
+        super().on_exception(exception)
 
     def teardown(self) -> None:
         self._run, self.model = None, self.lightning_module  # after an error nobody may wait for the others any more
