@@ -53,9 +53,12 @@ from thinrank.trainers.ending import (
 from thinrank.trainers.errors import PreflightError, RankLost, UserError
 from thinrank.trainers.jobs import Job, resumable
 from thinrank.trainers.liveness import heartbeat
+from thinrank.trainers.loss.backends import Job as LossJob
+from thinrank.trainers.loss.backends import Unable, require
+from thinrank.trainers.loss.chunked import Form
 from thinrank.trainers.module import CausalLM, frozen_names
 from thinrank.trainers.parts import Parts
-from thinrank.trainers.plan.precision import as_trained
+from thinrank.trainers.plan.precision import CAST, WEIGHTS, as_trained
 from thinrank.trainers.preflight.check import check_machines, check_run
 from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.resident import Resident
@@ -79,6 +82,7 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     world = World.from_environment()
     plan = Plan.of(config, world)
     cuda = _wants_cuda(config, world)
+    _require_loss(config, cuda=cuda)
     job.check()
     tree = resolved if resolved is not None else config_tree(config)
     folder = RunFolder(config.run.dir)
@@ -159,6 +163,8 @@ def _assemble(
         seed=config.trainer.seed,
         projection_seed=config.trainer.projection_seed,
         save_frozen=job.keeps_frozen,
+        cross_entropy=config.trainer.cross_entropy,
+        z_loss=config.trainer.z_loss,
     )
     guard = NonFiniteGuard(config.trainer.nonfinite_limit)
     checkpointing = Checkpointing(
@@ -368,6 +374,18 @@ def _afar(rule: MatrixRule | None) -> str:
     if cause is not None:
         return f"whole gradients of pieces, because {cause}"
     return "coordinates of matrices that are stepped by rows; gradients of pieces at renewals, and of everything else"
+
+
+def _require_loss(config: TrainingConfig, *, cuda: bool) -> None:
+    choice = config.trainer
+    if choice.cross_entropy == "auto":
+        return
+    low = (CAST | WEIGHTS).get(choice.precision) if cuda else None
+    form = Form(z_loss=choice.z_loss, lower=None if low == torch.float64 else low)
+    try:
+        require(choice.cross_entropy, LossJob(form=form, device="cuda" if cuda else "cpu"))
+    except Unable as error:
+        raise UserError(f"trainer.{error}") from error
 
 
 def _wants_cuda(config: TrainingConfig, world: World) -> bool:
