@@ -280,8 +280,8 @@ class CausalLM(pl.LightningModule):
         return loss, (labels != IGNORE).sum(), found
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Mean nats per label and what else is trained as `loss`; the nats' sum and count as `nats` and `labels`; in steps
-        that are logged, if `log_z`, the mean and the largest log Z as `log_z` and `log_z_max`."""
+        """Mean nats per label and what else is trained as `loss`; the nats' sum and count as `nats` and `labels`; with
+        `log_z`, in steps that are logged, the mean and the largest log Z as `log_z` and `log_z_max`."""
         self._norm = None
         if (own := self._own_optimizer) is not None:
             own.accumulating = self.trainer.fit_loop._should_accumulate()

@@ -68,17 +68,13 @@ def given(backend, dtype, reduction, form, **sizes):
 def test_loss_and_gradients(backend, form, reduction):
     if backend == "torch" and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("torch 2.13 is the first to have it")
-    hidden, weight, bias, labels = numbers()
-    loss = reduced(reference(hidden, weight, bias, labels, **FORMS[form]), labels, reduction)
-    exact = loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias))
-    for found, expected in zip(given(backend, torch.float64, reduction, FORMS[form]), exact, strict=True):
-        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
-    for dtype in (torch.float32, torch.bfloat16):
-        rounding = 16 * torch.finfo(dtype).eps  # of products over 8 and sums over 30 terms of about 1
-        low = [each.detach().double() for each in numbers(dtype)[:3]]
-        again = [each.requires_grad_() for each in low]  # the numbers that this type can hold
-        loss = reduced(reference(*again, labels, **FORMS[form]), labels, reduction)
-        exact = loss.detach(), *torch.autograd.grad(loss, again)
+    labels = numbers()[-1]
+    # of products over 8 and sums over 30 terms of about 1
+    allowed = {torch.float64: 1e-12} | {low: 16 * torch.finfo(low).eps for low in (torch.float32, torch.bfloat16)}
+    for dtype, rounding in allowed.items():
+        hidden, weight, bias = (each.detach().double().requires_grad_() for each in numbers(dtype)[:3])
+        loss = reduced(reference(hidden, weight, bias, labels, **FORMS[form]), labels, reduction)
+        exact = loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias))
         for found, expected in zip(given(backend, dtype, reduction, FORMS[form]), exact, strict=True):
             assert (found.double() - expected).norm() <= rounding * expected.norm()
 
@@ -105,9 +101,7 @@ def test_sizes_at_the_edges(tokens, vocabulary, chunk):
     found, _ = linear_cross_entropy(hidden, weight, labels, backend="chunked", chunk=chunk)
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     assert torch.allclose(found, expected, rtol=1e-12)
-    for mine, theirs in zip(
-        *(torch.autograd.grad(each, (hidden, weight)) for each in (found, expected)), strict=True
-    ):
+    for mine, theirs in zip(*(torch.autograd.grad(each, (hidden, weight)) for each in (found, expected)), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12)
 
 

@@ -124,7 +124,9 @@ def _unfit_kernel(name: str, job: Job) -> str | None:
         if job.each:
             return "gives no losses of single tokens that can be differentiated: use chunked"
     lacks = next((key for key, asked in needed.items() if asked and key not in known), None)
-    return None if lacks is None else f"has no {lacks} in the installed version of {attribute}: update it, or use chunked"
+    return (
+        None if lacks is None else f"has no {lacks} in the installed version of {attribute}: update it, or use chunked"
+    )
 
 
 def _loaded(name: str) -> Any:
@@ -156,9 +158,7 @@ def _by_torch(
         )
 
 
-def _by_cce(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, job: Job, chunk: int | None
-) -> Tensor:
+def _by_cce(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, job: Job, chunk: int | None) -> Tensor:
     function = _loaded("cce")
     # Its default leaves out gradients below the precision of 16 bits, which rare tokens' rows are made of. Newer
     # versions have a form for pre-training that keeps the classifier's, and older ones one that keeps them all.

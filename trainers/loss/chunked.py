@@ -1,7 +1,7 @@
 """Cross entropy of a linear layer's outputs, a few tokens at a time: logits of a chunk, then their gradient, then gone.
 
-With `z = s · (W h + b)`, capped as `c · tanh(z / c)` where there is a cap, and `Z = Σ_v exp(z_v)`, a token with label `y`
-costs
+With `z = s · (W h + b)`, capped as `c · tanh(z / c)` where there is a cap, and `Z = Σ_v exp(z_v)`, a token with label
+`y` costs
 
     ℓ = log Z − z_y + ζ · log² Z ,          ∂ℓ/∂z_v = (1 + 2 ζ log Z) · exp(z_v) / Z − [v = y] ,
 
@@ -92,7 +92,7 @@ def _walk(
     needs: tuple[bool, bool, bool] = (False, False, False),
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Grads]:
-    """Losses (N,), log Z (N,), and the gradients that are needed, of the sum, or of `upstream` (N,) times the losses."""
+    """Losses (N,), log Z (N,), and the gradients that are needed, of the losses' sum, weighted by `upstream` (N,)."""
     high = accumulator(hidden.dtype)
     low = form.lower or high
     tokens, mine = len(hidden), weight.to(low)
@@ -161,7 +161,7 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.form, ctx.grads = form, None
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        needs = (False,) * 3 if each else ctx.needs_input_grad[:3]
+        needs = (False, False, False) if each else ctx.needs_input_grad[:3]
         with _plain(hidden.device):
             losses, log_z, grads = _walk(hidden, weight, bias, labels, form, needs)
         ctx.mark_non_differentiable(log_z)

@@ -108,8 +108,9 @@ def head_loss(network: nn.Module, head: Head, input_ids: Tensor, labels: Tensor,
 def _layer(module: nn.Module) -> nn.Module | None:
     getter = getattr(module, "get_output_embeddings", None)
     # an adapter's wrapper passes the question on to the model inside of it, which is a module of its own
-    own = callable(getter) and getattr(getter, "__self__", module) is module
-    found = getter() if own else None
+    if not callable(getter) or getattr(getter, "__self__", module) is not module:
+        return None
+    found = getter()
     return found if isinstance(found, nn.Module) else None
 
 

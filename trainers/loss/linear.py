@@ -97,10 +97,11 @@ def linear_cross_entropy(
         dtype = low or accumulator(hidden.dtype)
         given = (flat.to(dtype) * scale if scale != 1.0 else flat.to(dtype), weight.to(dtype))
         loss = backends.CALLS[chosen](*given, None if bias is None else bias.to(dtype) * scale, target, job, chunk)
-    found = None
-    if statistics:
-        with torch.no_grad():
-            found = _sampled(flat, weight, bias, target, form) if log_z is None else log_z_of(log_z, target, ignore_index)
+    found: LogZ | None = None
+    if statistics and log_z is not None:
+        found = log_z_of(log_z, target, ignore_index)
+    elif statistics:
+        found = _sampled(flat, weight, bias, target, form)
     if reduction == "mean":
         loss = loss / ((target != ignore_index).sum().clamp(min=1) if count is None else count)
     return (loss.view(labels.shape) if job.each else loss), found
@@ -147,6 +148,7 @@ def log_z_of(log_z: Tensor, labels: Tensor, ignore_index: int) -> LogZ:
     return LogZ(mean, top.max() if len(top) else top.new_full((), -torch.inf), square)
 
 
+@torch.no_grad()
 def _sampled(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: Form) -> LogZ:
     every = max(1, -(-len(hidden) // _SAMPLE))
     part = labels[::every]
