@@ -154,7 +154,8 @@ class Reads(pl.Callback):
         self.found: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.found.append({key: float(value) for key, value in dict(outputs).items() if "log_z" in key})
+        assert isinstance(outputs, dict)
+        self.found.append({key: float(outputs[key]) for key in outputs if "log_z" in key})
 
 
 def trained(cross_entropy: str, z_loss: float = 0.0, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
