@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from thinrank.optim import METHODS, AdamWConfig, FiraConfig, MethodConfig, SubspaceAdamWConfig, build, own, replicate
+from thinrank.trainers.loss.linear import linear_cross_entropy
 
 pytestmark = pytest.mark.gpu
 ALL = [pytest.param(config(), id=name) for name, config in METHODS.items()]
@@ -196,3 +197,19 @@ def test_signs_by_nccl_are_those_by_gloo(messages: str, tmp_path: Path):
             dist.destroy_process_group()
     for one, two in zip(found["cpu"], found["cuda"], strict=True):
         assert float((one - two).norm()) <= 0.05 * float(one.norm())
+
+
+@pytest.mark.parametrize("backend", ["chunked", "auto"])
+def test_a_loss_without_logits_is_that_of_logits(backend: str):
+    """bfloat16 products, summed up in float32, beside exact ones of the same numbers."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(256, 64, generator=draw).bfloat16().cuda().requires_grad_()
+    weight = torch.randn(1000, 64, generator=draw).bfloat16().cuda().requires_grad_()
+    labels = torch.randint(1000, (256,), generator=draw).cuda()
+    loss, _ = linear_cross_entropy(hidden, weight, labels, backend=backend)
+    exact = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    expected = nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum")
+    assert torch.allclose(loss.double(), expected, rtol=1e-4)
+    grads = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, exact)
+    for mine, theirs in zip(*grads, strict=True):
+        assert (mine.double() - theirs).norm() < 8 * torch.finfo(torch.bfloat16).eps * theirs.norm()

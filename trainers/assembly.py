@@ -21,12 +21,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
 from thinrank.optim import MatrixOptimizer
-from thinrank.optim.gossip.parts import expected, graph_of
 from thinrank.optim.layerwise import Tails
 from thinrank.optim.linalg.products import fast_products
-from thinrank.optim.lowrank.remainder import leaves_remainder, remembers_untold
-from thinrank.optim.messages import COARSE, UNUSED_FEEDBACK, whole_messages_because
-from thinrank.optim.rule import MatrixRule, remembers
 from thinrank.trainers import report, rollback
 from thinrank.trainers.callbacks.checkpointing import Checkpointing
 from thinrank.trainers.callbacks.held import HeldMemory
@@ -55,11 +51,15 @@ from thinrank.trainers.ending import (
     whole_weights,
 )
 from thinrank.trainers.errors import PreflightError, RankLost, RollBack, UserError
+from thinrank.trainers.introduction import introduce
 from thinrank.trainers.jobs import Job, resumable
 from thinrank.trainers.liveness import heartbeat
+from thinrank.trainers.loss.backends import Job as LossJob
+from thinrank.trainers.loss.backends import Unable, require
+from thinrank.trainers.loss.chunked import Form
 from thinrank.trainers.module import CausalLM, frozen_names
 from thinrank.trainers.parts import Parts
-from thinrank.trainers.plan.precision import as_trained, emulated
+from thinrank.trainers.plan.precision import CAST, WEIGHTS, as_trained
 from thinrank.trainers.preflight.check import check_machines, check_run
 from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.resident import Resident
@@ -67,9 +67,6 @@ from thinrank.trainers.rng import seed_all
 from thinrank.trainers.run import RunFolder, config_tree, identity_json
 from thinrank.trainers.scaling import refuse_other_classes
 from thinrank.trainers.strategies import (
-    FSDP2Config,
-    GossipConfig,
-    ReplicatedConfig,
     World,
     build_strategy,
     process_group,
@@ -84,6 +81,7 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     world = World.from_environment()
     plan = Plan.of(config, world)
     cuda = _wants_cuda(config, world)
+    _require_loss(config, cuda=cuda)
     job.check()
     tree = resolved if resolved is not None else config_tree(config)
     folder = RunFolder(config.run.dir)
@@ -201,6 +199,8 @@ def _assemble(
         projection_seed=config.trainer.projection_seed,
         scaling=scaling,
         save_frozen=job.keeps_frozen,
+        cross_entropy=config.trainer.cross_entropy,
+        z_loss=config.trainer.z_loss,
     )
     checkpointing = Checkpointing(
         folder.checkpoints,
@@ -332,7 +332,7 @@ def _train(parts: Parts) -> dict[str, Any]:
             folder.log("start", step=parts.start, world=world.size, accumulate=parts.plan.accumulate)
         folder.write_status("running", step=parts.start, steps=parts.plan.steps)
     if not parts.again:
-        _introduce(parts)
+        introduce(parts, cuda=_wants_cuda(config, world))
     before = start_metrics(parts) if parts.job.measures_start else {}
     seed_all(config.trainer.seed, world.rank)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -367,78 +367,16 @@ def _train(parts: Parts) -> dict[str, Any]:
     )
 
 
-def _introduce(parts: Parts) -> None:
-    """What is about to be done, on the terminal and in TensorBoard."""
-    world, plan, routing = parts.world, parts.plan, parts.routing
-    if not world.main:
+def _require_loss(config: TrainingConfig, *, cuda: bool) -> None:
+    choice = config.trainer
+    if choice.cross_entropy == "auto":
         return
-    data = parts.data
-    partly = routing.elements() != parts.parameters
-    trained = f", of which {routing.elements():,} are trained" if partly else ""
-    tokens = (
-        f"{data.train_tokens:,} training tokens" if data.train_tokens is not None else "a stream of training tokens"
-    )
-    say(world, f"run folder  {parts.folder.path}")
-    say(world, f"model       {parts.config.model.name}, {parts.parameters:,} parameters{trained}")
-    say(world, f"data        {parts.config.data.name}, {tokens}, vocabulary {data.vocab_size:,}")
-    say(
-        world,
-        f"steps       {plan.steps:,} of {plan.tokens_per_step:,} tokens "
-        f"({world.size} × {plan.accumulate} × {plan.micro_batch} sequences)",
-    )
-    if parts.job.conversion is not None:
-        say(world, parts.job.conversion.table())
-    say(world, routing.table())
-    if (exchange := _exchange(parts)) is not None:
-        say(world, f"exchange    {exchange}")
-    precision = parts.config.trainer.precision
-    if emulated(precision, cuda=_wants_cuda(parts.config, world)):
-        say(world, f"precision   {precision}, slow on this processor: trainer.precision=32-true is faster here")
-    if (
-        remembers_untold(parts.config.optimizer.matrix_rule())
-        and getattr(parts.config.strategy, "messages", "") not in COARSE
-    ):
-        say(world, f"feedback    optimizer.sign_feedback {UNUSED_FEEDBACK}")
-    if parts.resume is not None:
-        done = "; nothing is left to do but the end" if parts.start >= plan.steps else ""
-        say(world, f"resuming from step {parts.start:,} ({parts.resume.name}){done}")
-    for logger in parts.trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("routing", f"```\n{routing.table()}\n```", parts.start)
-
-
-def _exchange(parts: Parts) -> str | None:
-    """What travels between the ranks at every step, in words."""
-    strategy, rule = parts.config.strategy, parts.config.optimizer.matrix_rule()
-    if isinstance(strategy, GossipConfig):
-        graph, shapes = graph_of(strategy.made_topology(), parts.world.size), parts.routing.shapes()
-        return expected(graph, strategy.scheme, strategy.made_compressor(), shapes, strategy.scheme_options).sentence
-    if isinstance(strategy, FSDP2Config) and (parts.shards > 1 or strategy.messages == "auto"):
-        near = f"rows of weights and gradients among {parts.shards} ranks"
-        if rule is not None:
-            near += "; sums for matrices that are stepped by rows; gradients and updates of those that have an owner"
-        return near if strategy.messages == "full" else f"{near}; between {strategy.replicas} replicas {_afar(rule)}"
-    if parts.world.size == 1 or not isinstance(strategy, ReplicatedConfig):
-        return None
-    if rule is None:
-        return "whole gradients: this method has no subspace"
-    if strategy.messages in COARSE and leaves_remainder(rule):
-        return "coordinates and signs of matrices between renewals; gradients at renewals, and of everything else"
-    cause = whole_messages_because(rule, apart=strategy.name == "thinrank_ddp")
-    cause = "strategy.messages=full asks for it" if strategy.messages == "full" else cause
-    if cause is not None:
-        return f"whole gradients, because {cause}"
-    if remembers(rule):
-        return "small factors of updates of matrices, of which each rank remembers its own part; other gradients"
-    return "coordinates of matrices between renewals; gradients at renewals, and of everything else"
-
-
-def _afar(rule: MatrixRule | None) -> str:
-    """What replicas of sharded models exchange."""
-    cause = "this method has no subspace" if rule is None else whole_messages_because(rule, apart=False)
-    if cause is not None:
-        return f"whole gradients of pieces, because {cause}"
-    return "coordinates of matrices that are stepped by rows; gradients of pieces at renewals, and of everything else"
+    low = (CAST | WEIGHTS).get(choice.precision) if cuda else None
+    form = Form(z_loss=choice.z_loss, lower=None if low == torch.float64 else low)
+    try:
+        require(choice.cross_entropy, LossJob(form=form, device="cuda" if cuda else "cpu"))
+    except Unable as error:
+        raise UserError(f"trainer.{error}") from error
 
 
 def _wants_cuda(config: TrainingConfig, world: World) -> bool:

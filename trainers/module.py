@@ -6,6 +6,7 @@ It needs none of the callbacks of this package and no particular data: batches a
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -21,6 +22,9 @@ from thinrank.optim.layers import penalty, warmth
 from thinrank.optim.scaling import Scaling
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.gradients import total_norm
+from thinrank.trainers.loss.backends import BACKENDS, Unable
+from thinrank.trainers.loss.head import Head, Unfit, head_loss, head_of
+from thinrank.trainers.loss.linear import LogZ, log_z_of, of_logits
 from thinrank.trainers.models import ModelConfig, build_model
 from thinrank.trainers.schedule import ScheduleConfig, build_scheduler
 
@@ -73,8 +77,13 @@ class CausalLM(pl.LightningModule):
         scaling: what a rule of scale makes of rates, decay and eps (`thinrank.optim.scaling`), for a method's config.
         save_frozen: keep the weights that are not trained in checkpoints; False where they come from elsewhere and
             will be there again, as beside an adapter.
+        cross_entropy: `dense` computes logits (B, L, V) and then their loss; any other backend of
+            `thinrank.trainers.loss.linear.linear_cross_entropy` goes from the last hidden states to the loss. `auto`
+            does so where the model allows it, and says why where it does not; the others refuse such a model.
+        z_loss: weight of log² Z in the loss that is trained (PaLM: 1e-4). It is in no loss that is logged.
 
     Attributes:
+        log_z: measure log Z in steps that Lightning logs, which `TrainingMetrics` then writes; on with a `z_loss`.
         consumed_tokens: input tokens of all ranks in the finished optimizer steps; kept in checkpoints.
         step_limit: a largest norm for the coming step alone, below `clip_norm` or without it, which a guard may set
             before the step is clipped.
@@ -95,8 +104,16 @@ class CausalLM(pl.LightningModule):
         projection_seed: int = 0,
         scaling: Scaling | None = None,
         save_frozen: bool = True,
+        cross_entropy: str = "dense",
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
+        if cross_entropy not in BACKENDS:
+            raise ValueError(
+                f"cross_entropy must be one of {', '.join(BACKENDS)}, got {cross_entropy!r}: choose one of them"
+            )
+        if not z_loss >= 0:
+            raise ValueError(f"z_loss must be at least 0, got {z_loss}: PaLM's is 1e-4")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be above 0, got {clip_norm}: use null (None) for no clipping")
         if total_steps is not None and total_steps < 1:
@@ -114,6 +131,9 @@ class CausalLM(pl.LightningModule):
         self.projection_seed = projection_seed
         self.scaling = scaling
         self.save_frozen = save_frozen
+        self.cross_entropy, self.z_loss, self.log_z = cross_entropy, z_loss, z_loss > 0
+        self._head: Head | None = None
+        self._looked = False
         self.consumed_tokens = 0
         self._pending_tokens = 0  # of the micro-batches since the last optimizer step
         self._position: int | None = None
@@ -124,7 +144,16 @@ class CausalLM(pl.LightningModule):
     # ---- model, optimizer, schedule
 
     def configure_model(self) -> None:
-        """Build the model of a `ModelConfig`, once; Lightning may call this again."""
+        """Build the model of a `ModelConfig`, once, and look at its output layer; Lightning may call this again.
+
+        Raises:
+            UserError: the model's logits cannot be left out, as `cross_entropy` asks for.
+        """
+        self._build()
+        if self.model is not None:  # now, while nothing hangs on its modules yet
+            self._without_logits()
+
+    def _build(self) -> None:
         if self.model is not None or self.model_config is None:
             return
         vocab_size = self.vocab_size
@@ -212,29 +241,73 @@ class CausalLM(pl.LightningModule):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, L, V) of token ids (B, L)."""
+        self._check_length(input_ids)
+        # Without a cache, and without labels: transformers would shift them once more and average per rank.
+        return self._network(input_ids=input_ids, use_cache=False).logits
+
+    def _check_length(self, input_ids: Tensor) -> None:
         longest = getattr(getattr(self._network, "config", None), "max_position_embeddings", None)
         if longest is not None and input_ids.shape[-1] > longest:
             raise UserError(
                 f"a sequence of {input_ids.shape[-1]} tokens is longer than the model's {longest}: "
                 f"lower data.sequence_length or raise model.max_position_embeddings"
             )
-        # Without a cache, and without labels: transformers would shift them once more and average per rank.
-        return self._network(input_ids=input_ids, use_cache=False).logits
+
+    def _without_logits(self) -> Head | None:
+        """The output layer, where the loss comes from what goes into it."""
+        if self._looked or self.cross_entropy == "dense":
+            return self._head
+        try:
+            self._head = head_of(self._network)
+        except Unfit as error:
+            said = f"cross_entropy={self.cross_entropy} cannot leave logits out: {error}"
+            if self.cross_entropy != "auto":
+                raise UserError(f"{said}; use cross_entropy=dense") from error
+            warnings.warn(f"{said}; they are computed", stacklevel=2)
+        self._looked = True
+        return self._head
+
+    def _loss(self, batch: dict[str, Any], z_loss: float, log_z: bool) -> tuple[Tensor, Tensor, LogZ | None]:
+        """The loss of a batch, summed over its labels, how many there are, and log Z if it is asked for."""
+        ids, labels = batch["input_ids"], batch["labels"]
+        head = self._without_logits()
+        if head is not None:
+            self._check_length(ids)
+            options = {"backend": self.cross_entropy, "z_loss": z_loss, "ignore_index": IGNORE}
+            try:
+                loss, found = head_loss(self._network, head, ids, labels, statistics=log_z, **options)
+            except Unable as error:
+                raise UserError(str(error)) from error
+            return loss, (labels != IGNORE).sum(), found
+        if not (z_loss or log_z):
+            return *token_nats(self(ids), labels), None
+        flat = labels.flatten()
+        loss, every = of_logits(self(ids).flatten(0, -2), flat, IGNORE, z_loss)
+        found = None if every is None else log_z_of(every, flat, IGNORE)
+        return loss, (labels != IGNORE).sum(), found
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Mean nats per label and what layers add as `loss`; the nats' sum and count as `nats` and `labels`."""
+        """Mean nats per label and what else is trained as `loss`; the nats' sum and count as `nats` and `labels`; with
+        `log_z`, in steps that are logged, the mean and the largest log Z as `log_z` and `log_z_max`."""
         self._norm = self.step_limit = None
         if (own := self._own_optimizer) is not None:
             own.accumulating = self.trainer.fit_loop._should_accumulate()
-        nats, count = token_nats(self(batch["input_ids"]), batch["labels"])
-        loss = nats / count.clamp(min=1)  # a batch without any label has no gradient rather than NaN
+        step = self.trainer.global_step + 1
+        read = self.log_z and (step == 1 or step % self.trainer.log_every_n_steps == 0)
+        total, count, found = self._loss(batch, self.z_loss, bool(read or self.z_loss))
+        loss = total / count.clamp(min=1)  # a batch without any label has no gradient rather than NaN
+        nats = total.detach()
+        if self.z_loss and found is not None:
+            nats = nats - self.z_loss * found.square * count
         if (added := penalty(self._network)) is not None:
             self.log("train/penalty", added.detach(), logger=False, batch_size=len(batch["input_ids"]))
             loss = loss + added
         self._pending_tokens += batch["input_ids"].numel() * self.trainer.world_size
         self._position = batch.get("position")
-        self.log("train/loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["input_ids"]))
-        return {"loss": loss, "nats": nats.detach(), "labels": count}
+        shown = nats / count.clamp(min=1) if self.z_loss else loss.detach()
+        self.log("train/loss", shown, prog_bar=True, logger=False, batch_size=len(batch["input_ids"]))
+        measured = {"log_z": found.mean, "log_z_max": found.max} if read and found is not None else {}
+        return {"loss": loss, "nats": nats, "labels": count, **measured}
 
     def gradient_norm(self) -> Tensor:
         """Norm of all gradients of this step before clipping (scalar), computed on the first call and then kept.
@@ -301,7 +374,7 @@ class CausalLM(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add this batch's nats and labels to the sums."""
-        nats, count = token_nats(self(batch["input_ids"]), batch["labels"])
+        nats, count, _ = self._loss(batch, 0.0, False)
         self._sums += torch.stack([nats.double(), count.double()])
 
     def on_validation_epoch_end(self) -> None:

@@ -23,6 +23,7 @@ from thinrank.optim.scaling import ScalingConfig
 from thinrank.trainers.data.config import DataConfig, PySourceConfig
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.guards import GuardConfig
+from thinrank.trainers.loss.backends import BACKENDS, cannot
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.monitors import MonitorConfig
 from thinrank.trainers.run import RunConfig
@@ -85,6 +86,13 @@ class TrainerConfig:
         default="off",
         metadata={"help": "gradients of matrices: off (kept), project (as coordinates), step (stepped in backward)"},
     )
+    cross_entropy: str = field(
+        default="dense",
+        metadata={"help": "dense (all logits), or auto, chunked, torch, cce or liger: the loss a few tokens at a time"},
+    )
+    z_loss: float = field(
+        default=0.0, metadata={"help": "weight of the squared log of the softmax's denominator; PaLM: 1e-4"}
+    )
     precision: str = field(default="bf16-mixed", metadata={"help": f"arithmetic: {', '.join(_PRECISIONS)}"})
     accelerator: str = field(default="auto", metadata={"help": "auto (a GPU where there is one), cpu, or gpu"})
     devices: int | str = field(
@@ -133,6 +141,14 @@ class TrainerConfig:
             raise ValueError(
                 f"in_backward must be one of {', '.join(MODES)}, got {self.in_backward!r}: choose one of them"
             )
+        if self.cross_entropy not in BACKENDS:
+            raise ValueError(
+                f"cross_entropy must be one of {', '.join(BACKENDS)}, got {self.cross_entropy!r}: choose one of them"
+            )
+        if not self.z_loss >= 0:
+            raise ValueError(f"z_loss must be at least 0, got {self.z_loss}: 0 for none, or PaLM's 1e-4")
+        if self.z_loss and (cause := cannot(self.cross_entropy, z_loss=True)) is not None:
+            raise ValueError(f"cross_entropy={self.cross_entropy} {cause}")
         if self.precision not in _PRECISIONS:
             raise ValueError(
                 f"precision must be one of {', '.join(_PRECISIONS)}, got {self.precision!r}: choose one of them"

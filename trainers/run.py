@@ -48,6 +48,7 @@ FREE_KEYS = (
     "data.final_validation_unseen",
     "trainer.accelerator",
     "trainer.checkpoint_every",
+    "trainer.cross_entropy",
     "trainer.devices",
     "trainer.export",
     "trainer.log_every",

@@ -48,6 +48,33 @@ class LossMean:
         return total / weight if weight else None
 
 
+class LogZMean:
+    """Mean and largest logarithm of the softmax's denominator over the micro-batches of a step, where the module
+    measures it."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._top: Tensor | None = None
+
+    def add(self, outputs: Any) -> None:
+        """Add what `training_step` returned: a dict with `log_z`, `log_z_max` and `labels`, or one without."""
+        if not isinstance(outputs, dict) or "log_z" not in outputs:
+            return
+        labels = outputs["labels"].float()
+        pair, top = torch.stack([outputs["log_z"].float() * labels, labels]), outputs["log_z_max"].float()
+        self._sums = pair if self._sums is None else self._sums + pair
+        self._top = top if self._top is None else torch.maximum(self._top, top)
+
+    def take(self, strategy: Any) -> dict[str, float]:
+        """The values since the last call, over all ranks, all of which must call; nothing without a label."""
+        sums, top, self._sums, self._top = self._sums, self._top, None, None
+        if sums is None:
+            return {}
+        total, labels = strategy.reduce(sums, reduce_op="sum").tolist()
+        highest = float(strategy.reduce(top, reduce_op="max"))
+        return {"train/log_z": total / labels, "train/log_z_max": highest} if labels else {}
+
+
 class TokenClock:
     """Tokens and seconds of training since the last reading, without the time spent in evaluation."""
 
@@ -85,6 +112,7 @@ class TrainingMetrics(pl.Callback):
     | tag | what |
     | --- | --- |
     | `train/loss` | mean nats per label since the last reading, over all ranks |
+    | `train/log_z`, `train/log_z_max` | mean and largest log of the softmax's denominator in this step, if measured |
     | `grad_norm` | norm of all gradients before clipping; none where coordinates travel and no norms |
     | `lr/<label>` | learning rate of a group in this step |
     | `opt/effective_lr/<label>` | learning rate of a group with every scale |
@@ -114,6 +142,7 @@ class TrainingMetrics(pl.Callback):
             raise ValueError(f"every must be at least 1, got {every}: set trainer.log_every to a number of steps")
         self.every = every
         self._loss = LossMean()
+        self._log_z = LogZMean()
         self._clock = TokenClock()
         self._read: dict[str, Any] = {}  # what has to be read before the step, or nothing if this step is not read
         self._measuring = False
@@ -144,6 +173,7 @@ class TrainingMetrics(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._loss.add(outputs, trainer.accumulate_grad_batches)
+        self._log_z.add(outputs)
         self._clock.add(batch, trainer.world_size)
         if trainer.global_step == self._seen:
             return  # a micro-batch without a step
@@ -175,6 +205,7 @@ class TrainingMetrics(pl.Callback):
         loss = self._loss.take(trainer.strategy)
         if loss is not None:
             metrics["train/loss"] = loss
+        metrics |= self._log_z.take(trainer.strategy)
         optimizer = trainer.optimizers[0]
         if self._measuring:  # the optimizer has done so in the step just finished, and stopped
             metrics |= _measured(getattr(optimizer, "measured", {}))

@@ -120,6 +120,7 @@ def footprint(
                 in_backward=choice.in_backward,
                 max_norm=choice.clip_norm,
                 ranks=ranks,
+                cross_entropy=choice.cross_entropy,
             )
         except Exception as error:  # whatever an architecture does that cannot be done without values: told, not hidden
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

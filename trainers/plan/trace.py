@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from thinrank.optim import MatrixOptimizer, MethodConfig, build
+from thinrank.trainers.loss.head import Head, Unfit, head_loss, head_of
 from thinrank.trainers.plan.live import Live
 
 _PRODUCTS = (F.linear, torch.addmm, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__)
@@ -60,6 +61,7 @@ def work(
     in_backward: str = "off",
     max_norm: float | None = None,
     ranks: Mapping[str, int | float | None] | None = None,
+    cross_entropy: str = "dense",
 ) -> Work:
     """Traces steps that renew and steps that do not, with and without a look at their updates.
 
@@ -73,7 +75,12 @@ def work(
         in_backward: as `MatrixOptimizer.in_backward`; what a step allocates is then part of `passes`.
         max_norm: for `in_backward="step"`.
         ranks: of matrices that have their own.
+        cross_entropy: as of `CausalLM`; all but `dense` are traced as our chunks, of which kernels need less.
+
+    Raises:
+        Unfit: the model's logits cannot be left out, and `auto` is not what was asked for.
     """
+    head = _head(model, cross_entropy)
     every = getattr(config, "update_proj_gap", 1)
     searching = max(getattr(config, "warmup", 0), 1)
     # between renewals, whatever the method's search needs is over
@@ -84,7 +91,7 @@ def work(
     steps = []
     for number, measure in ((0.0, True), (0.0, False), (float(steady), False), (float(steady), True)):
         passes = in_backward != "off" or not steps  # otherwise the passes of all steps are alike
-        steps.append(_step(model, optimizer, batch, cast, accumulate, number, measure=measure, passes=passes))
+        steps.append(_step(model, optimizer, batch, cast, accumulate, number, head, measure=measure, passes=passes))
     if in_backward != "off":
         optimizer.in_backward("off")
     return Work(
@@ -103,6 +110,7 @@ def _step(
     cast: torch.dtype | None,
     accumulate: int,
     number: float,
+    head: Head | None,
     *,
     measure: bool,
     passes: bool,
@@ -123,7 +131,7 @@ def _step(
         for part in range(min(accumulate, 2) if passes else 0):  # further ones are like the second: there are gradients
             optimizer.accumulating = part + 1 < min(accumulate, 2)
             before = live.now
-            loss = _forward(model, batch, cast)
+            loss = _forward(model, batch, cast, head)
             activations = live.now - before
             loss.backward()
             del loss
@@ -137,9 +145,23 @@ def _step(
     return Work(activations=activations, passes=most, between=transient, renewal=transient, logged=transient)
 
 
-def _forward(model: nn.Module, batch: Tensor, cast: torch.dtype | None) -> Tensor:
+def _head(model: nn.Module, cross_entropy: str) -> Head | None:
+    if cross_entropy == "dense":
+        return None
+    try:
+        return head_of(model)
+    except Unfit:
+        if cross_entropy != "auto":
+            raise
+        return None
+
+
+def _forward(model: nn.Module, batch: Tensor, cast: torch.dtype | None, head: Head | None) -> Tensor:
     """The loss, as `CausalLM` computes it."""
     with _Arithmetic(cast):
+        if head is not None:
+            loss, _ = head_loss(model, head, batch, batch, backend="chunked", lower=cast, statistics=False)
+            return loss / batch.numel()
         logits = model(input_ids=batch, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, -2), batch.flatten(), reduction="sum") / batch.numel()
 

@@ -23,7 +23,8 @@ from thinrank.trainers.strategies.config import MESSAGE_DTYPES, FSDP2Config, nor
 from thinrank.trainers.strategies.one_file import OneFile
 from thinrank.trainers.strategies.replicated import asks_for_norms
 from thinrank.trainers.strategies.units import blocks, network, refuse
-from thinrank.trainers.versions import require_lightning, warn_of_newer_torch
+from thinrank.trainers.strategies.unwrapped import checked
+from thinrank.trainers.versions import warn_of_newer_torch
 
 POLICIES: dict[str, MixedPrecisionPolicy] = {
     "32-true": MixedPrecisionPolicy(),
@@ -76,18 +77,15 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
         check_every: int | None = 100,
         **options: Any,
     ) -> None:
-        try:
-            self._choice = FSDP2Config(
-                replicas=replicas,
-                reshard_after_forward=reshard_after_forward,
-                messages=messages,
-                dtype=dtype,
-                norms=norms,
-                check_every=check_every,
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        require_lightning()
+        self._choice = checked(
+            FSDP2Config,
+            replicas=replicas,
+            reshard_after_forward=reshard_after_forward,
+            messages=messages,
+            dtype=dtype,
+            norms=norms,
+            check_every=check_every,
+        )
         warn_of_newer_torch("thinrank_fsdp2")
         super().__init__(save_distributed_checkpoint=False, **options)
         self.replicas, self.reshard_after_forward = replicas, reshard_after_forward

@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy
 
 from thinrank.optim.gossip.compress import Compressor
 from thinrank.optim.gossip.exchange import Gossip
-from thinrank.optim.replicated import equalise
 from thinrank.trainers.checkpoint import defect, load, save
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.strategies.config import GossipConfig
 from thinrank.trainers.strategies.one_file import unwrapped
-from thinrank.trainers.versions import require_lightning
+from thinrank.trainers.strategies.unwrapped import UnwrappedStrategy, checked
 
 _log = logging.getLogger(__name__)
 
 
-class GossipStrategy(DDPStrategy):
+class GossipStrategy(UnwrappedStrategy):
     """Every process holds the whole model and trains it on its own data; weights are averaged with neighbours'.
 
     `Trainer(strategy="thinrank_gossip")` after `import thinrank.trainers`, or an object of this class for other
@@ -55,6 +53,8 @@ class GossipStrategy(DDPStrategy):
         UserError: for bad values, or a Lightning that has not been tested; in `fit` for optimizers that do not suit.
     """
 
+    NAME = "thinrank_gossip"
+    UNSCALED = "leaves each process its own gradients, by which loss scales would part"
     local_gradients = True
     """A process looks at its own gradients, and may leave out a step that others make."""
 
@@ -75,11 +75,7 @@ class GossipStrategy(DDPStrategy):
     ) -> None:
         common = {"interval": interval, "overlap": overlap, "check_every": check_every, "strict": strict, "seed": seed}
         named = {"compressor": compressor} if isinstance(compressor, str) else {}
-        try:
-            GossipConfig(scheme=scheme, evaluate=evaluate, scheme_options=scheme_options or {}, **named, **common)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        require_lightning()
+        checked(GossipConfig, scheme=scheme, evaluate=evaluate, scheme_options=scheme_options or {}, **named, **common)
         super().__init__(**options)
         self._settings = {
             "topology": topology,
@@ -92,18 +88,8 @@ class GossipStrategy(DDPStrategy):
         self.exchange: Gossip | None = None
         self._resumed: str | os.PathLike | None = None
 
-    def configure_ddp(self) -> None:
-        """Gives all processes the first one's weights and buffers; nothing is wrapped."""
-        assert self.model is not None
-        equalise(self.model)
-
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise UserError(
-                "thinrank_gossip leaves each process its own gradients, by which loss scales would part: use "
-                "precision='bf16-mixed' or '32-true' instead of '16-mixed'"
-            )
         if len(self.optimizers) != 1:
             raise UserError(
                 f"thinrank_gossip exchanges after the step of one optimizer, got {len(self.optimizers)}: return one "

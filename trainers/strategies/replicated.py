@@ -9,21 +9,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from thinrank.optim import MatrixOptimizer
 from thinrank.optim.messages import BUCKET_BYTES
 from thinrank.optim.remembering import MEMORIES_EVERY
-from thinrank.optim.replicated import equalise
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.module import CausalLM
 from thinrank.trainers.strategies.config import MESSAGE_DTYPES, OwnedConfig, ReplicatedConfig, norms_travel
 from thinrank.trainers.strategies.one_file import unwrapped
-from thinrank.trainers.versions import require_lightning
+from thinrank.trainers.strategies.unwrapped import UnwrappedStrategy, checked
 
 
-class ReplicatedStrategy(DDPStrategy):
+class ReplicatedStrategy(UnwrappedStrategy):
     """Every process holds the whole model; what travels is what the optimizer's updates need of gradients.
 
     `Trainer(strategy="thinrank_ddp")` after `import thinrank.trainers`, or an object of this class for other settings.
@@ -52,6 +50,7 @@ class ReplicatedStrategy(DDPStrategy):
 
     CONFIG: type[ReplicatedConfig] = ReplicatedConfig
     NAME = "thinrank_ddp"
+    UNSCALED = "frees gradients in backward, before a loss scaler could look at them"
 
     def __init__(
         self,
@@ -75,27 +74,13 @@ class ReplicatedStrategy(DDPStrategy):
             "check_every": check_every,
             "memories_every": memories_every,
         }
-        try:
-            self.CONFIG(**self._exchange)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        require_lightning()
+        checked(self.CONFIG, **self._exchange)
         super().__init__(**options)
         self._norms = norms
         self._exchange |= {"dtype": MESSAGE_DTYPES[dtype], "bucket_bytes": bucket_bytes}
 
-    def configure_ddp(self) -> None:
-        """Gives all ranks the first one's weights and buffers; nothing is wrapped."""
-        assert self.model is not None
-        equalise(self.model)
-
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise UserError(
-                f"{self.NAME} frees gradients in backward, before a loss scaler could look at them: use "
-                "precision='bf16-mixed' or '32-true' instead of '16-mixed'"
-            )
         try:
             self._exchange["norms"] = norms_travel(self._norms, asks_for_norms(trainer, self.lightning_module))
             for optimizer in self._own():

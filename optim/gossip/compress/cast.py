@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thinrank.optim.gossip.compress.base import Codec, Compressor, Scratch, multiply_rows, spans, whole_rows
-from thinrank.optim.gossip.compress.scales import BF16_MAX, INSIDE, SMALLEST, Draws, bf16_above
+from thinrank.optim.gossip.compress.scales import BF16_MAX, INSIDE, SMALLEST, Draws, bf16_above, check_bucket
 from thinrank.optim.linalg.rounding import stochastic_round
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -100,8 +100,7 @@ class Float8(Compressor):
     bucket: int = 512
 
     def __post_init__(self) -> None:
-        if self.bucket < 8 or self.bucket % 8:
-            raise ValueError(f"bucket must be a positive multiple of 8, got {self.bucket}")
+        check_bucket(self.bucket)
 
     @property
     def name(self) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +77,19 @@ class _Part:
         return self.down * self.across * self.keep
 
 
+class _Strip(NamedTuple):
+    """Rows of chunks of a matrix: its own entries, which the last chunks may reach beyond, and their coefficients."""
+
+    part: _Part
+    entries: Tensor
+    down: int
+    width: int
+    left: Tensor
+    right: Tensor
+    values: Tensor
+    places: Tensor
+
+
 class DctCodec(Codec):
     """`Dct` bound to shapes. Payload: values, tensor by tensor and chunk by chunk in the order of their places, then
     the places within the chunks, uint16."""
@@ -105,33 +119,10 @@ class DctCodec(Codec):
             self.bases[n, device] = basis_matrix("dct", n, dtype=torch.float32, device=device)
         return self.bases[n, device]
 
-    def _split(self, payload: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.kept * VALUES[self.values].itemsize
-        return payload[:size], payload[size:]
-
-    def _write(self, flat: Tensor, payload: Tensor, key: int) -> None:
-        values, places = self._split(payload)
-        size = VALUES[self.values].itemsize
-        for part in self.parts:
-            m, n = part.shape
-            x, flat = flat[: m * n].view(m, n), flat[m * n :]
-            left, right = self._basis(part.rows, x.device), self._basis(part.columns, x.device)
-            width = part.across * part.columns
-            for start, stop in spans(part.down * part.rows * width, part.rows * width, x.device):
-                strip = x[start // width : stop // width]
-                down = (stop - start) // width // part.rows
-                strip = torch.nn.functional.pad(strip, (0, width - n, 0, down * part.rows - len(strip)))
-                chunks = strip.view(down, part.rows, part.across, part.columns).transpose(1, 2)
-                rows = (left @ chunks @ right.mT).view(down * part.across, -1)
-                found = largest(rows, part.keep)
-                count = found.numel()
-                write_values(rows.gather(1, found).view(-1), values[: count * size], self.values)
-                write_places(found, places[: 2 * count])
-                values, places = values[count * size :], places[2 * count :]
-
-    def _read(self, payload: Tensor, flat: Tensor, key: int) -> None:
-        values, places = self._split(payload)
-        size = VALUES[self.values].itemsize
+    def _strips(self, flat: Tensor, payload: Tensor) -> Iterator[_Strip]:
+        """The matrices in `flat` a few rows of chunks at a time, each beside what of the payload is of it."""
+        ends = self.kept * VALUES[self.values].itemsize
+        values, places = payload[:ends], payload[ends:]
         for part in self.parts:
             m, n = part.shape
             x, flat = flat[: m * n].view(m, n), flat[m * n :]
@@ -140,10 +131,26 @@ class DctCodec(Codec):
             for start, stop in spans(part.down * part.rows * width, part.rows * width, x.device):
                 down = (stop - start) // width // part.rows
                 count = down * part.across * part.keep
-                rows = torch.zeros(down * part.across, part.rows * part.columns, device=x.device)
-                value = read_values(values[: count * size], self.values).view(-1, part.keep)
-                rows.scatter_(1, read_places(places[: 2 * count]).view(-1, part.keep), value)
-                values, places = values[count * size :], places[2 * count :]
-                chunks = left.mT @ rows.view(down, part.across, part.rows, part.columns) @ right
-                strip = x[start // width : stop // width]
-                strip.copy_(chunks.transpose(1, 2).reshape(down * part.rows, width)[: len(strip), :n])
+                size = count * VALUES[self.values].itemsize
+                entries = x[start // width : stop // width]
+                yield _Strip(part, entries, down, width, left, right, values[:size], places[: 2 * count])
+                values, places = values[size:], places[2 * count :]
+
+    def _write(self, flat: Tensor, payload: Tensor, key: int) -> None:
+        for part, entries, down, width, left, right, values, places in self._strips(flat, payload):
+            filled = (0, width - part.shape[1], 0, down * part.rows - len(entries))
+            strip = torch.nn.functional.pad(entries, filled)
+            chunks = strip.view(down, part.rows, part.across, part.columns).transpose(1, 2)
+            rows = (left @ chunks @ right.mT).view(down * part.across, -1)
+            found = largest(rows, part.keep)
+            write_values(rows.gather(1, found).view(-1), values, self.values)
+            write_places(found, places)
+
+    def _read(self, payload: Tensor, flat: Tensor, key: int) -> None:
+        for part, entries, down, width, left, right, values, places in self._strips(flat, payload):
+            rows = torch.zeros(down * part.across, part.rows * part.columns, device=flat.device)
+            value = read_values(values, self.values).view(-1, part.keep)
+            rows.scatter_(1, read_places(places).view(-1, part.keep), value)
+            chunks = left.mT @ rows.view(down, part.across, part.rows, part.columns) @ right
+            strip = chunks.transpose(1, 2).reshape(down * part.rows, width)
+            entries.copy_(strip[: len(entries), : part.shape[1]])

@@ -16,6 +16,16 @@ INSIDE = 1.0 - 2.0**-22
 """Roundings of the largest entry's level must not carry it beyond the last level, where codes end."""
 
 
+def check_bucket(bucket: int) -> None:
+    """Refuses a bucket whose codes would not end at a byte.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if bucket < 8 or bucket % 8:
+        raise ValueError(f"bucket must be a positive multiple of 8, got {bucket}: 512 is usual")
+
+
 def bf16_above(x: Tensor) -> Tensor:
     """The bfloat16 (as float32) that is equal or next above, at most the largest finite one; x is not negative."""
     above = (x.view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000)

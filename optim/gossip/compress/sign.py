@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thinrank.optim.gossip.compress.base import Codec, Compressor, Scratch, spans, whole_rows
 from thinrank.optim.gossip.compress.packing import packed_bytes, read_signs, write_signs
-from thinrank.optim.gossip.compress.scales import BF16_MAX
+from thinrank.optim.gossip.compress.scales import BF16_MAX, check_bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,7 @@ class Sign(Compressor):
     bucket: int = 512
 
     def __post_init__(self) -> None:
-        if self.bucket < 8 or self.bucket % 8:
-            raise ValueError(f"bucket must be a positive multiple of 8, got {self.bucket}")
+        check_bucket(self.bucket)
 
     @property
     def name(self) -> str:

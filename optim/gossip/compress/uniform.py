@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thinrank.optim.gossip.compress.base import Codec, Compressor, Scratch, multiply_rows, spans, whole_rows
 from thinrank.optim.gossip.compress.packing import GROUP, pack, packed_bytes, unpack
-from thinrank.optim.gossip.compress.scales import BF16_MAX, INSIDE, SMALLEST, Draws, bf16_above
+from thinrank.optim.gossip.compress.scales import BF16_MAX, INSIDE, SMALLEST, Draws, bf16_above, check_bucket
 
 BITS = (8, 6, 4, 3, 2)
 
@@ -42,8 +42,7 @@ class Uniform(Compressor):
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {self.bits}")
-        if self.bucket < 8 or self.bucket % 8:
-            raise ValueError(f"bucket must be a positive multiple of 8, got {self.bucket}")
+        check_bucket(self.bucket)
 
     @property
     def name(self) -> str:

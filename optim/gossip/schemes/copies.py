@@ -79,9 +79,10 @@ class Copies(Scheme):
         """The new weights once `public` has absorbed what was told, if anything was; None: once messages have come."""
         return new
 
-    def met(self, weights: Tensor, update: Tensor) -> Tensor:
-        """The new weights after messages have come, where `settled` gave none."""
-        raise NotImplementedError
+    def met(self, weights: Tensor, update: Tensor, new: Tensor | None) -> Tensor:
+        """The new weights after messages have come: those of `settled`, which a method that gives none makes here."""
+        assert new is not None
+        return new
 
     # --- one exchange -----------------------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ class Copies(Scheme):
                 self.copies[j] = self.absorbed(self.copies[j], told)
         if due:
             yield from self._repair(letters, new)
-        return self.met(weights, update) if new is None else new
+        return self.met(weights, update, new)
 
     def _repair(self, letters: Mapping[int, Letter], weights: Tensor | None) -> Any:
         bad = [j for j in self.sources if j not in letters or not self._same(j, letters[j].hash)]
@@ -226,11 +227,13 @@ class CHOCO(Copies):
         self.gamma, self.order = gamma, order
 
     def aim(self, weights: Tensor, update: Tensor) -> tuple[Tensor | None, Tensor]:
-        new = self.met(weights, update) if self.order == "with" else None
+        new = self.met(weights, update, None) if self.order == "with" else None
         return new, (weights + update if new is None else new) - self.public
 
     def absorbed(self, copy: Tensor, told: Tensor) -> Tensor:
         return told.add_(copy)
 
-    def met(self, weights: Tensor, update: Tensor) -> Tensor:
+    def met(self, weights: Tensor, update: Tensor, new: Tensor | None) -> Tensor:
+        if new is not None:
+            return new
         return self.average().sub_(self.public).mul_(self.gamma).add_(weights).add_(update)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from thinrank.optim import METHODS, build
 from thinrank.optim import optimizer as stepping
+from thinrank.trainers.loss import chunked as chunks
+from thinrank.trainers.loss.head import head_loss, head_of
 from thinrank.trainers.models import ModelConfig, build_model
 from thinrank.trainers.plan.live import Live
 from thinrank.trainers.plan.trace import work
@@ -146,3 +148,36 @@ def test_tracing_leaves_the_process_and_the_model_as_they_were():
     assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
     real = build_model(SMALL, 200, seed=0)
     assert real(input_ids=torch.zeros(1, 4, dtype=torch.int64)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16], ids=str)
+def test_a_loss_without_logits_is_planned_as_it_runs(cast, monkeypatch):
+    """A few tokens' logits in the place of all, counted as they are allocated on a GPU, of whose product in 16 bits a
+    CPU has only the shape."""
+    config = replace(SMALL, num_hidden_layers=1)
+    traced = {
+        name: work(
+            build_model(config, 4000, seed=0, meta=True),
+            method("adamw"),
+            sequences=8,
+            length=32,
+            cast=cast,
+            cross_entropy=name,
+        )
+        for name in ("dense", "chunked")
+    }
+    if cast is not None:
+        monkeypatch.setattr(chunks, "_product", lambda a, b, high: torch.zeros(len(a), b.shape[1], dtype=high))
+    model = build_model(config, 4000, seed=0)
+    ids = torch.zeros(8, 32, dtype=torch.int64)
+    live = Live([*model.parameters(), *model.buffers()], device="cpu")
+    held = live.now
+    with live:
+        with torch.autocast("cpu", dtype=cast) if cast else contextlib.nullcontext():
+            loss, _ = head_loss(model, head_of(model), ids, ids, backend="chunked", lower=cast, statistics=False)
+            loss = loss / ids.numel()
+        loss.backward()
+    assert traced["chunked"].passes == pytest.approx(live.peak - held, rel=0.02)
+    saved = traced["dense"].passes - traced["chunked"].passes
+    logits = 8 * 32 * 4000 * 4
+    assert saved > logits
