@@ -65,7 +65,7 @@ FREE_KEYS = (
 )
 """Keys, or whole groups, that a resumed run may change: how long, how often, and on what machine."""
 
-NOTHING = {"layerwise.name": "none"}
+NOTHING = {"layerwise.name": "none", "trainer.z_loss": 0.0}
 """Choices of nothing, which are left out: a run from before there was such a choice goes on."""
 
 _OWNED = (

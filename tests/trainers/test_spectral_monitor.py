@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_training import TinyData, ddp_trainer, lightning_warnings, rows, tiny_module, tiny_trainer
 
 from thinrank.optim.monitors.alignment import Verdict
+from thinrank.optim.spectra import Layer
 from thinrank.trainers.callbacks.spectra import KEPT, SpectralMonitor
 from thinrank.trainers.charts import colours, heat_map, shortened
 from thinrank.trainers.errors import GuardStop, UserError
@@ -119,7 +120,7 @@ def test_a_resumed_run_goes_on_reading_where_it_was(tmp_path):
     _, rest, after, _ = monitored(8, config, ckpt_path=path, fresh=False)
     for step in (6, 8):
         assert after[step] == seen[step]
-    assert rest._steps == whole._steps == [1, 2, 4, 6, 8]
+    assert [step for step, _ in rest._history["sigma"]] == [1, 2, 4, 6, 8]
     assert rest._history == whole._history
 
 
@@ -162,13 +163,15 @@ def test_tensorboard_has_scalars_histograms_pictures_and_one_chart_for_each_kind
 
 def test_old_readings_are_thinned_and_never_the_last():
     monitor = SpectralMonitor(MonitorConfig())
-    monitor._names = []
+    monitor._names = ["a"]
     for step in range(3 * KEPT):
-        monitor._keep(step, {})
-    assert len(monitor._steps) <= KEPT
-    assert monitor._steps[-1] == 3 * KEPT - 1
-    assert monitor._steps == sorted(set(monitor._steps))
-    assert all(len(rows_) == len(monitor._steps) for rows_ in monitor._history.values())
+        monitor._keep(step, {"a": Layer({"sigma": float(step)})})
+    assert set(monitor._history) == {"sigma"}  # what nobody could see is not kept
+    steps = [step for step, _ in monitor._history["sigma"]]
+    assert len(steps) <= KEPT
+    assert steps[-1] == 3 * KEPT - 1
+    assert steps == sorted(set(steps))
+    assert all(row == [float(step)] for step, row in monitor._history["sigma"])
 
 
 def test_a_picture_has_a_row_for_each_layer_and_grey_where_nothing_was_read():

@@ -78,10 +78,11 @@ class SpectralMonitor(pl.Callback):
         self._spectra: Spectra | None = None
         self._alarm: AlignmentAlarm | None = None
         self._saved: Mapping[str, Any] = {}
-        self._steps: list[int] = []
         self._names: list[str] = []
-        self._history: dict[str, list[list[float]]] = {}  # by metric, a list of layers' values for each reading
-        self._begun = self._drawn = 0
+        self._history: dict[
+            str, list[tuple[int, list[float]]]
+        ] = {}  # by metric, step and layers' values of each reading
+        self._begun = self._last = self._drawn = 0
         self._laid_out = False
 
     # --- when -----------------------------------------------------------------------------------------------------
@@ -169,14 +170,15 @@ class SpectralMonitor(pl.Callback):
     # --- what is seen -----------------------------------------------------------------------------------------------
 
     def _keep(self, step: int, layers: Mapping[str, Layer]) -> None:
-        self._steps.append(step)
+        self._last = step
         for metric in self.config.metrics:
+            if not any(metric in layer.values for layer in layers.values()):
+                continue  # nobody can see it here
             row = [layers[name].values.get(metric, math.nan) for name in self._names]
-            self._history.setdefault(metric, []).append(row)
-        if len(self._steps) > KEPT:
-            thinned = slice(0, KEPT // 2, 2)
-            for kept in (self._steps, *self._history.values()):
-                del kept[thinned]
+            kept = self._history.setdefault(metric, [])
+            kept.append((step, row))
+            if len(kept) > KEPT:
+                del kept[0 : KEPT // 2 : 2]
 
     def _log_scalars(self, trainer: pl.Trainer, step: int, layers: Mapping[str, Layer]) -> None:
         found: dict[str, float] = {}
@@ -230,18 +232,15 @@ class SpectralMonitor(pl.Callback):
     # --- pictures -----------------------------------------------------------------------------------------------------
 
     def _draw(self, trainer: pl.Trainer) -> None:
-        if not self.config.images or not trainer.is_global_zero or not self._steps or self._drawn == self._steps[-1]:
+        if not self.config.images or not trainer.is_global_zero or self._drawn == self._last:
             return
-        self._drawn = self._steps[-1]
-        for metric, rows in self._history.items():
-            values = np.array(rows, dtype=np.float64).T
-            if not np.isfinite(values).any():
-                continue
-            picture = heat_map(
-                f"{metric}: {METRICS[metric]}", self._names, self._steps, values, log=metric in LOG_SCALE
-            )
+        self._drawn = self._last
+        for metric, kept in self._history.items():
+            values = np.array([row for _, row in kept], dtype=np.float64).T
+            steps = [step for step, _ in kept]
+            picture = heat_map(f"{metric}: {METRICS[metric]}", self._names, steps, values, log=metric in LOG_SCALE)
             for events in _tensorboards(trainer):
-                events.add_image(f"spectral/{metric}", picture, self._steps[-1], dataformats="HWC")
+                events.add_image(f"spectral/{metric}", picture, self._last, dataformats="HWC")
             if self.folder is not None:
                 from PIL import Image
 
@@ -260,8 +259,12 @@ class SpectralMonitor(pl.Callback):
             "level": None if self.verdict is None else self.verdict.level,
             "alarms": list(self.alarms),
             "names": list(self._names),
-            "steps": list(self._steps),
-            "history": {metric: torch.tensor(rows, dtype=torch.float64) for metric, rows in self._history.items()},
+            "last": self._last,
+            "steps": {metric: [step for step, _ in kept] for metric, kept in self._history.items()},
+            "history": {
+                metric: torch.tensor([row for _, row in kept], dtype=torch.float64)
+                for metric, kept in self._history.items()
+            },
         }
 
     @override
@@ -279,9 +282,11 @@ class SpectralMonitor(pl.Callback):
         self.alarms = list(saved["alarms"])
         self.verdict = None if saved["level"] is None else Verdict(saved["level"], 0.0)
         if saved["names"] == self._names:
-            self._steps = list(saved["steps"])
-            self._history = {metric: rows.tolist() for metric, rows in saved["history"].items()}
-            self._drawn = self._steps[-1] if self._steps else 0
+            self._last = self._drawn = int(saved["last"])
+            self._history = {
+                metric: list(zip(saved["steps"][metric], rows.tolist(), strict=True))
+                for metric, rows in saved["history"].items()
+            }
 
 
 def _tensorboards(trainer: pl.Trainer) -> list[Any]:
