@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import tiny_replicas
@@ -16,6 +17,7 @@ from thinrank.configs.schema import PRETRAIN
 from thinrank.optim import FiraConfig
 from thinrank.trainers import NonFiniteGuard
 from thinrank.trainers.pretrain import pretrain
+from thinrank.trainers.strategies import FSDP2Config, ReplicatedConfig, World, build_strategy
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +248,12 @@ def test_settings_of_the_strategy_are_those_of_its_configuration():
         OwnedStrategy(messages="signs")
     names = {field.name for field in dataclasses.fields(ReplicatedConfig)}
     assert {"messages", "dtype", "overlap", "check_every"} <= names
+
+
+def test_every_setting_of_a_configuration_reaches_the_strategy():
+    """`norms=always` was counted in plans and lost on the way to runs."""
+    given = {"messages": "full", "embeddings": "rows", "norms": "always", "overlap": False, "check_every": 7}
+    strategy: Any = build_strategy(ReplicatedConfig(name="thinrank_ddp", **given), World())[0]
+    assert {key: strategy._exchange[key] for key in given} == given
+    pieces: Any = build_strategy(FSDP2Config(name="thinrank_fsdp2", norms="always", check_every=7), World())[0]
+    assert (pieces._choice.norms, pieces._choice.check_every) == ("always", 7)

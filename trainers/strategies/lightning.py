@@ -52,6 +52,7 @@ def build_strategy(config: StrategyConfig, world: World) -> tuple[Strategy | str
             messages=config.messages,
             embeddings=config.embeddings,
             dtype=config.dtype,
+            norms=config.norms,
             overlap=config.overlap,
             check_every=config.check_every,
             memories_every=config.memories_every,
@@ -66,6 +67,7 @@ def build_strategy(config: StrategyConfig, world: World) -> tuple[Strategy | str
             reshard_after_forward=config.reshard_after_forward,
             messages=config.messages,
             dtype=config.dtype,
+            norms=config.norms,
             check_every=config.check_every,
             **options,
         )
