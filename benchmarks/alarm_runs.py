@@ -80,20 +80,21 @@ HEALTHY = (
 )
 
 BROKEN = (
-    Case(name="lr × 8, later", broken=True, begin=LATER, lr=8.0, clip=None),
-    Case(name="lr × 16, later", broken=True, begin=LATER, lr=16.0, clip=None),
-    Case(name="lr × 32, later", broken=True, begin=LATER, lr=32.0, clip=None),
+    Case(name="lr × 16", broken=True, begin=LATER, lr=16.0, clip=None),
+    Case(name="lr × 32", broken=True, begin=LATER, lr=32.0, clip=None),
+    Case(name="lr × 64", broken=True, begin=LATER, lr=64.0, clip=None),
     Case(name="lr × 32, clipped", broken=True, begin=LATER, lr=32.0),
-    Case(name="lr × 16, no qk-norm, no decay", broken=True, begin=LATER, lr=16.0, decay=0.0),
-    Case(name="lr × 64 with qk-norm", broken=True, begin=LATER, lr=64.0, qk_norm=True),
-    Case(name="bfloat16 states, lr × 16", broken=True, begin=LATER, lr=16.0, half_states=True, clip=None),
-    Case(name="β2 0.999, lr × 16", broken=True, begin=LATER, lr=16.0, betas=(0.9, 0.999), clip=None),
-    Case(name="β1 0.99, lr × 16", broken=True, begin=LATER, lr=16.0, betas=(0.99, 0.95), clip=None),
+    Case(name="lr × 128, clipped", broken=True, begin=LATER, lr=128.0),
+    Case(name="lr × 32, no decay", broken=True, begin=LATER, lr=32.0, decay=0.0, clip=None),
+    Case(name="lr × 128 with qk-norm", broken=True, begin=LATER, lr=128.0, qk_norm=True, clip=None),
+    Case(name="bfloat16 states, lr × 32", broken=True, begin=LATER, lr=32.0, half_states=True, clip=None),
+    Case(name="β2 0.999, lr × 32", broken=True, begin=LATER, lr=32.0, betas=(0.9, 0.999), clip=None),
+    Case(name="β1 0.99, lr × 32", broken=True, begin=LATER, lr=32.0, betas=(0.99, 0.95), clip=None),
+    Case(name="ε 1e-16, lr × 32", broken=True, begin=LATER, lr=32.0, eps=1e-16, clip=None),
     Case(name="noisy shard, lr × 4", broken=True, begin=LATER, lr=4.0, noise=1.0, clip=None),
-    Case(name="shard of one token", broken=True, begin=LATER, lr=8.0, repeated=True, clip=None),
-    Case(name="layer × 100", broken=True, begin=LATER, lr=4.0, scaled=100.0, clip=None),
-    Case(name="ε 1e-16, lr × 16", broken=True, begin=LATER, lr=16.0, eps=1e-16, betas=(0.9, 0.9), clip=None),
-    Case(name="no warm-up, lr × 32", broken=True, lr=32.0, warmup=1, clip=None),
+    Case(name="shard of one token, lr × 8", broken=True, begin=LATER, lr=8.0, repeated=True, clip=None),
+    Case(name="layer × 100, lr × 4", broken=True, begin=LATER, lr=4.0, scaled=100.0, clip=None),
+    Case(name="lr × 64 from the start, no warm-up", broken=True, lr=64.0, warmup=1, clip=None),
 )
 
 

@@ -11,15 +11,19 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_training import TinyData, ddp_trainer, lightning_warnings, rows, tiny_module, tiny_trainer
+from tiny_training import PoolEnvironment, TinyData, lightning_warnings, rows, tiny_module, tiny_trainer
 
+from thinrank.optim import GaLoreConfig
 from thinrank.optim.monitors.alignment import Verdict
 from thinrank.optim.spectra import Layer
 from thinrank.trainers.callbacks.spectra import KEPT, SpectralMonitor
 from thinrank.trainers.charts import colours, heat_map, shortened
 from thinrank.trainers.errors import GuardStop, UserError
 from thinrank.trainers.monitors import MonitorConfig
+from thinrank.trainers.strategies.fsdp2 import FSDP2Strategy
+from thinrank.trainers.strategies.replicated import OwnedStrategy, ReplicatedStrategy
 
 pytestmark = lightning_warnings
 
@@ -82,23 +86,45 @@ def test_accumulated_micro_batches_are_one_step():
     assert sorted(step for step, tags in seen.items() if "spectral/sigma/_max" in tags) == [1, 2, 4]
 
 
-def under_ddp(steps):
+STRATEGIES: dict[str, Any] = {
+    "ddp": DDPStrategy,
+    "thinrank_ddp": ReplicatedStrategy,
+    "thinrank_owned": OwnedStrategy,
+    "thinrank_fsdp2": FSDP2Strategy,
+}
+SEEN = MonitorConfig(every=2, metrics=["sign_diversity", "sigma", "sigma_gap", "input_max", "drive"])
+GALORE = GaLoreConfig(rank=4, lr=1e-2)
+
+
+def on_ranks(steps):
+    """What the first rank logs under each strategy."""
     warnings.simplefilter("default")  # the marks of the test do not reach the ranks
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    module, recorder = tiny_module(), Recorder()
-    config = MonitorConfig(every=2, metrics=["sign_diversity", "sigma", "sigma_gap", "input_max", "drive"])
-    trainer = ddp_trainer(steps, callbacks=[SpectralMonitor(config, total_steps=steps)], logger=recorder)
-    trainer.fit(module, TinyData(rows(4 * steps), rank=rank, world=world))
-    return recorder.seen
+    found = {}
+    for name, strategy in STRATEGIES.items():
+        recorder, options = Recorder(), {"process_group_backend": "gloo"}
+        if name == "thinrank_fsdp2":
+            more = {"strategy": strategy(**options), "plugins": [PoolEnvironment()]}
+        else:
+            more = {"strategy": strategy(cluster_environment=PoolEnvironment(), **options)}
+        callbacks = [SpectralMonitor(SEEN, total_steps=steps)]
+        trainer = tiny_trainer(steps, devices=world, callbacks=callbacks, logger=recorder, **more)
+        trainer.fit(tiny_module(optimizer=GALORE), TinyData(rows(4 * steps), rank=rank, world=world))
+        found[name] = recorder.seen
+    return found
 
 
+@pytest.mark.timeout(300)
 def test_ranks_read_what_one_process_with_all_the_data_reads(ranks):
-    config = MonitorConfig(every=2, metrics=["sign_diversity", "sigma", "sigma_gap", "input_max", "drive"])
-    _, _, alone, _ = monitored(4, config)
-    for seen in ranks(2).run(under_ddp, 4)[:1]:
+    """Gradients are seen where there are whole ones: under DDP, and of pieces under FSDP2."""
+    _, _, alone, _ = monitored(4, SEEN, module=tiny_module(optimizer=GALORE))
+    together = ranks(2).run(on_ranks, 4, timeout=250)[0]
+    for name, seen in together.items():
         for step in (1, 2, 4):
             expected = {tag: value for tag, value in alone[step].items() if tag.startswith("spectral/")}
-            assert {tag: seen[step][tag] for tag in expected} == pytest.approx(expected, rel=5e-3, abs=1e-4)
+            if name in ("thinrank_ddp", "thinrank_owned"):
+                expected = {tag: value for tag, value in expected.items() if "/drive/" not in tag}
+            assert {tag: seen[step][tag] for tag in expected} == pytest.approx(expected, rel=1e-2, abs=1e-3), name
 
 
 class Save(Checkpoint):
