@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from thinrank.optim import AdamWConfig, GaLorePlusConfig, MethodConfig, MuonConfig, SubspaceAdamWConfig, build
+from thinrank.optim.guards import Detector, Reading, ZClip, ZScore
 from thinrank.optim.spectra import Spectra
 from thinrank.trainers import PySourceConfig, TextData
 from thinrank.trainers.files import write_text
@@ -137,11 +138,13 @@ class Run:
         steps: of the readings.
         layers: by metric a list of layers' values for each reading.
         logits: an upper bound of the largest attention logit at each reading, from the norms of queries and keys.
-        skipped: steps that a guard has skipped.
+        guard: one of `GUARDS`, or none.
+        skipped: steps that it has left out.
     """
 
     case: Case
     size: Size
+    guard: str = ""
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -232,18 +235,19 @@ class _Heads:
         return max(float(self._found[f"{name}.q"] * self._found[f"{name}.k"]) for name in names)
 
 
-Guard = Callable[[float, float], bool]
-"""Whether a step with this loss and gradient norm is to be skipped."""
+GUARDS: dict[str, Callable[[], Detector]] = {"zscore": ZScore, "zclip": ZClip}
+"""Detectors as they come: OLMo's leaves out steps, ZClip limits the gradient norm."""
 
 
-def train(case: Case, size: Size, guard: Guard | None = None) -> Run:
-    """Trains until the end or until the loss is no number; the same seeds give the same run."""
+def train(case: Case, size: Size, guard: str = "") -> Run:
+    """Trains until the end or, without a guard, until the loss is no number; the same seeds give the same run."""
+    detector = GUARDS[guard]() if guard else None
     data = _data(size.vocabulary, size.length, size.rows, size.seed, size.text)
     model = build_model(size.model(case), data.vocab_size, seed=size.seed)
     optimizer = build(model, _config(case, size), seed=size.seed)
     spectra, heads = Spectra(model, optimizer, metrics=METRICS), _Heads(model)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    run, batches = Run(case=case, size=size), _batches(case, size)
+    run, batches = Run(case=case, size=size, guard=guard), _batches(case, size)
     for step in range(1, size.steps + 1):
         batch = next(batches)
         if step == case.begin + 1 and case.scaled != 1:
@@ -272,14 +276,23 @@ def train(case: Case, size: Size, guard: Guard | None = None) -> Run:
             for metric in METRICS:
                 row = [layers[name].values.get(metric, math.nan) for name in names]
                 run.layers.setdefault(metric, []).append(row)
-        if not (math.isfinite(run.losses[-1]) and math.isfinite(run.norms[-1])) and guard is None:
-            break
-        clip = 1.0 if step <= case.begin else case.clip
-        if clip is not None:
-            nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
-        if guard is not None and guard(run.losses[-1], run.norms[-1]):
+        if not (math.isfinite(run.losses[-1]) and math.isfinite(run.norms[-1])):
+            if detector is None:
+                break
             run.skipped += 1
             continue
+        limits = [1.0 if step <= case.begin else case.clip]
+        if detector is not None:
+            reading = Reading(loss=run.losses[-1], norm=run.norms[-1])
+            verdict = detector.judge(reading)
+            detector.learn(reading, verdict)
+            if guard == "zscore" and verdict.spike:
+                run.skipped += 1
+                continue
+            limits.append(verdict.limit)
+        clip = min((limit for limit in limits if limit is not None), default=None)
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
         optimizer.step()
         if case.half_states and step > case.begin:
             for state in optimizer.state.values():

@@ -31,7 +31,7 @@ from alarm_judge import (
     fit,
     level_alarm,
 )
-from alarm_runs import BROKEN, HEALTHY, LATER, Case, Run, Size, train
+from alarm_runs import BROKEN, GUARDS, HEALTHY, LATER, Case, Run, Size, train
 from machine import page, save
 
 WARMUP = 40
@@ -44,21 +44,22 @@ class Work:
     folder: Path
     case: Case
     size: Size
+    guard: str = ""
 
     @property
     def path(self) -> Path:
         name = "".join(c if c.isalnum() else "-" for c in self.case.name)
-        return self.folder / f"w{self.size.width}-s{self.size.seed}-{self.size.steps}" / f"{name}.json"
+        kind = f"-{self.guard}" if self.guard else ""
+        return self.folder / f"w{self.size.width}-s{self.size.seed}-{self.size.steps}{kind}" / f"{name}.json"
 
     def done(self) -> Run:
         if not self.path.exists():
             torch.set_num_threads(1)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            run = train(self.case, self.size)
+            run = train(self.case, self.size, self.guard)
             run.save(self.path)
-            print(
-                f"w{self.size.width} {self.case.name}: {len(run.losses)} steps, last {run.losses[-1]:.3f}", flush=True
-            )
+            what = f"w{self.size.width} {self.case.name} {self.guard}"
+            print(f"{what}: {len(run.losses)} steps, last {run.losses[-1]:.3f}", flush=True)
         return Run.load(self.path)
 
 
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the judged runs; the others have 1000 more")
     parser.add_argument("--cases", nargs="*", help="names of cases; all without")
+    parser.add_argument("--guards", nargs="*", default=[], choices=tuple(GUARDS), help="train with these as well")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, each with one thread")
     parser.add_argument("--work", type=Path, default=Path("runs/alarms"), help="where finished trainings are kept")
     parser.add_argument("--out", type=Path, help="a page of Markdown")
@@ -79,14 +81,19 @@ def main() -> None:
     healthy, broken = (
         [case for case in cases if not args.cases or case.name in args.cases] for cases in (HEALTHY, BROKEN)
     )
+    guarded = [Work(args.work, case, judged, guard) for guard in args.guards for case in (*healthy, *broken)]
     work = [
         *(Work(args.work, case, other) for case in healthy),
         *(Work(args.work, case, judged) for case in (*healthy, *broken)),
+        *guarded,
     ]
     with ProcessPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(Work.done, work))
     n = len(healthy)
-    lines = report(runs[:n], runs[n : 2 * n], runs[2 * n :])
+    end = 2 * n + len(broken)
+    lines = report(runs[:n], runs[n : 2 * n], runs[2 * n : end])
+    if guarded:
+        lines += saved(runs[n:end], runs[end:], args.guards)
     print("\n".join(lines))
     save(lines, args.out)
 
@@ -151,6 +158,35 @@ def report(fitted: Sequence[Run], healthy: Sequence[Run], broken: Sequence[Run])
     for run in healthy:
         cells = [str(false_alarms(flags[run.case.name][name], run.steps, LATER)) for name in (*names, "AlignmentAlarm")]
         lines.append(f"| {run.case.name} | {statistics.fmean(run.losses[-20:]):.3f} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def saved(plain: Sequence[Run], guarded: Sequence[Run], guards: Sequence[str]) -> list[str]:
+    """What guards made of the runs: last losses, and which no longer explode."""
+    lines = ["With a guard: mean of the last 20 losses, in brackets the steps that were left out; ✗: it exploded.", ""]
+    lines += ["| run | without | " + " | ".join(guards) + " |", "| --- |" + " ---: |" * (len(guards) + 1)]
+    found = {(run.case.name, run.guard): run for run in (*plain, *guarded)}
+    rescued: dict[str, int] = dict.fromkeys(guards, 0)
+    cost: dict[str, list[float]] = {guard: [] for guard in guards}
+    for run in plain:
+        cells = []
+        for guard in ("", *guards):
+            other = found[run.case.name, guard]
+            bad = exploded_at(other.losses) is not None
+            skipped = f" ({other.skipped})" if other.skipped else ""
+            cells.append(f"{statistics.fmean(other.losses[-20:]):.3f}{skipped}{' ✗' if bad else ''}")
+            if guard and run.case.broken and exploded_at(run.losses) is not None and not bad:
+                rescued[guard] += 1
+            if guard and not run.case.broken:
+                cost[guard].append(statistics.fmean(other.losses[-20:]) - statistics.fmean(run.losses[-20:]))
+        lines.append(f"| {run.case.name} | " + " | ".join(cells) + " |")
+    exploding = sum(exploded_at(run.losses) is not None for run in plain if run.case.broken)
+    lines.append("")
+    for guard in guards:
+        lines.append(
+            f"- {guard}: {rescued[guard]} of {exploding} exploding runs no longer do; healthy runs end "
+            f"{statistics.fmean(cost[guard]):+.4f} nats away in the mean, {max(cost[guard]):+.4f} at most"
+        )
     return [*lines, ""]
 
 
