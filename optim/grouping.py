@@ -68,7 +68,7 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
         for prefix, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     }
-    head = _head(model)
+    head = output_weight(model)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     found: dict[str, Role] = {}
     for name, parameter in model.named_parameters():
@@ -99,7 +99,8 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[
     return found
 
 
-def _head(model: nn.Module) -> torch.Tensor | None:
+def output_weight(model: nn.Module) -> torch.Tensor | None:
+    """The weight of the model's output layer, found as `roles` says; None where there is none."""
     getter = getattr(model, "get_output_embeddings", None)
     layer = getter() if callable(getter) else None
     if layer is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from thinrank.optim.axis import WHOLE, Axis
 from thinrank.optim.exchange.dtensors import DTensorShards, is_sharded
 from thinrank.optim.exchange.shards import Carrier, Shards
-from thinrank.optim.grouping import PRESETS, Role, roles
+from thinrank.optim.grouping import PRESETS, output_weight
 from thinrank.optim.monitors.tracker import Piece
 
 
@@ -56,7 +56,9 @@ def linear_layers(
         ValueError: for a target or an exclusion that is of no linear layer, and where none is left.
     """
     found = {name: watched for name, module in model.named_modules() if (watched := _linear(name, module)) is not None}
-    heads = {name.removesuffix(".weight") for name, role in roles(model).items() if role is not Role.MATRIX}
+    # by the weight itself, since one that ZeRO-3 has taken apart has no shape to tell its role by
+    output = output_weight(model)
+    heads = {name for name, layer in found.items() if output is not None and layer.module.weight is output}
     chosen: set[str] = set()
     for target in targets:
         pattern = PRESETS.get(target, target)

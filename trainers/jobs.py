@@ -80,7 +80,7 @@ class Job:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(hf, attn_implementation="eager", dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(copy.deepcopy(hf), attn_implementation="eager", dtype=torch.float32)
 
     def scaling(self, model: Any) -> Scaling | None:
         """What the rule of scale makes of the model that `build` gave; None where there is no rule.

@@ -10,7 +10,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import CONFIGS
-from test_replicated import PLAIN, STEPS, TINY, alone, apart, bound, mine, no_farther, run, seeded_model, shares
+from test_replicated import (
+    PLAIN,
+    STEPS,
+    TINY,
+    alone,
+    apart,
+    as_good,
+    bound,
+    mine,
+    no_farther,
+    run,
+    seeded_model,
+    shares,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -63,7 +76,7 @@ def test_rows_on_ranks_are_whole_weights_in_one_process(ranks, ranks_, configs):
     for name, config in configs.items():
         expected = alone(config, ranks_, all_alike=True)
         for found in answers:
-            assert apart(found[name], expected) <= wide(name), name
+            assert apart(found[name], expected) <= wide(name) or as_good(name, found[name], expected), name
 
 
 def test_accumulated_gradients_are_stepped_once(ranks):

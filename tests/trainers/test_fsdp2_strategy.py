@@ -23,7 +23,7 @@ from thinrank.configs.schema import PRETRAIN
 from thinrank.optim import AdamWConfig, GaLoreConfig, MuonConfig
 from thinrank.trainers import FSDP2Config, FSDP2Strategy, NonFiniteGuard, UserError
 from thinrank.trainers import checkpoint as ckpt
-from thinrank.trainers.assembly import _exchange
+from thinrank.trainers.introduction import _exchange
 from thinrank.trainers.models import build_model
 from thinrank.trainers.module import CausalLM
 from thinrank.trainers.pretrain import Plan, pretrain
