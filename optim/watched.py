@@ -102,6 +102,18 @@ def _linear(name: str, module: nn.Module) -> Watched | None:
     return None
 
 
+def _unmade(layer: Any) -> str:
+    """Why a layer of factors has no weight to look at; "" where it has one."""
+    if any(is_sharded(param) or hasattr(param, "ds_tensor") for param in layer.parameters()):
+        return "its factors lie in pieces"
+    try:
+        with torch.no_grad():
+            layer.weight()
+    except ValueError as error:  # there is none that does the same
+        return str(error)
+    return ""
+
+
 class Weights:
     """Where the weights of watched layers are, whoever has cut them into pieces.
 
@@ -129,9 +141,9 @@ class Weights:
             for name, param in params:
                 if self._shards is None or param not in self._shards:
                     self.left_out[name] = "its weight lies in pieces that no optimizer of thinrank knows"
-            for name, layer in layers.items():
-                if layer.made:
-                    self.left_out[name] = "its factors lie in pieces"
+        for name, layer in layers.items():
+            if layer.made and (cause := _unmade(layer.module)):
+                self.left_out[name] = cause
         self._rank = 0
         if self._shards is not None:
             device = next(self._shards.weight(param).device for _, param in params if param in self._shards)

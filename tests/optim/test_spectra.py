@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from thinrank.optim import AdamWConfig, GaLoreConfig, build
-from thinrank.optim.layers import SST, convert
+from thinrank.optim.layers import SST, CoLA, convert
 from thinrank.optim.spectra import METRICS, Spectra
 
 LAYERS = ("up", "down")
@@ -151,6 +151,17 @@ def test_factors_are_watched_by_the_weight_they_amount_to(two):
     weight = two.get_submodule("first").weight().detach()
     assert found["first"]["sigma"] == pytest.approx(float(torch.linalg.svdvals(weight)[0]), rel=1e-4)
     assert "sign_diversity" in found["first"].values
+
+
+def test_factors_without_a_weight_have_what_their_inputs_say(two):
+    convert(two, CoLA(rank=4), targets=["first"])
+    spectra = Spectra(two)
+    assert "SiLU" in spectra.left_out["first"]
+    spectra.begin()
+    two(inputs())
+    found = spectra.end()
+    assert set(found["first"].values) == {"gain"}
+    assert "sigma" in found["second"].values
 
 
 def test_weights_that_are_stored_turned_have_their_inputs_direction():
