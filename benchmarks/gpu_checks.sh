@@ -27,6 +27,11 @@ run gpu-strategy-overhead "$PYTHON" benchmarks/strategy_overhead.py --out "$OUT/
 run gpu-layers-130m "$PYTHON" benchmarks/layers.py --tokens 4096 65536 --dtype bfloat16 --out "$OUT/layers-cuda-130m.md"
 run gpu-layers-1b "$PYTHON" benchmarks/layers.py --preset 1b --rank 512 --tokens 4096 65536 --dtype bfloat16 \
     --out "$OUT/layers-cuda-1b.md"
+run gpu-loss "$PYTHON" benchmarks/loss.py --device cuda --out "$OUT/loss-cuda.md"
+run gpu-monitoring "$PYTHON" benchmarks/monitoring.py --presets 9m 60m 130m --precision bf16-mixed --device cuda \
+    --out "$OUT/monitoring-cuda.md"
+run gpu-pretrain-watched "$PYTHON" launch/pretrain.py monitors=full guard=zscore layerwise=llr \
+    trainer.cross_entropy=auto trainer.z_loss=1e-4 run.dir="$(mktemp -d)/run"
 run gpu-pretrain "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain.py \
     run.dir="$(mktemp -d)/pretrain"
 for strategy in thinrank_ddp thinrank_owned thinrank_fsdp2 thinrank_zero1 thinrank_zero2 thinrank_zero3; do
