@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from thinrank.optim.monitors.alignment import BINS, LEVELS, REACH, Alignment, AlignmentAlarm, Verdict
-from thinrank.optim.spectra import METRICS, Layer, Spectra
+from thinrank.optim.spectra import Layer, Spectra
 from thinrank.trainers.charts import heat_map
 from thinrank.trainers.errors import GuardStop, UserError
 from thinrank.trainers.monitors import MonitorConfig
@@ -238,7 +238,7 @@ class SpectralMonitor(pl.Callback):
         for metric, kept in self._history.items():
             values = np.array([row for _, row in kept], dtype=np.float64).T
             steps = [step for step, _ in kept]
-            picture = heat_map(f"{metric}: {METRICS[metric]}", self._names, steps, values, log=metric in LOG_SCALE)
+            picture = heat_map(metric, self._names, steps, values, log=metric in LOG_SCALE)
             for events in _tensorboards(trainer):
                 events.add_image(f"spectral/{metric}", picture, self._last, dataformats="HWC")
             if self.folder is not None:
