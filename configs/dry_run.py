@@ -17,7 +17,7 @@ from thinrank.trainers.finetune import FinetuneConfig
 from thinrank.trainers.jobs import Finetuning, Job, Pretraining
 from thinrank.trainers.plan.footprint import Footprint, footprint
 from thinrank.trainers.plan.page import page
-from thinrank.trainers.plan.precision import as_trained
+from thinrank.trainers.plan.precision import AUTO, as_trained, fitting
 from thinrank.trainers.plan.strategies import is_planned
 from thinrank.trainers.plan.trace import Work
 from thinrank.trainers.pretrain import Plan, TrainingConfig
@@ -38,6 +38,9 @@ def dry_run(loaded: Loaded, arguments: Arguments, *, script: str) -> str:
             that the processes cannot share.
     """
     config: TrainingConfig = loaded.config
+    if config.trainer.precision == AUTO:
+        cuda = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+        config = config.computing_in(fitting(cuda=cuda))
     found = laid_out(config, planned_world(config))
     world, sizes, model, routing, vocab = found.world, found.sizes, found.model, found.routing, found.vocab
     dense, choice, conversion = found.job.adamw_bytes(model), config.strategy, found.job.conversion

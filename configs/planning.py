@@ -126,6 +126,7 @@ def answer(asked: Request) -> str:
     from thinrank.configs.load import load
     from thinrank.configs.schema import PRETRAIN
     from thinrank.trainers.plan.page import comparison, page
+    from thinrank.trainers.plan.precision import AUTO, fitting
     from thinrank.trainers.strategies.world import World
 
     plans: dict[str, Any] = {}
@@ -133,6 +134,8 @@ def answer(asked: Request) -> str:
     title = ""
     for name, arguments in combinations(asked, PRETRAIN).items():
         config = (loaded := load(PRETRAIN, arguments)).config
+        if config.trainer.precision == AUTO:  # of the machines that will run it, rather than of the one that plans
+            config = config.computing_in(fitting(cuda=False) if config.trainer.accelerator == "cpu" else "bf16-mixed")
         world = World(size=asked.world, local_size=asked.world) if asked.world else planned_world(config)
         found = laid_out(config, world)
         same = repr((config.model, config.optimizer, config.trainer, config.data, world))  # whatever the strategy is

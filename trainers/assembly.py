@@ -7,6 +7,7 @@ changed.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import time
 import warnings
@@ -59,12 +60,12 @@ from thinrank.trainers.loss.backends import Unable, require
 from thinrank.trainers.loss.chunked import Form
 from thinrank.trainers.module import CausalLM, frozen_names
 from thinrank.trainers.parts import Parts
-from thinrank.trainers.plan.precision import CAST, WEIGHTS, as_trained
+from thinrank.trainers.plan.precision import AUTO, CAST, WEIGHTS, as_trained, fitting
 from thinrank.trainers.preflight.check import check_machines, check_run
 from thinrank.trainers.pretrain import Plan, TrainingConfig
 from thinrank.trainers.resident import Resident
 from thinrank.trainers.rng import seed_all
-from thinrank.trainers.run import RunFolder, config_tree, identity_json
+from thinrank.trainers.run import RunFolder, check_identity, config_tree, identity_json, identity_of
 from thinrank.trainers.scaling import refuse_other_classes
 from thinrank.trainers.strategies import (
     World,
@@ -81,7 +82,6 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     world = World.from_environment()
     plan = Plan.of(config, world)
     cuda = _wants_cuda(config, world)
-    _require_loss(config, cuda=cuda)
     job.check()
     tree = resolved if resolved is not None else config_tree(config)
     folder = RunFolder(config.run.dir)
@@ -95,7 +95,10 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
         try:
             with heartbeat(config.strategy.heartbeat_timeout, lost=record):
-                resume, origin, taken = from_rank_zero(world, lambda: _open(folder, job, tree))
+                resume, precision, origin, taken = from_rank_zero(world, lambda: _open(folder, job, tree, cuda=cuda))
+                config = job.config = config.computing_in(precision)
+                tree = {**tree, "trainer": {**tree["trainer"], "precision": precision}}
+                together(world, lambda: _require_arithmetic(config, cuda=cuda))
                 if config.run.preflight.enabled:
                     say(world, f"preflight   {check_machines(world, config.run.preflight, folder.path, cuda=cuda)}")
                 parts = _assemble(job, origin, tree, world, plan, folder, resume, cuda, taken)
@@ -121,15 +124,22 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 
 def _open(
-    folder: RunFolder, job: Job, tree: Mapping[str, Any]
-) -> tuple[Path | None, dict[str, str], list[rollback.Record]]:
+    folder: RunFolder, job: Job, tree: Mapping[str, Any], *, cuda: bool
+) -> tuple[Path | None, str, dict[str, str], list[rollback.Record]]:
+    """Where to go on from, in which precision, what the run starts from, and what has been gone back from so far."""
     folder.open()
     if job.config.run.resume != "never":
         rollback.restore(folder, rollback.read(folder))  # what a process that was killed meanwhile has left
-    resume, origin = folder.choose(job.config.run, identity_json(tree)), job.origin()
-    if resume is not None:
-        resumable(resume, origin)
-    return resume, origin, [] if resume is None else rollback.read(folder)
+    resume, origin, precision = folder.choose(job.config.run), job.origin(), job.config.trainer.precision
+    before = None if resume is None else identity_of(resume)
+    if precision == AUTO:  # a run that goes on elsewhere goes on as it began
+        precision = fitting(cuda=cuda) if before is None else json.loads(before)["trainer.precision"]
+    if resume is None or before is None:
+        return None, precision, origin, []
+    now = {**tree, "trainer": {**tree["trainer"], "precision": precision}}
+    check_identity(resume, before, identity_json(now))
+    resumable(resume, origin)
+    return resume, precision, origin, rollback.read(folder)
 
 
 def _go_back(parts: Parts, asked: RollBack) -> tuple[Path, list[rollback.Record]]:
@@ -367,8 +377,11 @@ def _train(parts: Parts) -> dict[str, Any]:
     )
 
 
-def _require_loss(config: TrainingConfig, *, cuda: bool) -> None:
+def _require_arithmetic(config: TrainingConfig, *, cuda: bool) -> None:
+    """Refuses a precision or a way to the loss that this machine cannot compute."""
     choice = config.trainer
+    if not cuda and choice.precision == "16-mixed":
+        raise UserError("trainer.precision=16-mixed needs a GPU: use bf16-mixed or 32-true on the CPU")
     if choice.cross_entropy == "auto":
         return
     low = (CAST | WEIGHTS).get(choice.precision) if cuda else None
@@ -390,8 +403,6 @@ def _wants_cuda(config: TrainingConfig, world: World) -> bool:
             f"{world.local_size} processes need as many GPUs, and this machine has {found}: "
             f"start torchrun with --nproc-per-node {found}"
         )
-    if not cuda and config.trainer.precision == "16-mixed":
-        raise UserError("trainer.precision=16-mixed needs a GPU: use bf16-mixed or 32-true on the CPU")
     return cuda
 
 

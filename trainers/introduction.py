@@ -39,8 +39,10 @@ def introduce(parts: Parts, *, cuda: bool) -> None:
     if (exchange := _exchange(parts)) is not None:
         say(world, f"exchange    {exchange}")
     precision = parts.config.trainer.precision
-    if emulated(precision, cuda=cuda):
-        say(world, f"precision   {precision}, slow on this processor: trainer.precision=32-true is faster here")
+    slow = (
+        ", slow on this processor: trainer.precision=32-true is faster here" if emulated(precision, cuda=cuda) else ""
+    )
+    say(world, f"precision   {precision}{slow}")
     if (
         remembers_untold(parts.config.optimizer.matrix_rule())
         and getattr(parts.config.strategy, "messages", "") not in COARSE

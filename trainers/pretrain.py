@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from thinrank.optim import MethodConfig, SubspaceAdamWConfig
 from thinrank.optim.backward import MODES, whole_because
@@ -26,6 +27,7 @@ from thinrank.trainers.guards import GuardConfig
 from thinrank.trainers.loss.backends import BACKENDS, cannot
 from thinrank.trainers.models import ModelConfig
 from thinrank.trainers.monitors import MonitorConfig
+from thinrank.trainers.plan.precision import AUTO
 from thinrank.trainers.run import RunConfig
 from thinrank.trainers.schedule import ScheduleConfig
 from thinrank.trainers.strategies import (
@@ -39,7 +41,9 @@ from thinrank.trainers.strategies import (
 )
 from thinrank.trainers.versions import require_lightning
 
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
+C = TypeVar("C", bound="TrainingConfig")
+
+_PRECISIONS = (AUTO, "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 _DURATION = re.compile(r"(?:(\d+):)?(\d+):(\d\d)|(\d+(?:\.\d+)?)\s*([smhd])")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -93,7 +97,12 @@ class TrainerConfig:
     z_loss: float = field(
         default=0.0, metadata={"help": "weight of the squared log of the softmax's denominator; PaLM: 1e-4"}
     )
-    precision: str = field(default="bf16-mixed", metadata={"help": f"arithmetic: {', '.join(_PRECISIONS)}"})
+    precision: str = field(
+        default=AUTO,
+        metadata={
+            "help": f"arithmetic: {', '.join(_PRECISIONS)}; auto: bf16-mixed where bfloat16 is fast, else 32-true"
+        },
+    )
     accelerator: str = field(default="auto", metadata={"help": "auto (a GPU where there is one), cpu, or gpu"})
     devices: int | str = field(
         default="auto", metadata={"help": "processes on this machine, one for each device; auto: as launched"}
@@ -247,6 +256,10 @@ class TrainingConfig:
                 "trainer.in_backward=off"
             )
 
+    def computing_in(self: C, precision: str) -> C:
+        """The same in another `trainer.precision`, such as the one that `auto` has come to."""
+        return dataclasses.replace(self, trainer=dataclasses.replace(self.trainer, precision=precision))
+
     def _check_guard(self) -> None:
         guard, strategy = self.guard, self.strategy
         if self.trainer.in_backward == "step":
@@ -281,7 +294,7 @@ class TrainingConfig:
                 f"optimizer.rank_allocation={allocation} shares ranks out by whole matrices, which lie in pieces under "
                 f"strategy={strategy.name}: leave it out, or use strategy=ddp"
             )
-        if self.trainer.precision not in strategy.PRECISIONS:
+        if self.trainer.precision not in (AUTO, *strategy.PRECISIONS):
             raise ValueError(
                 f"strategy={strategy.name} computes in {', '.join(strategy.PRECISIONS)}, got "
                 f"trainer.precision={self.trainer.precision}: use one of them"
@@ -299,7 +312,7 @@ class TrainingConfig:
                 "them: leave in_backward out"
             )
         self._refuse_sharing_out_later(name)
-        if self.trainer.precision not in ("32-true", "bf16-mixed", "bf16-true"):
+        if self.trainer.precision not in (AUTO, "32-true", "bf16-mixed", "bf16-true"):
             raise ValueError(
                 f"trainer.precision={self.trainer.precision} has not been tried with strategy={name}: use bf16-mixed, "
                 "bf16-true or 32-true"

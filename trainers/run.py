@@ -216,19 +216,19 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def choose(self, config: RunConfig, identity: str) -> Path | None:
-        """Decides where to start; changes nothing.
+    def choose(self, config: RunConfig) -> Path | None:
+        """Decides where to start; changes nothing. Whether the checkpoint belongs to the configuration is
+        `check_identity`'s to say.
 
         Args:
             config: how to resume.
-            identity: `identity_json` of the configuration.
 
         Returns:
             The checkpoint to resume from, or None for a fresh start.
 
         Raises:
-            UserError: the folder holds a run of another configuration, or one that `resume=never` would destroy, or
-                the checkpoint that was asked for cannot be used.
+            UserError: the folder holds a run that `resume=never` would destroy, or the checkpoint that was asked for
+                cannot be used.
         """
         from thinrank.trainers import checkpoint
 
@@ -240,12 +240,9 @@ class RunFolder:
                     "them, or run.overwrite=true to delete them"
                 )
             return None
-        chosen = (
-            checkpoint.newest(self.checkpoints) if config.resume == "auto" else self._asked_for(config.resume, found)
-        )
-        if chosen is not None:
-            check_identity(chosen, identity)
-        return chosen
+        if config.resume == "auto":
+            return checkpoint.newest(self.checkpoints)
+        return self._asked_for(config.resume, found)
 
     def begin(self, tree: Mapping[str, Any], *, resumed_from: Path | None, overwrite: bool = False) -> None:
         """Makes the folder ready for training: the resolved configuration is written, and a fresh start does not mix
@@ -323,15 +320,28 @@ class RunFolder:
         return read_json_lines(self.path / "history.jsonl")
 
 
-def check_identity(path: Path, identity: str) -> None:
-    """Raises a `UserError` naming the differing keys where the checkpoint `path` is of another configuration."""
+def identity_of(path: Path) -> str:
+    """The text of `identity_json` in the checkpoint `path`.
+
+    Raises:
+        UserError: there is none.
+    """
     from thinrank.trainers import checkpoint
 
-    header = checkpoint.load(path, mmap=True).get("thinrank", {})
-    before = header.get("identity")
-    if not before:
+    found = checkpoint.load(path, mmap=True).get("thinrank", {}).get("identity")
+    if not found:
         raise UserError(f"{path} holds no configuration, so it is not a checkpoint of a run: name another one")
-    rows = differences(before, identity)
+    return found
+
+
+def check_identity(path: Path, before: str, now: str) -> None:
+    """Raises a `UserError` naming the differing keys where the checkpoint `path` is of another configuration.
+
+    Args:
+        before: `identity_of` the checkpoint.
+        now: `identity_json` of the configuration.
+    """
+    rows = differences(before, now)
     if rows:
         shown = ", ".join(rows[:6]) + (f" and {len(rows) - 6} more" if len(rows) > 6 else "")
         raise UserError(

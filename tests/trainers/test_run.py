@@ -11,7 +11,16 @@ from tiny_run import forked
 from thinrank.trainers import checkpoint as ckpt
 from thinrank.trainers.errors import UserError
 from thinrank.trainers.files import append_json_line, read_json_lines, replacing, write_json
-from thinrank.trainers.run import RunConfig, RunFolder, config_hash, config_tree, differences, identity_json
+from thinrank.trainers.run import (
+    RunConfig,
+    RunFolder,
+    check_identity,
+    config_hash,
+    config_tree,
+    differences,
+    identity_json,
+    identity_of,
+)
 
 TREE = {
     "run": {"dir": "a"},
@@ -104,14 +113,14 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, parent):
 
 
 def test_auto_starts_fresh_and_later_takes_the_newest(folder):
-    assert folder.choose(RunConfig(), IDENTITY) is None
+    assert folder.choose(RunConfig()) is None
     saved(folder, 1)
     newest = saved(folder, 2)
-    assert folder.choose(RunConfig(), IDENTITY) == newest
+    assert folder.choose(RunConfig()) == newest
     cut = folder.checkpoints / ckpt.checkpoint_name(3)
     cut.write_bytes(newest.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="step-00000003.ckpt is truncated"):
-        assert folder.choose(RunConfig(), IDENTITY) == newest
+        assert folder.choose(RunConfig()) == newest
 
 
 def test_a_fresh_start_does_not_mix_with_leftovers_and_a_resume_keeps_them(folder):
@@ -146,9 +155,9 @@ def test_discard_removes_an_empty_folder_only(tmp_path):
 def test_never_destroys_nothing_unless_told(folder):
     path = saved(folder, 1)
     with pytest.raises(UserError, match=r"already holds checkpoints: set another run.dir, or run.resume=auto"):
-        folder.choose(RunConfig(resume="never"), IDENTITY)
+        folder.choose(RunConfig(resume="never"))
     assert path.exists()
-    assert folder.choose(RunConfig(resume="never", overwrite=True), IDENTITY) is None
+    assert folder.choose(RunConfig(resume="never", overwrite=True)) is None
     assert path.exists()  # until training begins
 
 
@@ -156,37 +165,39 @@ def test_never_destroys_nothing_unless_told(folder):
 def test_another_configuration_is_refused_by_key(folder, resume):
     path = saved(folder, 1)
     config = RunConfig(resume=str(path) if resume == "path" else "auto")
+    chosen = folder.choose(config)
+    before, now = identity_of(chosen), identity_json(changed(rank=64))
     with pytest.raises(
         UserError, match=r"of another configuration: optimizer.rank \(32 → 64\); set .* another run.dir"
     ):
-        folder.choose(config, identity_json(changed(rank=64)))
+        check_identity(chosen, before, now)
     assert path.exists()
 
 
 def test_a_path_is_taken_at_its_word_or_refused(folder, tmp_path):
     first, second = saved(folder, 1), saved(folder, 2)
-    assert folder.choose(RunConfig(resume=str(second)), IDENTITY) == second
+    assert folder.choose(RunConfig(resume=str(second))) == second
     with pytest.raises(
         UserError, match=r"holds step-00000002.ckpt, which is later than .*step-00000001.ckpt: set another"
     ):
-        folder.choose(RunConfig(resume=str(first)), IDENTITY)
+        folder.choose(RunConfig(resume=str(first)))
     other = RunFolder(tmp_path / "branch")
     other.open()
-    assert other.choose(RunConfig(resume=str(first)), IDENTITY) == first
+    assert other.choose(RunConfig(resume=str(first))) == first
     other.close()
     (folder.checkpoints / "cut.ckpt").write_bytes(second.read_bytes()[:50])
     with pytest.raises(UserError, match=r"cut.ckpt is truncated .*: name another one, or let run.resume=auto choose"):
-        folder.choose(RunConfig(resume=str(folder.checkpoints / "cut.ckpt")), IDENTITY)
+        folder.choose(RunConfig(resume=str(folder.checkpoints / "cut.ckpt")))
     with pytest.raises(UserError, match="does not exist"):
-        folder.choose(RunConfig(resume=str(tmp_path / "no.ckpt")), IDENTITY)
+        folder.choose(RunConfig(resume=str(tmp_path / "no.ckpt")))
     with pytest.raises(UserError, match="is a folder: name a checkpoint file"):
-        folder.choose(RunConfig(resume=str(folder.checkpoints)), IDENTITY)
+        folder.choose(RunConfig(resume=str(folder.checkpoints)))
 
 
 def test_a_checkpoint_of_something_else_is_refused(folder):
     ckpt.save({"weights": 1}, folder.checkpoints / "other.ckpt")
     with pytest.raises(UserError, match="is not a checkpoint of a run"):
-        folder.choose(RunConfig(resume=str(folder.checkpoints / "other.ckpt")), IDENTITY)
+        identity_of(folder.choose(RunConfig(resume=str(folder.checkpoints / "other.ckpt"))))
 
 
 def test_open_removes_what_dead_writers_left(tmp_path):

@@ -13,6 +13,9 @@ M = TypeVar("M", bound=nn.Module)
 WEIGHTS = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 """Types that weights, and with them gradients, are turned into; other precisions leave them as they are built."""
 
+AUTO = "auto"
+"""Chosen when a run begins, by rank 0's machine (`fitting`), and kept by the run wherever it goes on."""
+
 CAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """Types that products are computed in under autocast."""
 
@@ -25,6 +28,14 @@ def emulated(precision: str, *, cuda: bool) -> bool:
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return not cuda and precision.startswith("bf16") and x86 and torch.backends.cpu.get_cpu_capability() != "AVX512"
+
+
+def fitting(*, cuda: bool) -> str:
+    """What `trainer.precision=auto` is on this machine: bf16-mixed where it has bfloat16 products, else 32-true."""
+    emulates = (
+        not torch.cuda.is_bf16_supported(including_emulation=False) if cuda else emulated("bf16-mixed", cuda=False)
+    )
+    return "32-true" if emulates else "bf16-mixed"
 
 
 def as_trained(model: M, precision: str) -> M:

@@ -85,7 +85,7 @@ def together(world: World, function: Callable[[], T]) -> T:
     Otherwise the ranks without the error would wait until the timeout for the one that has left.
 
     Raises:
-        UserError: what the first rank that failed had to say.
+        UserError: what the first rank that failed had to say, of the kind it was of, which decides the exit code.
     """
     if world.size == 1:
         return function()
@@ -95,11 +95,12 @@ def together(world: World, function: Callable[[], T]) -> T:
         result.append(function())
     except UserError as caught:
         error = caught
-    sentences: list[str | None] = [None] * world.size
-    dist.all_gather_object(sentences, None if error is None else str(error))
-    first = next((sentence for sentence in sentences if sentence is not None), None)
+    errors: list[tuple[type[UserError], str] | None] = [None] * world.size
+    dist.all_gather_object(errors, None if error is None else (type(error), str(error)))
+    first = next((found for found in errors if found is not None), None)
     if first is not None:
-        raise UserError(first) from error
+        kind, sentence = first
+        raise kind(sentence) from error
     return result[0]
 
 
