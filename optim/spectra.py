@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from thinrank.optim.monitors.alignment import BINS, Alignment, counts
 from thinrank.optim.monitors.drift import jensen_shannon_drift
 from thinrank.optim.monitors.farms import farms_alpha
-from thinrank.optim.monitors.representation import leading_share, participation_ratio
+from thinrank.optim.monitors.representation import (
+    diffusion_entropy,
+    leading_share,
+    matrix_entropy,
+    matrix_nuclear_norm,
+    participation_ratio,
+    reference_bandwidth,
+    vendi_score,
+)
 from thinrank.optim.monitors.spectrum import eigenvalues, singular_values
 from thinrank.optim.monitors.summaries import condition_quantile, effective_rank
 from thinrank.optim.monitors.tail import hill_alpha
@@ -49,6 +57,10 @@ METRICS: dict[str, str] = {
     "input_max": "largest magnitude among the inputs",
     "participation": "participation ratio of up to 256 inputs: directions that they fill",
     "leading_share": "σ1(X) / ‖X‖_F of up to 256 inputs X: 1 when all point one way",
+    "matrix_entropy": "of up to 256 inputs, centred, of length one: 1 where directions are used alike, 0 where few are",
+    "nuclear_norm": "the Matrix Nuclear-Norm of the same: it hardly sees what it is meant to, for comparisons",
+    "vendi_score": "how many different ones there are among up to 256 inputs",
+    "diffusion_entropy": "bits of clumps that up to 256 inputs form, at the scale that the first reading found",
     "update_rms": "root mean square of the step's change of an entry",
     "update_ratio": "‖ΔW‖ / ‖W‖ of the step",
     "representation_change": "‖ΔW X‖ / ‖W X‖ of the step, for up to 256 inputs X",
@@ -66,8 +78,18 @@ CHEAP = ("sign_diversity", "alignment_mean", "sigma", "sigma_gap", "stable_rank"
 OF_UPDATES = ("update_rms", "update_ratio", "representation_change")
 """What compares weights before and after a step, and keeps a copy of them from `look_at_gradients` to `end`."""
 
-OF_INPUTS = ("participation", "leading_share")
-"""What is taken from a sample of the inputs."""
+OF_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "participation": participation_ratio,
+    "leading_share": leading_share,
+    "matrix_entropy": matrix_entropy,
+    "nuclear_norm": matrix_nuclear_norm,
+    "vendi_score": vendi_score,
+}
+"""What is taken from a sample of the inputs, by functions of (tokens, features), besides `diffusion_entropy`."""
+
+SAMPLED = len(OF_INPUTS) + 3
+"""Numbers that a sample adds: those of `OF_INPUTS`; diffusion's entropy, or its bandwidth while none is known; how many
+samples these are of, and those."""
 
 OF_SPECTRA = ("hill_alpha", "farms_alpha", "effective_rank", "condition", "spectrum_drift")
 """What needs all singular values of a weight, and with them a weight that is whole here."""
@@ -163,6 +185,7 @@ class Spectra:
         self._before: dict[str, Tensor] = {}
         self._whole: dict[str, dict[str, Tensor]] = {}
         self._spectrum: dict[str, Tensor] = {}  # of the last reading
+        self._bandwidths: dict[str, float] = {}  # of the first reading that had one, and the same on all ranks
 
     def _any(self, *names: str) -> bool:
         return any(name in self.metrics for name in names)
@@ -170,7 +193,7 @@ class Spectra:
     @property
     def _needs_inputs(self) -> bool:
         aligned = ("sign_diversity", "alignment_mean", "alignment_size")
-        return self._any(*aligned, *OF_INPUTS, "gain", "input_max", "representation_change")
+        return self._any(*aligned, *OF_INPUTS, "diffusion_entropy", "gain", "input_max", "representation_change")
 
     def begin(self) -> None:
         """Reads the weights, and has the next forward looked at. All ranks call it where weights lie in pieces."""
@@ -209,15 +232,32 @@ class Spectra:
         else:
             aligned = torch.zeros(4 + BINS, dtype=torch.float64, device=inputs.device)
         squares = [_mean_square(inputs), _mean_square(output) if isinstance(output, Tensor) else inputs.new_zeros(())]
-        shares = torch.zeros(3, dtype=torch.float64, device=inputs.device)
-        if self._any(*OF_INPUTS) and inputs.numel():
-            rows = _sample(inputs)
-            with exact(inputs.device):
-                shares = torch.stack([participation_ratio(rows), leading_share(rows), torch.ones_like(shares[0])])
-        self._sums[layer.name] = torch.cat([aligned, torch.stack(squares).double(), shares])
+        self._sums[layer.name] = torch.cat([aligned, torch.stack(squares).double(), self._sampled(layer.name, inputs)])
         if "representation_change" in self.metrics:
             self._samples[layer.name] = _sample(inputs).float()
         self._most[layer.name] = inputs.abs().amax().float() if inputs.numel() else inputs.new_zeros(()).float()
+
+    def _sampled(self, name: str, inputs: Tensor) -> Tensor:
+        """What a sample of the inputs says, `SAMPLED` numbers; zeros, and of no sample, where it says nothing."""
+        found = torch.zeros(SAMPLED, dtype=torch.float64, device=inputs.device)
+        if not self._any(*OF_INPUTS, "diffusion_entropy"):
+            return found
+        rows = _sample(inputs)
+        if not rows.numel() or rows.shape[-1] < 2 or not bool(rows.isfinite().all()):
+            return found  # one feature has one direction; numbers that are none have no eigenvalues
+        with exact(inputs.device):
+            for place, (metric, function) in enumerate(OF_INPUTS.items()):
+                if metric in self.metrics:
+                    found[place] = function(rows)
+            found[-2] = 1
+            if "diffusion_entropy" in self.metrics:
+                try:
+                    scale = self._bandwidths.get(name)
+                    found[-3] = reference_bandwidth(rows) if scale is None else diffusion_entropy(rows, scale)
+                    found[-1] = 1
+                except ValueError:  # all rows alike: the next reading may find a scale
+                    pass
+        return found
 
     @torch.no_grad()
     def _of_spectrum(self, name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -303,7 +343,7 @@ class Spectra:
         return float(product.norm())
 
     def _inputs(self, layer: Layer, watched: Watched, row: Tensor, peak: float) -> None:
-        aligned, (before, after, filled, share, times) = row[: 4 + BINS], row[4 + BINS :].tolist()
+        aligned, (before, after, *sampled) = row[: 4 + BINS], row[4 + BINS :].tolist()
         if aligned[0] > 0:
             layer.alignment = Alignment.of(aligned, watched.inputs)
             layer.values["sign_diversity"] = layer.alignment.sign_diversity
@@ -311,8 +351,13 @@ class Spectra:
             layer.values["alignment_size"] = layer.alignment.magnitude
         layer.values["gain"] = math.sqrt(after / before) if before > 0 else math.nan
         layer.values["input_max"] = peak
-        if times:
-            layer.values |= {"participation": filled / times, "leading_share": share / times}
+        *shares, clumps, samples, clumped = sampled
+        if samples:
+            layer.values |= {name: share / samples for name, share in zip(OF_INPUTS, shares, strict=True)}
+        if clumped and watched.name in self._bandwidths:
+            layer.values["diffusion_entropy"] = clumps / clumped
+        elif clumped:
+            self._bandwidths[watched.name] = clumps / clumped
 
     def _of_weights(self, found: dict[str, Layer]) -> None:
         names = [name for name in self.tracker.triples if name in found]
@@ -332,13 +377,18 @@ class Spectra:
             }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the singular vectors are, and the last singular values, as CPU tensors."""
-        return {**self.tracker.state_dict(), "spectrum": {name: s.cpu() for name, s in self._spectrum.items()}}
+        """Where the singular vectors are, and the last singular values, as CPU tensors; the scales of diffusion."""
+        return {
+            **self.tracker.state_dict(),
+            "spectrum": {name: s.cpu() for name, s in self._spectrum.items()},
+            "bandwidths": dict(self._bandwidths),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
         self.tracker.load_state_dict(state)
         self._spectrum = dict(state.get("spectrum", {}))
+        self._bandwidths = dict(state.get("bandwidths", {}))
 
 
 def _mean_square(x: Tensor) -> Tensor:

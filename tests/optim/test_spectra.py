@@ -14,7 +14,14 @@ from torch.nn import functional as F
 
 from thinrank.optim import AdamWConfig, GaLoreConfig, build
 from thinrank.optim.layers import SST, CoLA, convert
-from thinrank.optim.spectra import METRICS, Spectra
+from thinrank.optim.monitors.representation import (
+    diffusion_entropy,
+    matrix_entropy,
+    matrix_nuclear_norm,
+    reference_bandwidth,
+    vendi_score,
+)
+from thinrank.optim.spectra import METRICS, OF_INPUTS, Spectra
 
 LAYERS = ("up", "down")
 
@@ -46,6 +53,7 @@ def test_every_value_is_what_its_formula_says(two):
     x = inputs()
     with torch.no_grad():
         spectra.begin()
+        two(x)
         spectra.end()
         two.first.weight += 0.05 * torch.randn(two.first.weight.shape, generator=torch.Generator().manual_seed(9))
     spectra.begin()
@@ -77,6 +85,10 @@ def test_every_value_is_what_its_formula_says(two):
             "input_max": float(rows.abs().max()),
             "participation": float(gram.trace() ** 2 / gram.square().sum()),
             "leading_share": float(torch.linalg.svdvals(rows)[0] / rows.norm()),
+            "matrix_entropy": float(matrix_entropy(rows)),
+            "nuclear_norm": float(matrix_nuclear_norm(rows)),
+            "vendi_score": float(vendi_score(rows)),
+            "diffusion_entropy": diffusion_entropy(rows, reference_bandwidth(rows)),  # the rows of the first reading
             "effective_rank": float(torch.special.entr(sigma / sigma.sum()).sum().exp()),
             "condition": float(sigma[0] / sigma[7]),
             "spectrum_drift": found["first"]["spectrum_drift"],
@@ -98,6 +110,38 @@ def test_a_power_law_is_looked_for_in_weights_with_enough_eigenvalues():
     assert found["0"]["farms_alpha"] == pytest.approx(2.1, abs=0.25)  # of chance, whatever the shape
     assert found["0"]["hill_alpha"] > found["0"]["farms_alpha"] - 0.2
     assert found["1"].values == {}
+
+
+def read(spectra, model, x):
+    spectra.begin()
+    model(x)
+    return spectra.end()
+
+
+@torch.no_grad()
+def test_clumps_are_counted_at_the_scale_of_the_first_reading_which_a_checkpoint_keeps(two):
+    spectra = Spectra(two, metrics=["diffusion_entropy"])
+    assert read(spectra, two, torch.ones(2, 20, 8))["first"].values == {}  # all rows alike: no scale yet
+    assert read(spectra, two, inputs())["first"].values == {}
+    first = read(spectra, two, inputs())["first"]["diffusion_entropy"]
+    near = 0.01 * inputs()
+    assert 0 < read(spectra, two, near)["first"]["diffusion_entropy"] < 0.1 < first
+    again = Spectra(two, metrics=["diffusion_entropy"])
+    again.load_state_dict(copy.deepcopy(spectra.state_dict()))
+    assert read(again, two, inputs())["first"]["diffusion_entropy"] == first
+
+
+@torch.no_grad()
+def test_inputs_that_are_no_numbers_or_of_one_feature_are_left_out(two):
+    spectra = Spectra(two, metrics=[*OF_INPUTS, "diffusion_entropy", "sigma"])
+    x = inputs()
+    x[0, 0, 0] = math.nan
+    for _ in range(2):
+        assert set(read(spectra, two, x)["first"].values) == {"sigma"}
+    assert set(read(spectra, two, inputs())["first"].values) == {"sigma", *OF_INPUTS}
+    narrow = nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 2))
+    spectra = Spectra(narrow, metrics=[*OF_INPUTS], layers=["0"])
+    assert read(spectra, narrow, torch.ones(4, 1))["0"].values == {}
 
 
 def test_a_reading_leaves_nothing_behind(two):
@@ -216,7 +260,7 @@ def test_unknown_names_are_refused(two):
 # --- on several ranks -------------------------------------------------------------------------------------------------
 
 
-def read(model, optimizer, forward):
+def readings(model, optimizer, forward):
     """The first and a later reading, of all ranks' data."""
 
     def reduce(x, how):
@@ -243,7 +287,7 @@ def under_fsdp():
         for share in mine():
             loss(model, step, share).backward()
 
-    return read(model, optimizer, forward)
+    return readings(model, optimizer, forward)
 
 
 def under_zero(stage):
@@ -253,7 +297,7 @@ def under_zero(stage):
         for share in mine():
             run.engine.backward(loss(run.engine, step, share))
 
-    found = read(run.engine.module, optimizer, forward)
+    found = readings(run.engine.module, optimizer, forward)
     run.release()
     return found
 
