@@ -36,7 +36,7 @@ def _basis(old: Tensor, like: Tensor) -> Tensor:
     held, wanted = old.shape[-1], like.shape[-1]
     if wanted <= held:
         return old[..., :wanted]
-    return torch.cat([old, torch.linalg.qr(old, mode="complete").Q[..., held:wanted]], -1)
+    return torch.cat([old, torch.linalg.qr(old.float(), mode="complete").Q[..., held:wanted]], -1)
 
 
 def _columns(old: Tensor, like: Tensor) -> Tensor:

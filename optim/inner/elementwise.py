@@ -19,7 +19,7 @@ from thinrank.optim.rule import Decay, State
 QUANTISED_FROM = 4096
 """Entries from which a tensor of two dimensions or more keeps 8-bit moments, where they are asked for."""
 
-PIECE, CPU_PIECE = 2**24, 2**18
+PIECE, CPU_PIECE = 2**22, 2**18
 """Entries whose 8-bit moments are open at one time: a bound on transient memory, and on a CPU, for each thread, what
 its cache holds (tensors of 1 MiB) and still is worth the tenth of a millisecond that calling torch for a piece takes.
 On one thread and on two, half or twice as much took up to 15 % longer, an eighth twice as long."""
@@ -84,7 +84,6 @@ class ElementwiseAdamW:
             self.half.open(weight, state) if self.half.apply(weight) or self._opens(weight, state) else weight
             for weight, state in zip(weights, states, strict=True)
         ]
-        wide = [grad.to(w.dtype) for grad, w in zip(grads, opened, strict=True)]
         by_count: dict[float, list[int]] = defaultdict(list)
         for i, state in enumerate(states):
             by_count[float(state["step"]) if self.eps_raw else 0.0].append(i)
@@ -94,24 +93,29 @@ class ElementwiseAdamW:
             coded = [i for i in which if "exp_avg" not in states[i]]
             plain = [i for i in which if "exp_avg" in states[i]]
             if plain:
-                self._torch(
-                    [opened[i] for i in plain], [wide[i] for i in plain], [states[i] for i in plain], lr, decay, eps
-                )
+                own = [opened[i] for i in plain]
+                wide = [grads[i].to(w.dtype) for i, w in zip(plain, own, strict=True)]
+                self._torch(own, wide, [states[i] for i in plain], lr, decay, eps)
+                if self.decay.after and weight_decay:
+                    torch._foreach_mul_(own, 1.0 - lr * weight_decay)
             for i in coded:
-                self._by_pieces(opened[i], wide[i], states[i], lr, decay, eps)
-        if self.decay.after and weight_decay:
-            torch._foreach_mul_(opened, 1.0 - lr * weight_decay)
+                self._by_pieces(opened[i], grads[i], states[i], lr, weight_decay, eps)
         for i, (weight, own) in enumerate(zip(weights, opened, strict=True)):
             if own is not weight:
                 self.half.close_(weight, own, seeds[i] if seeds else 0)
 
     @staticmethod
     def _opens(weight: Tensor, state: State) -> bool:
-        # coded moments are float32 and lie flat, and so must the weight that they step
-        return "exp_avg" not in state and not (weight.dtype is torch.float32 and weight.is_contiguous())
+        return "exp_avg" not in state and not weight.is_contiguous()  # coded moments lie flat, as must what they step
 
-    def _by_pieces(self, weight: Tensor, grad: Tensor, state: State, lr: float, decay: float, eps: float) -> None:
-        """One step on a contiguous float32 `weight` whose moments are codes, some blocks of it at a time."""
+    def _by_pieces(
+        self, weight: Tensor, grad: Tensor, state: State, lr: float, weight_decay: float, eps: float
+    ) -> None:
+        """One step on a contiguous `weight` whose moments are codes, some blocks of it at a time, in float32.
+
+        A weight of 16 bits is rounded to the nearest, piece by piece: no float32 copy of an embedding is ever whole.
+        """
+        decay = 0.0 if self.decay.after else weight_decay
         size = CPU_PIECE * torch.get_num_threads() if weight.device.type == "cpu" else PIECE
         count = float(state["step"])
         keys = [key for key in state if key.startswith("exp_avg")]
@@ -126,7 +130,12 @@ class ElementwiseAdamW:
             here = [each[: flat.numel() - start] for each in spare]
             with moments(part, [int(count)], spare=here) as (m, v):
                 piece = {"step": torch.tensor(count), "exp_avg": m, "exp_avg_sq": v}
-                self._torch([flat[whole]], [gradient[whole]], [piece], lr, decay, eps)
+                own = flat[whole].float()
+                self._torch([own], [gradient[whole].float()], [piece], lr, decay, eps)
+            if self.decay.after and weight_decay:
+                own.mul_(1.0 - lr * weight_decay)
+            if flat.dtype is not torch.float32:
+                flat[whole].copy_(own)
         state["step"].add_(1.0)
 
     def _torch(

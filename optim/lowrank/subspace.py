@@ -81,8 +81,9 @@ def _matrix(basis: str, n: int, dtype: torch.dtype, device: torch.device) -> Ten
     return basis_matrix(basis, n, dtype=dtype, device=device)
 
 
-def _unit_columns(shape: Shape3, rank: int, side: int, device: torch.device) -> Tensor:
-    return torch.eye(shape[side], rank, dtype=torch.float32, device=device).expand(shape[0], -1, -1).clone()
+def _unit_columns(shape: Shape3, rank: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # kept in the type in which it is multiplied: more digits would count at renewals alone, and take twice the memory
+    return torch.eye(shape[side], rank, dtype=dtype, device=device).expand(shape[0], -1, -1).clone()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,22 +102,22 @@ class Svd:
         return (shape[0], shape[1], width(self.rank, shape))
 
     def init(self, shape: Shape3, device: torch.device) -> State:
-        return {"basis": _unit_columns(shape, width(self.rank, shape), 2, device)}
+        return {"basis": _unit_columns(shape, width(self.rank, shape), 2, self.dtype, device)}
 
     def renew(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None]:
         if not step.axis.whole:
             raise RuntimeError("an exact SVD needs whole matrices: use svd='power' where rows are sharded")
         basis = state["basis"]
         new = svd_basis(x, basis.shape[-1], transposed=step.transposed, signs=self.signs)
-        change = Rotation(new.mT @ basis)
+        change = Rotation(new.mT @ basis.float())
         basis.copy_(new)
         return change, None
 
     def down(self, x: Tensor, state: State) -> Tensor:
-        return product(x.to(self.dtype), state["basis"].to(self.dtype)).float()
+        return product(x.to(self.dtype), state["basis"]).float()
 
     def up(self, low: Tensor, state: State, short: int) -> Update:
-        return Update(low.to(self.dtype), state["basis"].to(self.dtype))
+        return Update(low.to(self.dtype), state["basis"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,24 +137,25 @@ class TwoSidedSvd:
 
     def init(self, shape: Shape3, device: torch.device) -> State:
         r = width(self.rank, shape)
-        return {"basis": _unit_columns(shape, r, 2, device), "basis_long": _unit_columns(shape, r, 1, device)}
+        return {
+            name: _unit_columns(shape, r, side, self.dtype, device) for name, side in (("basis", 2), ("basis_long", 1))
+        }
 
     def renew(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None]:
         if not step.axis.whole:
             raise RuntimeError("proj_type='full' needs whole matrices: use 'std' where rows are sharded")
         left, right = svd_bases(x, state["basis"].shape[-1], transposed=step.transposed)
-        change = Rotation(right.mT @ state["basis"])
+        change = Rotation(right.mT @ state["basis"].float())
         state["basis"].copy_(right)
         state["basis_long"].copy_(left)
         return change, None
 
     def down(self, x: Tensor, state: State) -> Tensor:
-        image = product(x.to(self.dtype), state["basis"].to(self.dtype))
-        return product(state["basis_long"].to(self.dtype).mT, image).float()
+        image = product(x.to(self.dtype), state["basis"])
+        return product(state["basis_long"].mT, image).float()
 
     def up(self, low: Tensor, state: State, short: int) -> Update:
-        wide = state["basis_long"].to(self.dtype) @ low.to(self.dtype)
-        return Update(wide, state["basis"].to(self.dtype))
+        return Update(state["basis_long"] @ low.to(self.dtype), state["basis"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +165,7 @@ class PowerIteration:
     Attributes:
         oversample: random columns beside the ones that are kept.
         cold, warm: products with xᵀx at the first renewal and at later ones.
+        stored: type of the basis in the state; None: `dtype`.
     """
 
     rank: int | float
@@ -172,6 +175,7 @@ class PowerIteration:
     cold: int = 2
     warm: int = 1
     dtype: torch.dtype = torch.float32
+    stored: torch.dtype | None = None
     factorises: bool = True
     orthonormal: bool = True
 
@@ -179,7 +183,7 @@ class PowerIteration:
         return (shape[0], shape[1], width(self.rank, shape))
 
     def init(self, shape: Shape3, device: torch.device) -> State:
-        return {"basis": _unit_columns(shape, width(self.rank, shape), 2, device)}
+        return {"basis": _unit_columns(shape, width(self.rank, shape), 2, self.stored or self.dtype, device)}
 
     def renew(self, x: Tensor, state: State, step: Step) -> tuple[Change, Tensor | None]:
         basis = state["basis"]
@@ -189,12 +193,12 @@ class PowerIteration:
         starts = []
         for i in range(basis.shape[0]):
             random = random_columns(short, (r if first else 0) + extra, step.generator(i), basis.device)
-            starts.append(random if first else torch.cat([basis[i], random], -1))
+            starts.append(random if first else torch.cat([basis[i].float(), random], -1))
         iterations = self.cold if first else self.warm
         new, low = subspace_iteration(
             x, torch.stack(starts), r, iterations=iterations, dtype=self.dtype, axis=step.axis
         )
-        change = Rotation(new.mT @ basis)
+        change = Rotation(new.mT @ basis.float())
         basis.copy_(new)
         return change, low
 

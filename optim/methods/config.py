@@ -195,7 +195,8 @@ class RankedConfig(MatrixConfig):
     projection_dtype: str = field(
         default="float32",
         metadata={
-            "help": "precision of the projections' matrix products: float32, or bfloat16, often several times faster"
+            "help": "precision of the projections' matrix products, and of bases that are kept: float32, or bfloat16, "
+            "often several times faster"
         },
     )
 

@@ -211,7 +211,8 @@ class LDAdamConfig(RankedConfig):
         if self.rank is None:
             return None
         return LDAdamRule(
-            subspace=PowerIteration(rank=self.rank, every=1, dtype=self.dtype),
+            # float32 though products may not be: error and moments are carried from basis to basis at every step
+            subspace=PowerIteration(rank=self.rank, every=1, dtype=self.dtype, stored=torch.float32),
             inner=self.adam(),
             transport=Rotate(self.betas, negative=self.negative_variance),
             feedback=FEEDBACKS[self.error_feedback],

@@ -111,7 +111,8 @@ def test_a_tied_weight_is_stepped_once(config):
 
 @every
 def test_bfloat16_parameters(config):
-    """They move, their matrices' state is float32, and the path is that of float32 up to their precision."""
+    """They move, their matrices' state is float32 but for bases whose products are not, and the path is that of float32
+    up to their precision."""
     half, full = weights(torch.bfloat16), weights()
     start = copies(half)
     optimizers = make(config, half), make(config, full)
@@ -126,8 +127,9 @@ def test_bfloat16_parameters(config):
         rounding = 5 * 2.0**-9 * float(q.detach().norm())  # of the weight, at the start and in every step
         assert moved(p, q) <= rounding + chosen * moved(before, q), tuple(p.shape)
     if isinstance(config, MatrixConfig):
-        floating = [value for value in optimizers[0].state[half[0]].values() if value.is_floating_point()]
-        assert all(value.dtype is torch.float32 for value in floating)
+        floating = {name for name, value in optimizers[0].state[half[0]].items() if value.is_floating_point()}
+        narrow = {name for name in floating if optimizers[0].state[half[0]][name].dtype is not torch.float32}
+        assert not narrow or (narrow == {"basis"} and getattr(config, "projection_dtype", None) == "bfloat16")
 
 
 @pytest.mark.parametrize("shape", [(40, 3), (3, 40), (16, 16), (1, 9), (9, 1), (1, 1)], ids=str)
@@ -190,10 +192,11 @@ def test_a_gradient_that_is_not_finite_does_not_destroy_the_basis(config):
                 optimizer.step()
             for key in ("basis", "basis_long"):
                 if key in optimizer.state[params[0]]:
-                    basis = optimizer.state[params[0]][key]
-                    torch.testing.assert_close(basis.norm(dim=-2), torch.ones(basis.shape[-1]))
+                    stored = optimizer.state[params[0]][key]
+                    basis, exact = stored.float(), 1e-5 if stored.dtype is torch.float32 else 2.0**-8
+                    torch.testing.assert_close(basis.norm(dim=-2), torch.ones(basis.shape[-1]), rtol=0, atol=exact)
                     if getattr(config, "right_factor", "qr") == "qr":  # Dion's columns are of length one, no more
-                        assert eye_error(basis) < 1e-5
+                        assert eye_error(basis) < exact
             if "columns" in optimizer.state[params[0]]:
                 columns = optimizer.state[params[0]]["columns"].tolist()
                 assert len(set(columns)) == 3
@@ -306,7 +309,7 @@ def held(config, grad, before, after):
             atoms = basis_matrix(rule.subspace.basis, x.shape[1], dtype=torch.float32, device="cpu")
             sent = x @ atoms[after["columns"].long()].mT
         else:
-            sent = x @ after["basis"]
+            sent = x @ after["basis"].float()
             sent = after["basis_long"].mT @ sent if "basis_long" in after else sent
     return float(sent.double().square().sum()), float(x.double().square().sum())
 

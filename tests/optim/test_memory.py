@@ -23,7 +23,8 @@ FORMULAS = {
     "galore/power": 4 * (2 * LONG * R + SHORT * R) + 4,
     # r × r moments and a basis for each side
     "galore/full": 4 * (2 * R * R + SHORT * R + LONG * R) + 4,
-    "galore/bfloat16": 4 * (2 * LONG * R + SHORT * R) + 4,
+    # a basis in the type of its products
+    "galore/bfloat16": 4 * (2 * LONG * R) + 2 * SHORT * R + 4,
     # the other side is kept: moments of (short, r), a basis of (long, r)
     "galore/reverse": 4 * (2 * SHORT * R + LONG * R) + 4,
     # r int32 columns and r float32 ages in the place of a basis
@@ -60,7 +61,7 @@ FORMULAS = {
     "dion2": 4 * (LONG * SHORT + R) + 4,
     # the residual's last norm
     "subspace_adamw": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
-    "subspace_adamw/bfloat16": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
+    "subspace_adamw/bfloat16": 4 * (2 * LONG * R + 1) + 2 * SHORT * R + 4,
     "subspace_adamw/stagger": 4 * (2 * LONG * R + SHORT * R + 1) + 4,
     # a matrix's own gap, and when it last renewed
     "subspace_adamw/lazy": 4 * (2 * LONG * R + SHORT * R + 1 + 2) + 4,

@@ -21,7 +21,7 @@ from thinrank.optim.inner.polar import Polar
 from thinrank.optim.linalg.orthogonal import YOU, newton_schulz
 from thinrank.optim.linalg.quantise import block_shape, compand8, dequantise8, dither, expand8, quantise8
 from thinrank.optim.lowrank.transport import Reset, Rotate, Rotation, Slots
-from thinrank.optim.rule import Step
+from thinrank.optim.rule import Decay, Step
 
 BLOCK = 256
 CPU = torch.device("cpu")
@@ -371,15 +371,32 @@ def test_elementwise_codes_follow_full_precision(cls, dtype):
         assert torch.equal(a, b) == (a.ndim == 1 or a.numel() < 4096)
 
 
-def test_pieces_do_not_matter(monkeypatch):
+@pytest.mark.parametrize("cls", [AdamW, GaLore])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_pieces_do_not_matter(monkeypatch, cls, dtype):
+    """GaLore's decay comes after the update, and before the rounding to 16 bits."""
     ends = []
     for size in (2**18, 256, 1024):
         monkeypatch.setattr(elementwise, "CPU_PIECE", size)
-        params = large()
-        run(AdamW(params, lr=0.01, weight_decay=0.1, state_bits=8), params, 0, 4)
+        params = large(dtype)
+        others = [{"params": params}, {"params": [nn.Parameter(seeded(8, 8))], "rank": 2}] if cls is GaLore else params
+        run(cls(others, lr=0.01, weight_decay=0.1, state_bits=8), params, 0, 4)
         ends.append(params)
     assert equal(ends[0], ends[1])
     assert equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_sixteen_bits_are_stepped_in_float32_and_rounded_once(after):
+    """As a float32 copy would be, weight by weight."""
+    weight, gradient = (seeded(*WEIGHT, seed=i).bfloat16() for i in (0, 1))
+    rule = elementwise.ElementwiseAdamW(betas=(0.9, 0.99), eps=1e-8, bits=8, decay=Decay(after=after))
+    wide = weight.float()
+    states = [rule.init(weight), rule.init(wide)]
+    rule.step_([weight], [gradient], states[:1], lr=0.01, weight_decay=0.1)
+    rule.step_([wide], [gradient.float()], states[1:], lr=0.01, weight_decay=0.1)
+    assert torch.equal(weight, wide.bfloat16())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
 
 
 def test_memory_order_does_not_matter():

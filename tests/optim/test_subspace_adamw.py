@@ -1,5 +1,6 @@
 """SubspaceAdamW: its limits, its residual, and what happens to the moments when the basis turns."""
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -12,11 +13,11 @@ from laws import LAW, decaying, seeded
 from reference.subspace_adamw import subspace_adamw
 from torch import nn
 
-from thinrank.optim import DCTAdamW, GaLore, SubspaceAdamW
+from thinrank.optim import DCTAdamW, GaLore, LDAdam, SubspaceAdamW
 from thinrank.optim.inner.adam import Adam
 from thinrank.optim.lowrank.lift import Residual
 from thinrank.optim.lowrank.rule import LowRank
-from thinrank.optim.lowrank.subspace import PowerIteration, Svd, width
+from thinrank.optim.lowrank.subspace import PowerIteration, Svd, TwoSidedSvd, width
 from thinrank.optim.lowrank.transport import Keep, Reset, Rotate, Rotation, Slots
 from thinrank.optim.rule import Step
 
@@ -48,6 +49,46 @@ def test_full_rank_is_adam_in_the_turned_basis(shape, residual):
     if residual != "off":
         # from a difference of squares, hence the root of float32's precision
         assert float(optimizer.state[weight]["residual_norm"]) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [Svd, TwoSidedSvd, PowerIteration],
+)
+def test_a_basis_is_kept_in_the_type_of_its_products(cls):
+    """Which would round it in any case; what it says of its turn is right up to that rounding."""
+    x, later = seeded(2, 12, 8), seeded(2, 12, 8, seed=1)
+    step = Step(count=[0, 0], keys=[1, 2])
+    narrow, wide = cls(rank=3, dtype=torch.bfloat16), cls(rank=3)
+    state, full = (rule.init((2, 12, 8), torch.device("cpu")) for rule in (narrow, wide))
+    assert {value.dtype for value in state.values()} == {torch.bfloat16}
+    for rule, own in ((narrow, state), (wide, full)):
+        rule.renew(x, own, step)
+    if cls is not PowerIteration:  # whose products are bfloat16's in a renewal as well
+        assert all(torch.equal(state[name], full[name].bfloat16()) for name in full)
+    stored = {name: value.float() for name, value in state.items()}
+    low = narrow.down(later, state)
+    torch.testing.assert_close(low, wide.down(later, stored), rtol=0.02, atol=0.05)
+    assert narrow.up(low, state, 8).materialise().dtype is torch.float32
+    change, _ = narrow.renew(x, state, Step(count=[1, 1], keys=[1, 2]))  # the same directions again
+    torch.testing.assert_close(change.overlap(), torch.ones(2), rtol=0, atol=0.02)
+
+
+def test_a_basis_of_an_older_checkpoint_is_rounded_and_one_that_is_carried_is_not():
+    weight = nn.Parameter(seeded(12, 8))
+    options = {"rank": 3, "svd": "power", "projection_dtype": "bfloat16"}
+    optimizer = GaLore([{"params": [weight], **options}])
+    weight.grad = seeded(12, 8, seed=1)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept = saved["state"][0]["basis"]
+    saved["state"][0]["basis"] = kept.float() * (1 + 1e-4)  # digits that bfloat16 has not
+    again = GaLore([{"params": [nn.Parameter(seeded(12, 8))], **options}])
+    again.load_state_dict(saved)
+    (state,) = again.state.values()
+    assert torch.equal(state["basis"], kept)
+    other = nn.Parameter(seeded(12, 8))
+    assert LDAdam([other], rank=3, projection_dtype="bfloat16").state[other]["basis"].dtype is torch.float32
 
 
 def steps(rule, grads):
@@ -298,7 +339,7 @@ def test_width(rank, shape, expected):
 
 @pytest.mark.parametrize("make", [GaLore, DCTAdamW, SubspaceAdamW])
 def test_products_in_bfloat16_follow_those_in_float32(make):
-    """Cheaper products at every step; the state stays float32, and the path stays where it was, nearly."""
+    """Cheaper products at every step; bases alone are kept in 16 bits, and the path stays where it was, nearly."""
     ends = {}
     start = seeded(24, 16)
     for dtype in ("float32", "bfloat16"):
@@ -308,7 +349,8 @@ def test_products_in_bfloat16_follow_those_in_float32(make):
         for step in range(20):
             weight.grad = decaying(24, 16, ratio=0.5, seed=3) + 0.02 * seeded(24, 16, seed=step)
             optimizer.step()
-        assert all(v.dtype is not torch.bfloat16 for v in optimizer.state[weight].values())
+        halves = {name for name, v in optimizer.state[weight].items() if v.dtype is torch.bfloat16}
+        assert halves == ({"basis"} if dtype == "bfloat16" and make is not DCTAdamW else set())
         ends[dtype] = weight.detach()
     apart = (ends["bfloat16"] - ends["float32"]).norm()
     assert 0 < float(apart) < 0.05 * float((ends["float32"] - start).norm())
