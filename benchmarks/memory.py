@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--method", default="galore", choices=sorted(METHODS))
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--bits", type=int, default=8, choices=[8, 32], help="of Adam's states")
+    parser.add_argument("--projections", default="bfloat16", choices=["float32", "bfloat16"], help="and bases")
     parser.add_argument("--in-backward", default="step", choices=["off", "project", "step"])
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--length", type=int, default=256, help="tokens of the one sequence")
@@ -35,7 +36,7 @@ def main() -> None:
     device = torch.device(args.device)
     config = replace(METHODS[args.method](), state_bits=args.bits)
     if isinstance(config, LowRankConfig):
-        config = replace(config, rank=args.rank)
+        config = replace(config, rank=args.rank, projection_dtype=args.projections)
     if any(f.name == "svd" for f in fields(config)):
         config = replace(config, svd="power")  # pyright: ignore[reportCallIssue]
     model = build_model(PRESETS[args.preset], args.vocabulary, seed=0, meta=True).bfloat16()
@@ -61,7 +62,10 @@ def main() -> None:
         times.append(time.perf_counter() - start)
     for line in describe(device):
         print(f"- {line}")
-    print(f"- {args.preset}, {args.method}, rank {args.rank}, {args.bits}-bit states, in_backward={args.in_backward}")
+    print(
+        f"- {args.preset}, {args.method}, rank {args.rank}, projections in {args.projections}, {args.bits}-bit states, "
+        f"in_backward={args.in_backward}"
+    )
     print(
         f"- weights {weights / 2**30:.2f} GiB, optimizer state {optimizer.state_bytes() / 2**30:.2f} GiB "
         f"(predicted {predicted / 2**30:.2f})"
