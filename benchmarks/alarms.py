@@ -48,7 +48,7 @@ class Work:
 
     @property
     def path(self) -> Path:
-        name = "".join(c if c.isalnum() else "-" for c in self.case.name)
+        name = "".join(c if c.isalnum() else {"÷": "over", "×": "times"}.get(c, "-") for c in self.case.name)
         kind = f"-{self.guard}" if self.guard else ""
         return self.folder / f"w{self.size.width}-s{self.size.seed}-{self.size.steps}{kind}" / f"{name}.json"
 

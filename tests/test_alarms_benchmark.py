@@ -76,3 +76,10 @@ def test_a_training_is_the_same_again_and_kept_in_a_file(tmp_path):
     guarded = train(case, size, guard="zscore")
     assert (guarded.guard, guarded.skipped) == ("zscore", 0)  # too short to have a history
     assert guarded.losses == one.losses
+
+
+def test_every_training_is_kept_in_a_file_of_its_own(tmp_path):
+    alarms = importlib.import_module("alarms")
+    sizes = [Size(width=width, layers=1, seed=0, steps=1) for width in (8, 16)]
+    work = [alarms.Work(tmp_path, case, size, g) for case in (*HEALTHY, *BROKEN) for size in sizes for g in ("", "a")]
+    assert len({each.path for each in work}) == len(work)

@@ -343,7 +343,7 @@ def test_what_needs_a_gpu_is_refused_without_one(base, trainer):
         ({"validate_every": -1}, "validate_every must be at least 0"),
         ({"devices": "two"}, "devices must be auto or at least 1, got 'two'"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0"),
-        ({"precision": "fp8"}, "precision must be one of 32-true, .*got 'fp8'"),
+        ({"precision": "fp8"}, "precision must be one of auto, 32-true, .*got 'fp8'"),
         ({"accelerator": "tpu"}, "accelerator must be one of auto"),
         ({"max_time": "soon"}, "max_time must be a duration, but 'soon' is no duration: write it as"),
     ],
