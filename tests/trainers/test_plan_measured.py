@@ -24,22 +24,22 @@ def base(tmp_path_factory):
 def runs(base, request):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
     done = subprocess.run(
-        [*command, tiny_plan.__file__, str(base)], capture_output=True, text=True, timeout=280, cwd=base, check=False
+        [*command, tiny_plan.__file__, str(base)], capture_output=True, text=True, timeout=500, cwd=base, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads((base / f"{request.param}.json").read_text())
+    return request.param, json.loads((base / f"{request.param}.json").read_text())
 
 
 HELD = ("weights_bytes", "gradients_bytes", "state_bytes")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(540)
 @pytest.mark.slow
 def test_what_ranks_hold_and_send_is_what_was_planned(runs):
     """To the byte, which is more than the tenth that a plan promises."""
-    strategies = tiny_plan.STRATEGIES if "galore-ddp" in runs else tiny_plan.HYBRID
-    assert len(runs) == sum(len(methods) for _, methods in strategies.values())
-    for name, found in runs.items():
+    world, reports = runs
+    assert set(reports) == {f"{method}-{strategy}" for strategy, _, method in tiny_plan.runs(world)}
+    for name, found in reports.items():
         planned, measured = found["planned"], found["measured"]
         for key in HELD:
             assert planned[key] == measured[key] > 0, (name, key)
@@ -51,9 +51,9 @@ def test_what_ranks_hold_and_send_is_what_was_planned(runs):
             # the first step is looked at, and where rows are apart that sums up a few numbers more; signs fill bytes
             off = 5e-3 if name.endswith(("thinrank_fsdp2", "signs", "majority")) else 1e-9
             assert planned["sent_bytes"] == pytest.approx(measured["sent_bytes"] or 0.0, rel=off), name
-    if strategies is tiny_plan.HYBRID:
+    if world == 4:
         return
-    less, whole = (runs[f"galore-{strategy}"]["measured"] for strategy in ("thinrank_ddp", "ddp"))
+    less, whole = (reports[f"galore-{strategy}"]["measured"] for strategy in ("thinrank_ddp", "ddp"))
     assert less["gradients_bytes"] < whole["gradients_bytes"]
 
 

@@ -41,6 +41,13 @@ HYBRID = {
 STEPS = 12
 
 
+def runs(world):
+    """(strategy, its choice, method) of every run on so many ranks; alone, where nothing travels, of two methods."""
+    strategies = HYBRID if world == 4 else STRATEGIES
+    every = [(name, choice, method) for name, (choice, methods) in strategies.items() for method in methods]
+    return [run for run in every if world > 1 or run[2] in ("adamw", "galore")]
+
+
 def counted_by_ddp():
     """Bytes of the buckets that DDP has summed up since, in a list that grows."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -66,17 +73,16 @@ def main(base):
 
     dist.init_process_group("gloo")  # once, for all runs of this program
     buckets, result = counted_by_ddp(), {}
-    for strategy, (choice, methods) in (HYBRID if dist.get_world_size() == 4 else STRATEGIES).items():
-        for method in methods:
-            buckets.clear()
-            name = f"{method}-{strategy}-{dist.get_world_size()}"
-            settings: dict[str, Any] = {"max_steps": STEPS, "batch_size": 4, "micro_batch_size": 1, "validate_every": 0}
-            settings["precision"] = "bf16-true" if strategy.startswith("half ") else "32-true"
-            settings["log_every"] = 10 * STEPS  # by rows, a step that is looked at sums up a few numbers more
-            report = pretrain(
-                config(base, name, optimizer=METHODS[method], strategy=choice, model={"extra": {}}, **settings)
-            )
-            result[f"{method}-{strategy}"] = {**report["plan"], "buckets": sum(buckets) / STEPS}
+    for strategy, choice, method in runs(dist.get_world_size()):
+        buckets.clear()
+        name = f"{method}-{strategy}-{dist.get_world_size()}"
+        settings: dict[str, Any] = {"max_steps": STEPS, "batch_size": 4, "micro_batch_size": 1, "validate_every": 0}
+        settings["precision"] = "bf16-true" if strategy.startswith("half ") else "32-true"
+        settings["log_every"] = 10 * STEPS  # by rows, a step that is looked at sums up a few numbers more
+        report = pretrain(
+            config(base, name, optimizer=METHODS[method], strategy=choice, model={"extra": {}}, **settings)
+        )
+        result[f"{method}-{strategy}"] = {**report["plan"], "buckets": sum(buckets) / STEPS}
     if dist.get_rank() == 0:
         (Path(base) / f"{dist.get_world_size()}.json").write_text(json.dumps(result))
     leave()
