@@ -182,9 +182,11 @@ def _batches(case: Case, size: Size) -> Iterator[Mapping[str, Any]]:
             if case.repeated:
                 tokens[:], labels[:] = tokens[0, 0], (tokens[0, 0] + step) % data.vocab_size
             else:
-                chance = torch.randint(data.vocab_size, tokens.shape, generator=generator)
-                there = torch.rand(tokens.shape, generator=generator) < case.noise
-                tokens, labels = torch.where(there, chance, tokens), torch.where(there, chance, labels)
+                longer = (tokens.shape[0], tokens.shape[1] + 1)  # labels are the tokens after
+                chance = torch.randint(data.vocab_size, longer, generator=generator)
+                there = torch.rand(longer, generator=generator) < case.noise
+                tokens = torch.where(there[:, :-1], chance[:, :-1], tokens)
+                labels = torch.where(there[:, 1:], chance[:, 1:], labels)
             batch = {**batch, "input_ids": tokens, "labels": labels}
         yield batch
 
