@@ -96,8 +96,8 @@ def run(job: Job, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
         try:
             with heartbeat(config.strategy.heartbeat_timeout, lost=record):
                 resume, precision, origin, taken = from_rank_zero(world, lambda: _open(folder, job, tree, cuda=cuda))
-                config = job.config = config.computing_in(precision)
-                tree = {**tree, "trainer": {**tree["trainer"], "precision": precision}}
+                config, tree = _computing_in(config, tree, precision)
+                job.config = config
                 together(world, lambda: _require_arithmetic(config, cuda=cuda))
                 if config.run.preflight.enabled:
                     say(world, f"preflight   {check_machines(world, config.run.preflight, folder.path, cuda=cuda)}")
@@ -136,10 +136,18 @@ def _open(
         precision = fitting(cuda=cuda) if before is None else json.loads(before)["trainer.precision"]
     if resume is None or before is None:
         return None, precision, origin, []
-    now = {**tree, "trainer": {**tree["trainer"], "precision": precision}}
-    check_identity(resume, before, identity_json(now))
+    check_identity(resume, before, identity_json(_computing_in(job.config, tree, precision)[1]))
     resumable(resume, origin)
     return resume, precision, origin, rollback.read(folder)
+
+
+def _computing_in(config: Any, tree: Mapping[str, Any], precision: str) -> tuple[Any, Mapping[str, Any]]:
+    """The configuration, and the same as plain values, with the precision that `auto` has come to."""
+    try:
+        config = config.computing_in(precision)
+    except ValueError as error:  # a checkpoint's, which does not go with what the run may change
+        raise UserError(f"the checkpoint was trained with trainer.precision={precision}: {error}") from error
+    return config, {**tree, "trainer": {**tree["trainer"], "precision": precision}}
 
 
 def _go_back(parts: Parts, asked: RollBack) -> tuple[Path, list[rollback.Record]]:

@@ -12,7 +12,7 @@ from thinrank.configs.planning import answer, request
 from thinrank.trainers.errors import GuardStop, PreflightError, RankLost, UserError
 from thinrank.trainers.plan.precision import emulated, fitting
 from thinrank.trainers.pretrain import pretrain
-from thinrank.trainers.strategies import World, together
+from thinrank.trainers.strategies import FSDP2Config, World, together
 
 
 def processor(monkeypatch, machine, capability):
@@ -72,6 +72,14 @@ def test_auto_follows_a_run_that_chose_for_itself(base, monkeypatch, capsys):
     pretrain(config(base, "chosen", precision="auto", max_steps=2))
     assert "precision   bf16-mixed, slow on this processor" in capsys.readouterr().out
     assert yaml.safe_load((base / "chosen/config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"
+
+
+def test_a_kept_precision_that_no_longer_fits_is_one_sentence(base):
+    pretrain(config(base, "odd", precision="64-true", max_steps=1))
+    with pytest.raises(
+        UserError, match=r"was trained with trainer.precision=64-true: strategy=thinrank_fsdp2 computes in"
+    ):
+        pretrain(config(base, "odd", precision="auto", max_steps=2, strategy=FSDP2Config()))
 
 
 @pytest.mark.parametrize(("words", "found"), [([], "bf16-mixed"), (["trainer.accelerator=cpu"], "32-true")])
